@@ -1,0 +1,1 @@
+"""evopatch's adapters for timm."""

@@ -1,0 +1,67 @@
+"""timm ViT, DeiT and everything built like them: `VisionTransformer`, `Eva` and `VisionTransformerRelPos`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from torch import nn
+
+from evopatch.adapter import Adapter, HostSpec
+from evopatch.graph import TraceSpec
+from evopatch.stream import walk
+from evopatch.swap import Swapped
+
+
+class SlowFast(Swapped):
+    """Mixin of a patched timm ViT: the two methods that walk over the blocks."""
+
+    grad_checkpointing: bool
+
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own, on slow-fast blocks."""
+        # A checkpointed block may depend on its arguments only, so it takes and returns the full grid.
+        return walk(self, "forward_features", *args, compact=not self.grad_checkpointing, **kwargs)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own, on slow-fast blocks; intermediate features are the full grid at every block."""
+        return walk(self, "forward_intermediates", *args, compact=False, **kwargs)
+
+
+class ViTAdapter(Adapter):
+    """Flat timm transformers."""
+
+    mixin = SlowFast
+
+    def hosts(self) -> tuple[type[nn.Module], ...]:
+        return (VisionTransformer, Eva, VisionTransformerRelPos)
+
+    def inspect(self, host: Any, name: str) -> HostSpec:
+        inputs: tuple[str, ...] = ()
+        if getattr(host, "rope", None) is not None:
+            inputs = ("rope",)
+        elif getattr(host, "shared_rel_pos", None) is not None:
+            inputs = ("shared_rel_pos",)
+        trace = TraceSpec(inputs, leaf_functions=(apply_rot_embed_cat,), leaf_methods=("get_bias",))
+        return HostSpec(
+            blocks="blocks",
+            prefix=host.num_prefix_tokens,
+            readout=self._readout(host),
+            trace=trace,
+            token_inputs=tuple(i for i in inputs if i == "rope"),
+        )
+
+    def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
+        height, width = host.patch_embed.dynamic_feat_size(image_size)
+        return height, width
+
+    @staticmethod
+    def _readout(host: Any) -> int:
+        if isinstance(host, VisionTransformerDistilled):
+            return 2
+        pools_patches = host.global_pool in ("avg", "avgmax", "max", "map")
+        return 0 if pools_patches or host.cls_token is None else 1

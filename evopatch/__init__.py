@@ -1,0 +1,40 @@
+"""Slow-fast token evolution for existing vision transformers (Evo-ViT, arXiv 2108.01390)."""
+
+from .config import EvoConfig
+from .errors import (
+    AlreadyPatchedError,
+    AttentionNotFoundError,
+    BypassError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EvoPatchError,
+    NotPatchedError,
+    UnsupportedInputError,
+    UnsupportedModelError,
+)
+from .patch import apply, config_of, is_patched, patched, remove, set_config, set_keep_ratio, supported, token_selection
+
+__version__ = "0.1.0"
+__all__ = [
+    "AlreadyPatchedError",
+    "AttentionNotFoundError",
+    "BypassError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EvoConfig",
+    "EvoPatchError",
+    "NotPatchedError",
+    "UnsupportedInputError",
+    "UnsupportedModelError",
+    "apply",
+    "config_of",
+    "is_patched",
+    "patched",
+    "remove",
+    "set_config",
+    "set_keep_ratio",
+    "supported",
+    "token_selection",
+]

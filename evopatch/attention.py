@@ -1,0 +1,105 @@
+"""What a block's attention core calls while the block runs on a slow-fast forward.
+
+The generated block code (`graph.py`) hands its attention core to an `AttentionTap`: fused attention stays in use, the
+class attention is computed beside it, position biases are averaged for the compact set, and groups weigh by size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .errors import UnsupportedInputError
+
+
+class AttentionTap:
+    """One block's run in one forward pass.
+
+    Args:
+        prefix: `P`, the number of prefix tokens.
+        readout: How many of the first prefix tokens the head reads; 0 where it averages the patch tokens.
+        partition: Of the compact set that goes through the block, None if all tokens do.
+        observe: Compute the class attention.
+    """
+
+    def __init__(self, prefix: int, readout: int, partition: ops.Partition | None, observe: bool) -> None:
+        self.prefix = prefix
+        self.readout = readout
+        self.partition = partition
+        self.observe = observe
+        self._observed: list[Tensor] = []
+
+    def class_attention(self) -> Tensor:
+        """`(B, M)` float32, the mean over the block's attention cores."""
+        total = self._observed[0]
+        for attention in self._observed[1:]:
+            total = total + attention
+        return total / len(self._observed)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Stands where the block calls `scaled_dot_product_attention`; `attn_mask` is a position bias.
+
+        Args:
+            query: `(B, H, M, D)`, key and value likewise.
+        """
+        if is_causal:
+            raise UnsupportedInputError("causal attention in a patched block: slow and fast tokens have no order")
+        bias = self._bias(attn_mask, query)
+        if self.observe:
+            self._observe(query, key, ops.default_scale(query) if scale is None else scale, bias)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale, **kwargs
+        )
+
+    def softmax(self, logits: Tensor, dim: int = -1, **kwargs: Any) -> Tensor:
+        """Stands where a block takes the softmax of its `(B, H, M, M)` attention logits."""
+        bias = self._bias(None, logits)
+        probabilities = (logits if bias is None else logits + bias).softmax(dim, **kwargs)
+        if self.observe:
+            rows = probabilities.detach().float().mean(1)
+            if self.readout:
+                self._observed.append(rows[:, : self.readout].mean(1))
+            else:
+                self._observed.append((self._share(rows) @ rows[:, self.prefix :]).squeeze(1))
+        return probabilities
+
+    def _bias(self, bias: Tensor | None, like: Tensor) -> Tensor | None:
+        if self.partition is None:
+            return bias
+        if bias is not None:
+            bias = ops.merge_bias(bias, self.partition).to(like.dtype)
+        if self.partition.log_size is not None:
+            log_size = self.partition.log_size.to(like.dtype)[:, None, None, :]
+            bias = log_size if bias is None else bias + log_size
+        return bias
+
+    def _share(self, like: Tensor) -> Tensor:
+        """`(B, 1, M - P)`: each patch row's share in the pooled output, by its size."""
+        if self.partition is None or self.partition.log_size is None:
+            rows = like.shape[1] - self.prefix
+            return like.new_full((like.shape[0], 1, rows), 1.0 / rows)
+        return self.partition.log_size[:, None, self.prefix :].softmax(-1)
+
+    def _observe(self, query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> None:
+        rows: slice
+        share: Tensor | None
+        if self.readout:
+            rows, share = slice(self.readout), None
+        else:
+            rows, share = slice(self.prefix, None), self._share(query[:, 0]).squeeze(1)
+        if bias is not None and bias.shape[-2] > 1:
+            bias = bias[:, :, rows]
+        self._observed.append(ops.class_attention(query[:, :, rows], key, scale, bias, share))

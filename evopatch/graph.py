@@ -1,0 +1,258 @@
+"""The only user of torch.fx: find a block's attention core, tap it, and generate the block's forward anew.
+
+A block is traced through itself and the modules on the way to its attention core; everything below stays a leaf. The
+generated code is bound to the *original* module: same parameters, same submodules (also ones that are replaced later,
+such as by LoRA layers), same hooks on the leaves. No residual structure is copied, so pre-norm, post-norm, parallel
+and LayerScale blocks all come out of their own graph.
+"""
+
+from __future__ import annotations
+
+import linecache
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .errors import AttentionNotFoundError
+from .swap import host_class
+
+_CORE_NAMES = {"scaled_dot_product_attention", "softmax"}
+_SDPA = F.scaled_dot_product_attention
+_SOFTMAX_FUNCTIONS = {torch.softmax, F.softmax}
+_MATMULS = {torch.matmul, operator.matmul, torch.bmm, torch.einsum}
+_SCALINGS = {operator.mul, operator.truediv, torch.mul, torch.div}
+
+
+@dataclass(frozen=True)
+class TraceSpec:
+    """How an adapter wants its blocks traced."""
+
+    inputs: tuple[str, ...] = ()
+    """Names of the tensors that the block takes beside the tokens, such as a rotary table."""
+    leaf_functions: tuple[Callable[..., Any], ...] = ()
+    """Functions whose control flow depends on tensors' shapes: called, not traced."""
+    leaf_methods: tuple[str, ...] = ()
+    """Methods, other than `forward`, of submodules that are called, not traced."""
+
+
+@dataclass(frozen=True)
+class BlockCode:
+    """The generated functions of one block, by its training flag."""
+
+    forward: dict[bool, Callable[..., Any]] = field(repr=False)
+    """`(block, x, inputs, evo)` to `(B, M, C)`: the block's own forward with its attention core handed to `evo`."""
+    metric: dict[bool, Callable[..., Any]] = field(repr=False)
+    """`(block, x, inputs, evo)` to `(B, T, C)`: the tokens as the attention core's projection sees them."""
+
+
+def generate(block: nn.Module, name: str, spec: TraceSpec) -> BlockCode:
+    """Trace a block in both modes, since tracing burns `self.training` in.
+
+    Args:
+        block: Left as it is.
+        name: Fully qualified, for errors.
+        spec: What the adapter knows about the block.
+
+    Raises:
+        AttentionNotFoundError: If the block can't be traced or has no attention core of a known form.
+    """
+    forward, metric = {}, {}
+    modes = [(module, module.training) for module in block.modules()]
+    try:
+        for training in (False, True):
+            block.train(training)
+            graph = _trace(block, name, spec)
+            _tap(graph, block, name)
+            forward[training] = _function(graph)
+            metric[training] = _function(_metric_graph(graph, block, name))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return BlockCode(forward, metric)
+
+
+class _Shim(nn.Module):
+    """Gives the block a signature without optional arguments: the tokens, and a tuple with its other inputs."""
+
+    def __init__(self, block: nn.Module, inputs: Sequence[str]) -> None:
+        super().__init__()
+        self.block = block
+        self._inputs = tuple(inputs)
+
+    def forward(self, x: Any, inputs: Any) -> Any:
+        named = {name: inputs[i] for i, name in enumerate(self._inputs)}
+        return host_class(self.block).forward(self.block, x, **named)
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, shim: _Shim, spec: TraceSpec) -> None:
+        super().__init__(autowrap_functions=spec.leaf_functions)
+        self._through = {f"block.{name}" for name in traced_through(shim.block)}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self._through
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        # Hooks of a module that is traced through would run now, on proxies, instead of at every forward.
+        if not self.is_leaf_module(m, self.path_of_module(m)):
+            forward = m.forward
+        return super().call_module(m, forward, args, kwargs)
+
+
+def traced_through(block: nn.Module) -> list[str]:
+    """Names, relative to the block, of the submodules whose code is generated: their own hooks don't run."""
+    cores = [name for name, module in block.named_modules() if name and _holds_core(module)]
+    return sorted({".".join(c.split(".")[:i]) for c in cores for i in range(1, c.count(".") + 2)})
+
+
+def _holds_core(module: nn.Module) -> bool:
+    code = getattr(host_class(module).forward, "__code__", None)
+    return code is not None and not _CORE_NAMES.isdisjoint(code.co_names)
+
+
+def _trace(block: nn.Module, name: str, spec: TraceSpec) -> fx.Graph:
+    shim = _Shim(block, spec.inputs)
+    tracer = _Tracer(shim, spec)
+    try:
+        with _leaf_methods(shim, tracer, spec.leaf_methods):
+            graph = tracer.trace(shim)
+    except Exception as error:
+        last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
+        raise AttentionNotFoundError(
+            f"{name} ({type(block).__name__}) can't be traced by torch.fx"
+            + ("" if last is None else f" past the graph node '{last.name}' ({last.op} {last.target})")
+            + f": {error}"
+        ) from error
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = node.target.removeprefix("block.")
+    graph.owning_module = block
+    return graph
+
+
+@contextmanager
+def _leaf_methods(shim: nn.Module, tracer: fx.Tracer, names: tuple[str, ...]):  # type: ignore[no-untyped-def]
+    """Record calls of these methods as nodes, so that what they read is read when the block runs."""
+    patched: list[tuple[nn.Module, str]] = []
+
+    def recorder(path: str, method: str) -> Callable[[], fx.Proxy]:
+        def record() -> fx.Proxy:
+            module = tracer.create_proxy("get_attr", path, (), {})
+            return tracer.create_proxy("call_method", method, (module,), {})
+
+        return record
+
+    try:
+        for path, module in shim.named_modules():
+            for method in names:
+                if hasattr(type(module), method):
+                    module.__dict__[method] = recorder(path, method)
+                    patched.append((module, method))
+        yield
+    finally:
+        for module, method in patched:
+            del module.__dict__[method]
+
+
+def _tap(graph: fx.Graph, block: nn.Module, name: str) -> None:
+    """Hand every attention core to the tap, a new last placeholder `evo`."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(placeholders[-1]):
+        evo = graph.placeholder("evo")
+    cores = [node for node in graph.nodes if _is_sdpa(node) or _is_softmax(node)]
+    for node in cores:
+        if _is_softmax(node):
+            _check_logits(node, block, name)
+        with graph.inserting_before(node):
+            method = "attend" if _is_sdpa(node) else "softmax"
+            tapped = graph.call_method(method, (evo, *node.args), dict(node.kwargs))
+        node.replace_all_uses_with(tapped)
+        graph.erase_node(node)
+    if not cores:
+        last = next(node for node in reversed(graph.nodes) if node.op != "output")
+        raise AttentionNotFoundError(
+            f"{name} ({type(block).__name__}): found no scaled_dot_product_attention and no softmax among the "
+            f"{len(graph.nodes)} nodes of its graph, which ends at '{last.name}' ({last.op} {last.target}); expected an "
+            "attention core of one of these forms. Leave the model unpatched, or register an adapter for it"
+        )
+    graph.eliminate_dead_code()
+
+
+def _is_sdpa(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is _SDPA
+
+
+def _is_softmax(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target == "softmax"
+    return node.op == "call_function" and node.target in _SOFTMAX_FUNCTIONS
+
+
+def _check_logits(softmax: fx.Node, block: nn.Module, name: str) -> None:
+    """Between the product of queries and keys and the softmax nothing may depend on the tokens' places."""
+    node: Any = softmax.args[0]
+    while isinstance(node, fx.Node):
+        if node.op == "call_function" and node.target in _MATMULS:
+            return
+        masked = node.op == "call_function" and getattr(node.target, "__name__", "") == "maybe_add_mask"
+        scaled = node.op == "call_function" and node.target in _SCALINGS and not isinstance(node.args[1], fx.Node)
+        if not masked and not scaled:
+            break
+        node = node.args[0]
+    raise AttentionNotFoundError(
+        f"{name} ({type(block).__name__}): the graph node '{node}' "
+        f"({getattr(node, 'op', '?')} {getattr(node, 'target', '?')}) stands between the product of queries and keys "
+        "and the softmax; expected nothing but a scaling. Use the fused attention of this model "
+        "(set_fused_attn(True) in timm), whose position bias evopatch averages for the compact set"
+    )
+
+
+def _metric_graph(graph: fx.Graph, block: nn.Module, name: str) -> fx.Graph:
+    """The graph up to the input of the projection that the first attention core's queries come from."""
+    copy = fx.Graph(owning_module=block)
+    mapping: dict[fx.Node, fx.Node] = {}
+    copy.graph_copy(graph, mapping)
+    core = next(n for n in graph.nodes if n.op == "call_method" and n.target in ("attend", "softmax"))
+    queue, seen = [a for a in core.args[1:2] if isinstance(a, fx.Node)], set()
+    while queue:
+        node = queue.pop(0)
+        if _is_projection(node, block):
+            copy.output(mapping[node.args[0]])  # type: ignore[index]
+            copy.eliminate_dead_code()
+            return copy
+        if node not in seen:
+            seen.add(node)
+            queue.extend(node.all_input_nodes)
+    raise AttentionNotFoundError(
+        f"{name} ({type(block).__name__}): found no linear projection before the graph node '{core.name}' "
+        f"({core.target}); expected one that the queries come from"
+    )
+
+
+def _is_projection(node: fx.Node, block: nn.Module) -> bool:
+    if node.op == "call_module":
+        # By its attributes: LoRA and quantised layers aren't instances of nn.Linear.
+        return hasattr(block.get_submodule(str(node.target)), "in_features")
+    return node.op == "call_function" and node.target in (F.linear, torch._C._nn.linear)
+
+
+_functions: dict[str, Callable[..., Any]] = {}
+
+
+def _function(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph as a Python function of the original module, one per distinct code."""
+    code = graph.python_code("self")
+    key = code.src + repr(sorted((k, id(v)) for k, v in code.globals.items()))
+    if key not in _functions:
+        filename = f"<evopatch block {len(_functions)}>"
+        linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
+        namespace = dict(code.globals)
+        exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102
+        _functions[key] = namespace["forward"]
+    return _functions[key]

@@ -1,0 +1,247 @@
+"""The algorithm, as pure tensor functions: score, select, merge, distribute.
+
+Axes: `B` images, `P` prefix tokens, `N` patch tokens in raster order, `T = P + N` tokens, `C` channels, `H` heads,
+`K` slow tokens, `M` tokens of the compact set (prefix tokens, slow tokens and, with one representative, that one).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import UnsupportedInputError
+
+IMPORTANCE_WEIGHT = 0.05
+
+
+class Partition(NamedTuple):
+    """Who goes through the blocks for whom, for every token of the sequence, prefix tokens included.
+
+    `group[b, t]` is the row of the compact set that token `t` belongs to; the row `M`, one past the end, means that
+    nothing stands in for the token. `weight[b, t]` is the token's share in its row, a weighted mean. A row's
+    `log_size` is the logarithm of the number of tokens that it stands for, None where rows aren't weighted by size.
+    """
+
+    group: Tensor
+    """`(B, T)` int64."""
+    weight: Tensor
+    """`(B, T)` float32."""
+    slow: Tensor
+    """`(B, N)` bool, True for the patch tokens that are slow."""
+    log_size: Tensor | None
+    """`(B, M)` float32, or None."""
+    rows: int
+    """`M`."""
+
+
+def num_slow(num_patches: int, keep_ratio: float) -> int:
+    """`K`, a fixed function of the number of patch tokens and the keep ratio, at least 1 and less than `N`.
+
+    Raises:
+        UnsupportedInputError: With fewer than two patch tokens there is nothing to choose from.
+    """
+    if num_patches < 2:
+        raise UnsupportedInputError(
+            f"{num_patches} patch token(s): expected at least 2 to split them into slow and fast ones; "
+            "use a larger image or keep_ratio=1.0"
+        )
+    return min(max(1, int(num_patches * keep_ratio + 0.5)), num_patches - 1)
+
+
+def class_attention(
+    query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None, share: Tensor | None = None
+) -> Tensor:
+    """Attention of the readout over all tokens, averaged over heads: one row of the softmax, not the whole matrix.
+
+    Args:
+        query: `(B, H, R, D)`, the queries of the tokens that the head reads: the class token, class and distillation
+            token, or all patch tokens where the head averages them. Of the latter their mean query is used.
+        key: `(B, H, M, D)`.
+        scale: Factor on the logits, `D ** -0.5` as a rule.
+        bias: Added to the logits, broadcastable to `(B, H, R, M)`: log sizes and position biases.
+        share: `(B, R)`, sums to 1 over `R`: take the mean query weighted so. None: attend with each query, then
+            average the attention.
+
+    Returns:
+        `(B, M)` float32, sums to 1 (section 3.2 of the paper: the class attention averaged over heads).
+    """
+    query = query.detach()
+    if share is not None:
+        query = torch.einsum("br,bhrd->bhd", share.to(query.dtype), query).unsqueeze(2)
+        if bias is not None and bias.shape[-2] > 1:
+            bias = torch.einsum("br,bhrm->bhm", share.to(bias.dtype), bias.expand(share.shape[0], -1, -1, -1))
+            bias = bias.unsqueeze(2)
+    logits = (query * scale) @ key.detach().transpose(-2, -1)
+    if bias is not None:
+        logits = logits + bias.detach()
+    return logits.softmax(dim=-1, dtype=torch.float32).mean(dim=(1, 2))
+
+
+def accumulate(g: Tensor | None, attention: Tensor, tradeoff: float) -> Tensor:
+    """Equation 4: `g_l = (1 - t) * g_{l-1} + t * a_l`; the first observation is taken whole.
+
+    Args:
+        g: `(B, N)` float32, or None before the first block.
+        attention: `(B, N)` float32.
+        tradeoff: `t` in [0, 1].
+    """
+    return attention if g is None else torch.lerp(g, attention, tradeoff)
+
+
+def accumulate_compact(g: Tensor, attention: Tensor, tradeoff: float, partition: Partition) -> Tensor:
+    """Equation 4 where only the compact set went through the block.
+
+    A token of a size-weighted row gets that row's attention divided by the row's size. Without sizes only the slow
+    tokens are updated, the others keep their value.
+
+    Args:
+        g: `(B, N)` float32.
+        attention: `(B, M)` float32, over the compact set.
+        tradeoff: `t` in [0, 1].
+        partition: Of the block's run.
+    """
+    group = partition.group[:, partition.group.shape[1] - g.shape[1] :]
+    if partition.log_size is not None:
+        return torch.lerp(g, (attention * partition.log_size.neg().exp()).gather(1, group), tradeoff)
+    member = F.pad(attention, (0, 1)).gather(1, group)
+    return torch.where(partition.slow, torch.lerp(g, member, tradeoff), g)
+
+
+def select_top(g: Tensor, keep: int, prefix: int, representative: bool) -> Partition:
+    """The paper's selection (section 3.2): the `K` patch tokens of largest accumulated class attention are slow.
+
+    Args:
+        g: `(B, N)` float32.
+        keep: `K`, less than `N`.
+        prefix: `P`.
+        representative: True: the fast tokens share one row, their mean weighted by `g` (equation 5).
+            False: nothing stands in for them.
+    """
+    batch, patches = g.shape
+    index = g.topk(keep, dim=1, sorted=False).indices
+    slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, True)
+    order = torch.arange(keep, device=g.device).expand(batch, keep)
+    group = torch.full_like(g, keep, dtype=torch.int64).scatter(1, index, order)
+    fast = torch.where(slow, 0.0, g.clamp_min(torch.finfo(g.dtype).tiny))
+    weight = fast / fast.sum(1, keepdim=True) if representative else torch.zeros_like(g)
+    weight = torch.where(slow, 1.0, weight)
+    return _with_prefix(group, weight, slow, None, keep + representative, prefix)
+
+
+def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int) -> Partition:
+    """Matched representatives: every fast token joins the slow token most similar to it.
+
+    A patch token is fast when a *more important* one already says the same: the `N - K` tokens of largest
+    `max_{j: g_j > g_i} <f_i, f_j> - 0.05 * g_i / mean(g)`, with `f` the normalised metric.
+
+    Args:
+        g: `(B, N)` float32.
+        metric: `(B, N, C)`, what the tokens are compared by.
+        keep: `K`, less than `N`.
+        prefix: `P`.
+    """
+    batch, patches = g.shape
+    unit = F.normalize(metric.detach(), dim=-1)
+    similarity = unit @ unit.transpose(1, 2)
+    lowest = torch.finfo(similarity.dtype).min
+    more_important = g.unsqueeze(1) > g.unsqueeze(2)
+    redundancy = similarity.masked_fill(~more_important, lowest).amax(dim=-1).float()
+    fastness = redundancy - IMPORTANCE_WEIGHT * g / g.mean(1, keepdim=True)
+    index = fastness.topk(keep, dim=1, largest=False, sorted=False).indices
+    slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, True)
+    # Rows of the similarity against the slow columns only: the arg max is the row of the compact set.
+    columns = similarity.gather(2, index.unsqueeze(1).expand(batch, patches, keep))
+    order = torch.arange(keep, device=g.device).expand(batch, keep)
+    group = columns.argmax(dim=-1).scatter(1, index, order)
+    size = torch.zeros_like(g[:, :keep]).scatter_add(1, group, torch.ones_like(g))
+    return _with_prefix(group, size.reciprocal().gather(1, group), slow, size.log(), keep, prefix)
+
+
+def _with_prefix(
+    group: Tensor, weight: Tensor, slow: Tensor, log_size: Tensor | None, rows: int, prefix: int
+) -> Partition:
+    """Prefix tokens are rows of their own, before all others."""
+    own = torch.arange(prefix, device=group.device).expand(group.shape[0], prefix)
+    return Partition(
+        group=torch.cat([own, group + prefix], dim=1),
+        weight=F.pad(weight, (prefix, 0), value=1.0),
+        slow=slow,
+        log_size=None if log_size is None else F.pad(log_size, (prefix, 0)),
+        rows=rows + prefix,
+    )
+
+
+def merge(x: Tensor, partition: Partition) -> Tensor:
+    """`(B, T, C)` tokens to the `(B, M, C)` compact set: each row the weighted mean of its tokens (equation 5)."""
+    batch, _, channels = x.shape
+    rows = partition.rows + 1  # the last one takes the tokens that nothing stands in for
+    weighted = x * partition.weight.unsqueeze(-1)
+    compact = weighted.new_zeros(batch * rows, channels)
+    compact = compact.index_add(0, _flat(partition.group, rows), weighted.reshape(-1, channels))
+    return compact.view(batch, rows, channels)[:, :-1].to(x.dtype)
+
+
+def distribute(x: Tensor, change: Tensor, partition: Partition) -> Tensor:
+    """Every token of `x` keeps its own value and adds the change of its row (equations 6 and 7).
+
+    Args:
+        x: `(B, T, C)`.
+        change: `(B, M, C)`.
+    """
+    change = F.pad(change, (0, 0, 0, 1))
+    batch, rows, channels = change.shape
+    own = change.reshape(-1, channels).index_select(0, _flat(partition.group, rows))
+    return x + own.view(batch, -1, channels)
+
+
+def _flat(group: Tensor, rows: int) -> Tensor:
+    """Row numbers into the compact sets of all images laid end to end: whole rows are copied, not single elements."""
+    offset = torch.arange(group.shape[0], device=group.device).unsqueeze(1) * rows
+    return (group + offset).flatten()
+
+
+def merge_positions(table: Tensor, partition: Partition, prefix: int) -> Tensor:
+    """A positional input per patch token, averaged like the tokens.
+
+    Rotary embeddings act linearly through their table of sines and cosines, so the mean over a row's places is what
+    its mean token would see on average.
+
+    Args:
+        table: `(N, D)`, `(H, N, D)` (one per head), or with a batch axis before `(B, 1, N, D)` or `(B, H, N, D)`.
+        prefix: `P`; the table has no entries for prefix tokens.
+
+    Returns:
+        `(B, 1 or H, M - P, D)`.
+    """
+    batch = partition.group.shape[0]
+    while table.dim() < 4:
+        table = table.unsqueeze(0)
+    heads, patches, channels = table.shape[1:]
+    tokens = table.transpose(1, 2).reshape(-1, patches, heads * channels).expand(batch, -1, -1)
+    compact = merge(F.pad(tokens, (0, 0, prefix, 0)), partition)[:, prefix:]
+    return compact.view(batch, -1, heads, channels).transpose(1, 2)
+
+
+def merge_bias(bias: Tensor, partition: Partition) -> Tensor:
+    """An attention bias per pair of tokens, averaged over the rows and columns of each group.
+
+    Args:
+        bias: `(1 or B, H, T, T)`.
+
+    Returns:
+        `(B, H, M, M)`.
+    """
+    batch = partition.group.shape[0]
+    heads, tokens = bias.shape[1:3]
+    rows = merge(bias.transpose(1, 2).reshape(-1, tokens, heads * tokens).expand(batch, -1, -1), partition)
+    columns = merge(rows.view(batch, -1, heads, tokens).permute(0, 3, 1, 2).flatten(2), partition)
+    return columns.view(batch, partition.rows, heads, -1).permute(0, 2, 3, 1)
+
+
+def default_scale(query: Tensor) -> float:
+    """`D ** -0.5` for queries `(B, H, R, D)`."""
+    return 1.0 / math.sqrt(query.shape[-1])

@@ -1,0 +1,52 @@
+"""Which adapter serves which module: by `isinstance`, without importing a library that the program doesn't use."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from torch import nn
+
+from .adapter import Adapter
+
+# The library whose modules an adapter serves, and where the adapter is. Third parties add theirs as an entry point of
+# the group "evopatch.adapters", named by the library: `mylibrary = "mypackage.evopatch:MyAdapter"`.
+_BUILT_IN = {
+    "timm": ("evopatch_timm.vit:ViTAdapter",),
+}
+_GROUP = "evopatch.adapters"
+
+
+@cache
+def _load(target: str) -> Adapter:
+    module, _, name = target.partition(":")
+    adapter: Adapter = getattr(import_module(module), name)()
+    return adapter
+
+
+def adapters() -> list[Adapter]:
+    """Adapters for the libraries that are imported already: a model of another library can't be at hand."""
+    targets = [t for library, built_in in _BUILT_IN.items() if library in sys.modules for t in built_in]
+    targets += [e.value for e in entry_points(group=_GROUP) if e.name in sys.modules]
+    return [_load(target) for target in targets]
+
+
+def find(module: nn.Module) -> Adapter | None:
+    """The adapter that serves this module itself, not one inside it."""
+    for adapter in adapters():
+        if isinstance(module, adapter.hosts()):
+            return adapter
+    return None
+
+
+def find_hosts(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
+    """Every host in a model, the model itself included: name, module, adapter. Hosts inside a host aren't looked for."""
+    found: list[tuple[str, nn.Module, Adapter]] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") or not outer for outer, _, _ in found):
+            continue
+        if (adapter := find(module)) is not None:
+            found.append((name, module, adapter))
+    return found

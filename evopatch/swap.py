@@ -1,0 +1,53 @@
+"""Give a module another class and back: keys, parameters, `isinstance`, `deepcopy` and `pickle` stay as they were.
+
+One class per host class and mixin, made when first needed, so subclasses of a library's classes are served too. A
+pickle names the host class and the mixin, never the generated class.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+
+class Swapped:
+    """Base of the mixins; comes before the host class in the method resolution order."""
+
+    _evo_host_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        function, arguments, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        mixin = type(self).__mro__[1]
+        return (_new, (self._evo_host_class, mixin), *rest)
+
+
+@cache
+def swapped_class(host_class: type[nn.Module], mixin: type[Swapped]) -> type[nn.Module]:
+    """The class of a patched `host_class`, the same object at every call."""
+    return type(
+        f"{mixin.__name__}{host_class.__name__}",
+        (mixin, host_class),
+        {"_evo_host_class": host_class, "__module__": mixin.__module__},
+    )
+
+
+def swap(module: nn.Module, mixin: type[Swapped]) -> None:
+    """Let `module` run the mixin's methods."""
+    module.__class__ = swapped_class(type(module), mixin)
+
+
+def restore(module: nn.Module) -> None:
+    """The inverse of `swap`."""
+    module.__class__ = host_class(module)
+
+
+def host_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has, or had before `swap`."""
+    return getattr(type(module), "_evo_host_class", type(module))
+
+
+def _new(host_class: type[nn.Module], mixin: type[Swapped]) -> nn.Module:
+    cls = swapped_class(host_class, mixin)
+    return cls.__new__(cls)
