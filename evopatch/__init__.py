@@ -14,6 +14,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .patch import apply, config_of, is_patched, patched, remove, set_config, set_keep_ratio, supported, token_selection
+from .profile import Profile, profile
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,12 +27,14 @@ __all__ = [
     "EvoConfig",
     "EvoPatchError",
     "NotPatchedError",
+    "Profile",
     "UnsupportedInputError",
     "UnsupportedModelError",
     "apply",
     "config_of",
     "is_patched",
     "patched",
+    "profile",
     "remove",
     "set_config",
     "set_keep_ratio",

@@ -1,0 +1,5 @@
+"""`python -m evopatch`."""
+
+from .cli import main
+
+main()

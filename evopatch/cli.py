@@ -1,0 +1,238 @@
+"""The `evopatch` command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .config import EvoConfig
+from .errors import ConfigError, EvoPatchError
+
+app = typer.Typer(
+    help="Slow-fast token evolution for the vision transformers you already have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+class RepresentativeName(str, Enum):
+    """What stands in for the fast tokens."""
+
+    matched = "matched"
+    single = "single"
+    none = "none"
+
+
+class Precision(str, Enum):
+    """The model's floating-point type."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def main() -> None:
+    """Run the command; an error is one message, not a stack trace. Exit codes: 0 done, 2 bad usage, 1 failed."""
+    try:
+        app()
+    except ConfigError as error:
+        _fail(error, 2)
+    except EvoPatchError as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, code: int) -> None:
+    errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    raise SystemExit(code)
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Any]:
+    """A bar that yields its own advance function."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done=1: progress.advance(task, done)
+
+
+def parse_ratios(text: str) -> float | tuple[float, ...]:
+    """`0.5`, or one per run as in `0.6,0.35`."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"'{text}': expected a number, or numbers separated by commas") from None
+    return values[0] if len(values) == 1 else values
+
+
+def _floats(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    value = parse_ratios(text)
+    return value if isinstance(value, tuple) else (value,) * 3
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="A timm name, such as deit_tiny_patch16_224.")],
+    data: Annotated[Path, typer.Option(help="A .parquet file with `image` and `label`, or an ImageFolder directory.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights in timm's layout. Default: timm's pretrained ones.")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes of the checkpoint's head.")] = None,
+    keep_ratio: Annotated[
+        list[str] | None,
+        typer.Option(help="Mean share of slow tokens, or one per run (0.6,0.35). Repeat for several. Default 0.5."),
+    ] = None,
+    representative: Annotated[
+        list[RepresentativeName] | None, typer.Option(help="Repeat for several. Default matched.")
+    ] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's setting: single, constant keep ratio.")] = False,
+    selection: Annotated[str, typer.Option(help="stage or layer.")] = "stage",
+    schedule: Annotated[str | None, typer.Option(help="taper or constant.")] = None,
+    start: Annotated[int | None, typer.Option(help="First selecting block.")] = None,
+    stages: Annotated[str | None, typer.Option(help="Number of runs, or the first block of each (4,8).")] = None,
+    mean: Annotated[str | None, typer.Option(help="Normalisation mean, one number or three.")] = None,
+    std: Annotated[str | None, typer.Option(help="Normalisation standard deviation, one number or three.")] = None,
+    crop_pct: Annotated[float | None, typer.Option(help="Share of the image kept by the centre crop.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Input size in pixels. Default: the model's.")] = None,
+    rows: Annotated[str | None, typer.Option(help="Only these images, as in 650: or 0:100.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 50,
+    workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
+    dtype: Annotated[Precision, typer.Option()] = Precision.float32,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+) -> None:
+    """Top-1, top-5, agreement with and KL to the unpatched model, and FLOPs, without training.
+
+    The model's own preprocessing is used unless overridden.
+
+        evopatch evaluate --model deit_tiny_patch16_224 --data val/ --keep-ratio 0.7 --keep-ratio 0.5
+    """
+    import timm.data
+    import torch
+    from torch.utils.data import DataLoader, Subset
+
+    from .data import open_images
+    from .evaluate import evaluate as run
+    from .models import create_model
+    from .patch import apply
+
+    configs = _configs(keep_ratio, representative, paper, selection, schedule, start, stages)
+    network = create_model(model, checkpoint, num_classes).to(device, getattr(torch, dtype.value))
+    apply(network, config=configs[0])
+    override = {"mean": _floats(mean), "std": _floats(std), "crop_pct": crop_pct}
+    if image_size is not None:
+        override["input_size"] = (3, image_size, image_size)
+    options = timm.data.resolve_data_config(
+        {k: v for k, v in override.items() if v is not None}, model=network, use_test_size=False
+    )
+    dataset: Any = open_images(data, timm.data.create_transform(**options, is_training=False))
+    if rows is not None:
+        dataset = Subset(dataset, _rows(rows, len(dataset)))
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
+    with progress_bar(f"{model}, {len(configs)} setting(s)", len(dataset)) as advance:
+        results = run(network, loader, configs, tuple(options["input_size"]), on_batch=advance)
+    table = Table(title=f"{model}, {results[0].images} images, {dtype.value}, no training")
+    for column in ("representative", "keep ratio", "FLOPs", "FLOPs of blocks", "top-1 %", "top-5 %", "agree %", "KL"):
+        table.add_column(column, justify="left" if column == "representative" else "right")
+    for result in results:
+        unpatched = result is results[0]
+        table.add_row(
+            "unpatched" if unpatched else result.config.representative,
+            "" if unpatched else _ratio_text(result.config),
+            f"{result.flops:.3f}",
+            f"{result.blocks_flops:.3f}",
+            f"{result.top1:.2f}",
+            f"{result.top5:.2f}",
+            f"{result.agreement:.2f}",
+            f"{result.kl:.4f}",
+        )
+    console.print(table)
+    if json_out is not None:
+        json_out.write_text(json.dumps([result.to_dict() for result in results], indent=2) + "\n")
+
+
+def _configs(
+    keep_ratio: list[str] | None,
+    representative: list[RepresentativeName] | None,
+    paper: bool,
+    selection: str,
+    schedule: str | None,
+    start: int | None,
+    stages: str | None,
+) -> list[EvoConfig]:
+    base: dict[str, Any] = EvoConfig.paper().to_dict() if paper else EvoConfig().to_dict()
+    base.update(selection=selection, start=start)
+    if schedule is not None:
+        base["schedule"] = schedule
+    if stages is not None:
+        firsts = [int(part) for part in stages.split(",")]
+        base["stages"] = firsts[0] if len(firsts) == 1 else firsts
+    names = [r.value for r in representative] if representative else [base["representative"]]
+    ratios = [parse_ratios(text) for text in keep_ratio or ["0.5"]]
+    return [
+        EvoConfig.from_dict({**base, "representative": name, "keep_ratio": ratio}) for name in names for ratio in ratios
+    ]
+
+
+def _rows(text: str, total: int) -> range:
+    first, separator, last = text.partition(":")
+    if not separator:
+        raise typer.BadParameter(f"--rows {text}: expected FIRST:LAST, either of them may be left out")
+    return range(total)[int(first) if first else None : int(last) if last else None]
+
+
+def _ratio_text(config: EvoConfig) -> str:
+    ratio = config.keep_ratio
+    return ", ".join(f"{r:g}" for r in ratio) if isinstance(ratio, tuple) else f"{ratio:g}"
+
+
+@app.command(name="list")
+def list_models(
+    pattern: Annotated[str, typer.Argument(help="A timm wildcard, such as 'vit_small*'.")] = "*",
+) -> None:
+    """Names of the timm models that `evopatch.apply` takes.
+
+        evopatch list 'deit*'
+    """
+    import timm
+
+    from .patch import supported
+
+    names = [n for family in ("vit_*", "deit*") for n in timm.list_models(family) if n in set(timm.list_models(pattern))]
+    taken = []
+    with progress_bar("checking", len(names)) as advance:
+        for name in names:
+            if supported(timm.create_model(name, device="meta")):
+                taken.append(name)
+            advance()
+    for name in taken:
+        console.print(name, highlight=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the picture of the token selection goes.")] = Path(
+        "evopatch-demo.png"
+    ),
+) -> None:
+    """Train a small ViT on scikit-learn's handwritten digits, patch it, compare. No network, a few minutes.
+
+        evopatch demo
+    """
+    from .demo import run
+
+    run(out, console, progress_bar)

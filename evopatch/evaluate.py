@@ -1,0 +1,117 @@
+"""Accuracy of a patched model, and how far its predictions moved from the unpatched ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import EvoConfig
+from .errors import DataError
+from .patch import config_of, set_config
+from .profile import profile
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One configuration on one data set. Accuracies and agreement in percent, KL in nats per image."""
+
+    config: EvoConfig
+    images: int
+    top1: float
+    top5: float
+    agreement: float
+    """Share of the images whose predicted class is the unpatched model's."""
+    kl: float
+    """Mean of KL(unpatched || patched)."""
+    flops: float
+    """Whole model, relative to unpatched."""
+    blocks_flops: float
+    """The blocks with their selections, relative to unpatched."""
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for JSON."""
+        return {**dataclasses.asdict(self), "config": self.config.to_dict()}
+
+
+UNPATCHED = EvoConfig(keep_ratio=1.0)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    configs: Sequence[EvoConfig],
+    input_size: tuple[int, int, int],
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> list[Evaluation]:
+    """Run every configuration, and the unpatched model, on the same batches.
+
+    Args:
+        model: A patched classifier; keeps its configuration and mode.
+        batches: Of images `(B, 3, height, width)`, normalised, and labels `(B,)`.
+        configs: What to evaluate.
+        input_size: `(3, height, width)`, to count the FLOPs for.
+        on_batch: Called with the number of images after each batch.
+
+    Returns:
+        One result per configuration, the unpatched model's before them.
+
+    Raises:
+        DataError: If there are no batches, or a label is outside the model's classes.
+    """
+    configs = [UNPATCHED, *configs]
+    before, training = config_of(model), model.training
+    parameter = next(model.parameters())
+    sums = torch.zeros(len(configs), 4, dtype=torch.float64)
+    images = 0
+    model.eval()
+    try:
+        for batch, labels in batches:
+            batch = batch.to(parameter.device, parameter.dtype)
+            logits = [_logits(model, batch, config) for config in configs]
+            if int(labels.max()) >= logits[0].shape[1]:
+                raise DataError(f"label {int(labels.max())} for a model with {logits[0].shape[1]} classes")
+            sums += torch.stack([_sums(own, logits[0], labels) for own in logits])
+            images += len(labels)
+            on_batch(len(labels))
+        if not images:
+            raise DataError("no images to evaluate on")
+        flops = []
+        for config in configs:
+            set_config(model, config)
+            flops.append(profile(model, input_size))
+    finally:
+        set_config(model, before)
+        model.train(training)
+    return [
+        Evaluation(
+            config=config,
+            images=images,
+            top1=100 * total[0].item() / images,
+            top5=100 * total[1].item() / images,
+            agreement=100 * total[2].item() / images,
+            kl=total[3].item() / images,
+            flops=counted.ratio,
+            blocks_flops=counted.blocks_ratio,
+        )
+        for config, total, counted in zip(configs, sums, flops, strict=True)
+    ]
+
+
+def _logits(model: nn.Module, batch: Tensor, config: EvoConfig) -> Tensor:
+    set_config(model, config)
+    logits: Tensor = model(batch)
+    return logits.float().cpu()
+
+
+def _sums(logits: Tensor, unpatched: Tensor, labels: Tensor) -> Tensor:
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = top == labels.unsqueeze(1)
+    agree = top[:, 0] == unpatched.argmax(1)
+    kl = F.kl_div(logits.log_softmax(1), unpatched.log_softmax(1), reduction="sum", log_target=True)
+    return torch.stack([hits[:, 0].sum(), hits.sum(), agree.sum(), kl]).double()

@@ -1,0 +1,379 @@
+"""The contract that every adapter passes, for every structure it serves; each row with a control that can fail."""
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from variants import SIZE, VARIANTS, build, images
+
+import evopatch
+from evopatch import EvoConfig
+
+REPRESENTATIVES = ("matched", "single", "none")
+EVERY = pytest.mark.parametrize("name", sorted(VARIANTS))
+TYPICAL = pytest.mark.parametrize("name", ["vit", "gap", "relpos", "rope"])
+
+
+def moved(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+@EVERY
+@torch.no_grad()
+def test_keep_ratio_one_is_the_original_forward(name):
+    model, x = build(name), images()
+    original = model(x)
+    evopatch.apply(model, keep_ratio=1.0)
+    assert torch.equal(model(x), original)
+    evopatch.set_keep_ratio(model, 0.5)
+    assert torch.isfinite(model(x)).all()
+    assert moved(model(x), original) > 1e-4
+    evopatch.set_keep_ratio(model, 1.0)
+    assert torch.equal(model(x), original)
+
+
+@EVERY
+@torch.no_grad()
+def test_observing_alone_changes_nothing(name):
+    """A first run that keeps everything still computes class attention beside the original attention."""
+    model, x = build(name), images()
+    original = model.forward_intermediates(x, indices=[2], intermediates_only=True)[0]
+    evopatch.apply(model, config=EvoConfig(keep_ratio=[1.0, 0.3], stages=[2, 4]))
+    result, late = model.forward_intermediates(x, indices=[2, 4], intermediates_only=True)
+    assert torch.equal(result, original)
+    evopatch.set_keep_ratio(model, 1.0)
+    assert moved(late, model.forward_intermediates(x, indices=[4], intermediates_only=True)[0]) > 1e-4
+
+
+@EVERY
+def test_state_dict_is_unchanged_and_a_stock_checkpoint_loads(name):
+    model = build(name)
+    keys = list(model.state_dict())
+    evopatch.apply(model)
+    assert list(model.state_dict()) == keys
+    other = build(name)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    x = images()
+    before = model(x)
+    model.load_state_dict(other.state_dict(), strict=True)
+    assert torch.equal(model(x), evopatch.apply(other)(x))
+    assert moved(model(x), before) > 1e-4
+
+
+@EVERY
+@torch.no_grad()
+def test_remove_restores_the_model(name):
+    model, x = build(name), images()
+    original = model(x)
+    parameters, classes = dict(model.named_parameters()), [type(m) for m in model.modules()]
+    attributes = [set(vars(m)) for m in model.modules()]
+    evopatch.apply(model)
+    assert [type(m) for m in model.modules()] != classes
+    model(x)
+    assert evopatch.remove(model) is model
+    assert [type(m) for m in model.modules()] == classes
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert all(parameters[n] is p for n, p in model.named_parameters())
+    assert torch.equal(model(x), original)
+    evopatch.apply(model)
+    assert evopatch.is_patched(model)
+
+
+@EVERY
+@pytest.mark.parametrize("selection", ["stage", "layer"])
+@pytest.mark.parametrize("representative", REPRESENTATIVES)
+@torch.no_grad()
+def test_looking_between_the_blocks_changes_nothing(name, representative, selection):
+    model, x = build(name), images()
+    evopatch.apply(model, config=EvoConfig(representative=representative, selection=selection))
+    plain = model.forward_features(x)
+    final, intermediates = model.forward_intermediates(x)
+    assert len(intermediates) == 6
+    assert all(i.shape == (2, 48, 5, 5) for i in intermediates)
+    scale = 1.5 if name == "subclass" else 1.0
+    torch.testing.assert_close(final * scale, plain, atol=2e-5, rtol=2e-5)
+    early = model.forward_intermediates(x, indices=[1, 3], stop_early=True, intermediates_only=True)
+    assert torch.equal(early[1], intermediates[3])
+    evopatch.set_keep_ratio(model, 1.0)
+    assert moved(model.forward_intermediates(x)[1][-1], intermediates[-1]) > 1e-4
+
+
+@EVERY
+@pytest.mark.parametrize("representative", REPRESENTATIVES)
+@torch.no_grad()
+def test_an_images_result_does_not_depend_on_its_batch(name, representative):
+    model, x = build(name), images(4)
+    evopatch.apply(model, config=EvoConfig(representative=representative))
+    together, alone = model(x), torch.cat([model(image) for image in x.split(1)])
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=2e-5)
+    assert moved(together[0], together[1]) > 1e-4
+
+
+@EVERY
+@torch.no_grad()
+def test_deepcopy_pickle_and_ema_after_a_forward(name):
+    model, x = evopatch.apply(build(name)), images()
+    expected = model(x)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(buffer, weights_only=False),
+        ModelEmaV3(model).module,
+    ):
+        assert type(twin) is type(model)
+        assert torch.equal(twin(x), expected)
+        evopatch.set_keep_ratio(twin, 0.25)
+        assert moved(twin(x), expected) > 1e-5
+        assert torch.equal(model(x), expected)
+        evopatch.remove(twin)
+        assert evopatch.is_patched(model)
+
+
+@EVERY
+@torch.no_grad()
+def test_compiles_to_one_graph_without_recompiling(name):
+    torch._dynamo.reset()
+    model, x = evopatch.apply(build(name)), images()
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, atol=2e-5, rtol=2e-5)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(compiled(images(seed=2)), model(images(seed=2)), atol=2e-5, rtol=2e-5)
+    evopatch.set_keep_ratio(model, 0.3)
+    changed = compiled(x)
+    torch.testing.assert_close(changed, model(x), atol=2e-5, rtol=2e-5)
+    assert moved(changed, expected) > 1e-5
+
+
+@torch.no_grad()
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    model, x = evopatch.apply(build("vit")), images()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), atol=2e-5, rtol=2e-5)
+
+
+@EVERY
+@torch.no_grad()
+def test_exports_and_runs_eagerly_after(name):
+    model, x = evopatch.apply(build(name)), images()
+    expected, original = model(x), evopatch.remove(copy.deepcopy(model))(x)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), expected, atol=2e-5, rtol=2e-5)
+    assert torch.equal(model(x), expected)
+    assert moved(exported(x), original) > 1e-4
+
+
+@pytest.mark.parametrize("representative", REPRESENTATIVES)
+@TYPICAL
+@torch.no_grad()
+def test_onnx_runtime_equals_eager(name, representative, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = build(name), images()
+    original = model(x)
+    evopatch.apply(model, config=EvoConfig(representative=representative))
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    result = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    torch.testing.assert_close(result, model(x), atol=1e-4, rtol=1e-4)
+    assert moved(result, original) > 1e-3
+
+
+def gradients(model, x):
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@EVERY
+@pytest.mark.parametrize("selection", ["stage", "layer"])
+@pytest.mark.parametrize("representative", REPRESENTATIVES)
+def test_gradient_checkpointing_changes_no_gradient(name, representative, selection):
+    model, x = build(name).train(), images().requires_grad_()
+    original = gradients(model, x)
+    evopatch.apply(model, config=EvoConfig(representative=representative, selection=selection))
+    plain = gradients(model, x)
+    model.set_grad_checkpointing()
+    checkpointed = gradients(model, x)
+    assert plain.keys() == checkpointed.keys() == original.keys()
+    for parameter, gradient in plain.items():
+        scale = gradient.abs().max().item() + 1e-3
+        torch.testing.assert_close(checkpointed[parameter], gradient, atol=2e-4 * scale, rtol=1e-3)
+    assert max(moved(plain[p], original[p]) for p in plain) > 1e-3
+
+
+@TYPICAL
+def test_reentrant_checkpointing_changes_no_gradient(name):
+    from timm.layers import set_reentrant_ckpt
+
+    model, x = evopatch.apply(build(name).train()), images().requires_grad_()
+    plain = gradients(model, x)
+    model.set_grad_checkpointing()
+    set_reentrant_ckpt(True)
+    try:
+        checkpointed = gradients(model, x)
+    finally:
+        set_reentrant_ckpt(False)
+    for parameter, gradient in plain.items():
+        scale = gradient.abs().max().item() + 1e-3
+        torch.testing.assert_close(checkpointed[parameter], gradient, atol=2e-4 * scale, rtol=1e-3)
+
+
+@EVERY
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_forwards_before_one_backward(name, checkpointing):
+    model = evopatch.apply(build(name).train())
+    model.set_grad_checkpointing(checkpointing)
+    a, b = images(seed=1), images(seed=2)
+    separate = {n: g + gradients(model, b)[n] for n, g in gradients(model, a).items()}
+    model.zero_grad()
+    (model(a).square().sum() + model(b).square().sum()).backward()
+    for parameter, gradient in separate.items():
+        scale = gradient.abs().max().item() + 1e-3
+        together = model.get_parameter(parameter).grad
+        torch.testing.assert_close(together, gradient, atol=2e-4 * scale, rtol=1e-3)
+    assert any(g.abs().max() > 1e-3 for g in separate.values())
+
+
+@TYPICAL
+@torch.no_grad()
+def test_two_threads_on_one_model(name):
+    model = evopatch.apply(build(name))
+    batches = [images(seed=seed) for seed in range(8)]
+    expected = [model(x) for x in batches]
+    results = {}
+
+    def work(first):
+        for _ in range(5):
+            for i in range(first, 8, 2):
+                results.setdefault(i, []).append(model(batches[i]))
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    for i, runs in results.items():
+        for run in runs:
+            torch.testing.assert_close(run, expected[i], atol=1e-5, rtol=1e-5)
+    assert moved(expected[0], expected[1]) > 1e-4
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision(name, dtype):
+    model, x = build(name), images()
+    reference = model(x)
+    half = evopatch.apply(copy.deepcopy(model).to(dtype))
+    result = half(x.to(dtype))
+    assert result.dtype == dtype
+    assert torch.isfinite(result).all()
+    evopatch.set_keep_ratio(half, 1.0)
+    stock = moved(half(x.to(dtype)).float(), reference)
+    patched = evopatch.apply(model)(x)
+    # Half precision may choose a few other tokens; it must stay nearer to its own float32 result than to nothing.
+    assert moved(result.float(), patched) < max(4 * stock, 0.5 * patched.abs().max().item())
+
+
+@EVERY
+@torch.no_grad()
+def test_autocast(name):
+    model, x = evopatch.apply(build(name)), images()
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = model(x)
+    assert torch.isfinite(result).all()
+    assert moved(result.float(), expected) < 0.5 * expected.abs().max().item()
+
+
+DYNAMIC = ["vit", "registers", "gap", "rope", "rope_mixed", "eva"]
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+@torch.no_grad()
+def test_dynamic_image_sizes(name):
+    model = build(name, dynamic_img_size=True)
+    evopatch.apply(model)
+    for size in ((SIZE, SIZE), (56, 24), (64, 80)):
+        x = images(size=size)
+        result, intermediates = model.forward_intermediates(x)
+        assert intermediates[-1].shape[-2:] == (size[0] // 8, size[1] // 8)
+        torch.testing.assert_close(model.forward_features(x), result, atol=2e-5, rtol=2e-5)
+        selection = evopatch.token_selection(model, x)
+        patches = selection.shape[-2] * selection.shape[-1]
+        assert selection[:, -1].sum() == 2 * int(patches * 0.37 + 0.5)
+        assert moved(result, evopatch.remove(copy.deepcopy(model)).forward_features(x)) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["vit", "relpos", "relpos_class", "relpos_shared", "rope", "deit_distilled"])
+@torch.no_grad()
+def test_changed_input_size_of_a_patched_model(name):
+    model, twin = evopatch.apply(build(name)), build(name)
+    x = images(size=(64, 48))
+    for m in (model, twin):
+        m.set_input_size(img_size=(64, 48))
+    assert torch.equal(model(x), evopatch.apply(twin)(x))
+    assert model.forward_intermediates(x, intermediates_only=True)[-1].shape == (2, 48, 8, 6)
+
+
+@EVERY
+def test_training_with_drop_path(name):
+    model, x = build(name, drop_path_rate=0.3).train(), images(8)
+    evopatch.apply(model)
+    torch.manual_seed(3)
+    first = model(x)
+    torch.manual_seed(3)
+    assert torch.equal(model(x), first)
+    torch.manual_seed(4)
+    assert moved(model(x), first) > 1e-5
+    grads = gradients(model, x)
+    assert all(torch.isfinite(g).all() for g in grads.values())
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["vit", "parallel", "eva", "diff"])
+def test_attention_dropout_follows_the_mode(name):
+    model, x = build(name, attn_drop_rate=0.5), images()
+    assert torch.equal(evopatch.apply(model)(x), model(x))
+    model.train()
+    assert moved(model(x), model(x)) > 1e-4
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+@EVERY
+@torch.no_grad()
+def test_a_failed_apply_leaves_the_model_untouched(name, monkeypatch):
+    model, x = build(name), images()
+    original, classes = model(x), [type(m) for m in model.modules()]
+    attributes = [dict(vars(m)) for m in model.modules()]
+    from evopatch import graph
+
+    calls = []
+
+    def failing(block, block_name, spec):
+        calls.append(block_name)
+        if block_name == "blocks.4":
+            raise evopatch.AttentionNotFoundError("planted")
+        return generate(block, block_name, spec)
+
+    generate = graph.generate
+    monkeypatch.setattr(graph, "generate", failing)
+    with pytest.raises(evopatch.AttentionNotFoundError, match="planted"):
+        evopatch.apply(model)
+    assert calls[-1] == "blocks.4"
+    assert [type(m) for m in model.modules()] == classes
+    assert [dict(vars(m)) for m in model.modules()] == attributes
+    assert torch.equal(model(x), original)
