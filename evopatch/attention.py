@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -67,13 +68,17 @@ class AttentionTap:
     def softmax(self, logits: Tensor, dim: int = -1, **kwargs: Any) -> Tensor:
         """Stands where a block takes the softmax of its `(B, H, M, M)` attention logits."""
         bias = self._bias(None, logits)
-        probabilities = (logits if bias is None else logits + bias).softmax(dim, **kwargs)
+        if bias is not None:
+            logits = logits + bias
+        probabilities = logits.softmax(dim, **kwargs)
         if self.observe:
-            rows = probabilities.detach().float().mean(1)
             if self.readout:
-                self._observed.append(rows[:, : self.readout].mean(1))
+                observed = probabilities[:, :, : self.readout].detach().float()
             else:
-                self._observed.append((self._share(rows) @ rows[:, self.prefix :]).squeeze(1))
+                # Logits are linear in the query: their mean is the mean query's, as `attend` takes it.
+                share = self._share(logits[:, 0]).unsqueeze(1).to(logits.dtype)
+                observed = (share @ logits[:, :, self.prefix :].detach()).softmax(-1, dtype=torch.float32)
+            self._observed.append(observed.mean((1, 2)))
         return probabilities
 
     def _bias(self, bias: Tensor | None, like: Tensor) -> Tensor | None:

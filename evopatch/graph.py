@@ -208,8 +208,8 @@ def _check_logits(softmax: fx.Node, block: nn.Module, name: str) -> None:
     raise AttentionNotFoundError(
         f"{name} ({type(block).__name__}): the graph node '{node}' "
         f"({getattr(node, 'op', '?')} {getattr(node, 'target', '?')}) stands between the product of queries and keys "
-        "and the softmax; expected nothing but a scaling. Use the fused attention of this model "
-        "(set_fused_attn(True) in timm), whose position bias evopatch averages for the compact set"
+        "and the softmax; expected nothing but a scaling. Create the model with fused attention "
+        "(timm.layers.set_fused_attn(True) before), whose position bias evopatch averages for the compact set"
     )
 
 

@@ -239,7 +239,7 @@ def merge_bias(bias: Tensor, partition: Partition) -> Tensor:
     heads, tokens = bias.shape[1:3]
     rows = merge(bias.transpose(1, 2).reshape(-1, tokens, heads * tokens).expand(batch, -1, -1), partition)
     columns = merge(rows.view(batch, -1, heads, tokens).permute(0, 3, 1, 2).flatten(2), partition)
-    return columns.view(batch, partition.rows, heads, -1).permute(0, 2, 3, 1)
+    return columns.view(batch, partition.rows, partition.rows, heads).permute(0, 3, 2, 1)
 
 
 def default_scale(query: Tensor) -> float:

@@ -1,0 +1,119 @@
+import pytest
+
+from evopatch import ConfigError, EvoConfig
+
+
+def ratios(config, depth=12):
+    return [round(plan.keep_ratio, 3) for plan in config.resolve(depth)]
+
+
+def marks(config, attribute, depth=12):
+    return [i for i, plan in enumerate(config.resolve(depth)) if getattr(plan, attribute)]
+
+
+def test_default_tapers_around_the_mean_after_the_first_third():
+    plan = EvoConfig(keep_ratio=0.5)
+    assert ratios(plan) == [1.0] * 4 + [0.63] * 4 + [0.37] * 4
+    assert marks(plan, "selects") == [4, 8]
+    assert marks(plan, "ends") == [7, 11]
+
+
+def test_paper():
+    plan = EvoConfig.paper()
+    assert (plan.representative, plan.tradeoff, plan.schedule) == ("single", 0.5, "constant")
+    assert ratios(plan) == [1.0] * 4 + [0.5] * 8
+
+
+@pytest.mark.parametrize("mean", [0.1, 0.35, 0.5, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("stages", [1, 2, 3, [4, 5], [3, 5, 9, 10]])
+@pytest.mark.parametrize("depth", [11, 12, 24])
+def test_one_keep_ratio_is_the_mean_over_the_blocks_of_the_runs(mean, stages, depth):
+    plans = EvoConfig(keep_ratio=mean, stages=stages).resolve(depth)
+    start = stages[0] if isinstance(stages, list) else depth // 3
+    running = [plan.keep_ratio for plan in plans[start:]]
+    assert sum(running) / len(running) == pytest.approx(mean)
+    assert all(0 < ratio <= 1 for ratio in running)
+    assert running == sorted(running, reverse=True)
+
+
+def test_layer_wise_selects_before_every_block():
+    plan = EvoConfig(selection="layer", keep_ratio=[0.6, 0.3])
+    assert marks(plan, "selects") == list(range(4, 12))
+    assert marks(plan, "ends") == list(range(4, 12))
+    assert ratios(plan)[4:] == [0.6] * 4 + [0.3] * 4
+
+
+def test_class_attention_is_only_computed_where_a_later_selection_reads_it():
+    tradeoffs = [plan.tradeoff for plan in EvoConfig(tradeoff=[i / 12 for i in range(12)]).resolve(12)]
+    assert tradeoffs == [i / 12 for i in range(8)] + [None] * 4
+    assert all(plan.tradeoff is None for plan in EvoConfig(keep_ratio=1.0).resolve(12))
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4, 5, 6, 40])
+def test_any_depth(depth):
+    plans = EvoConfig().resolve(depth)
+    assert len(plans) == depth
+    assert plans[0].keep_ratio == 1.0
+    assert plans[-1].keep_ratio < 1.0
+    assert plans[-1].ends
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_ratio": 0.0}, r"keep_ratio=0.0: expected a number in \(0, 1\]"),
+        ({"keep_ratio": 1.5}, r"keep_ratio=1.5"),
+        ({"keep_ratio": float("nan")}, "keep_ratio=nan"),
+        ({"keep_ratio": "0.5"}, "keep_ratio='0.5'"),
+        ({"keep_ratio": [0.5, 2]}, "keep_ratio=2"),
+        ({"keep_ratio": True}, "keep_ratio=True"),
+        ({"tradeoff": -0.1}, r"tradeoff=-0.1: expected a number in \[0, 1\]"),
+        ({"selection": "token"}, "selection='token': expected one of 'stage', 'layer'"),
+        ({"representative": "mean"}, "representative='mean'"),
+        ({"schedule": "cosine"}, "schedule='cosine'"),
+        ({"start": 0}, "start=0: expected a block index of at least 1"),
+        ({"stages": 0}, "stages=0"),
+        ({"stages": []}, "stages="),
+        ({"stages": [8, 4]}, "increasing order"),
+        ({"stages": [4, 8], "start": 3}, "disagree"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        EvoConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "depth", "message"),
+    [
+        ({"stages": [4, 12]}, 12, "starts at block 12, beyond the model's 12 blocks"),
+        ({"start": 12}, 12, "starts at block 12"),
+        ({"keep_ratio": [0.5]}, 12, r"1 keep ratios \(0.5,\) for 2 run\(s\)"),
+        ({"tradeoff": [0.5] * 3}, 12, "3 tradeoffs for 12 blocks"),
+        ({}, 1, r"1 block\(s\): expected at least 2"),
+    ],
+)
+def test_settings_that_do_not_fit_the_depth(settings, depth, message):
+    with pytest.raises(ConfigError, match=message):
+        EvoConfig(**settings).resolve(depth)
+
+
+@pytest.mark.parametrize(
+    "config", [EvoConfig(), EvoConfig.paper(0.7), EvoConfig([0.6, 0.3], stages=[3, 7], tradeoff=[0.5] * 12)]
+)
+def test_json_round_trip(config):
+    assert EvoConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a JSON text"),
+        ("[1]", "expected a JSON object"),
+        ('{"keep": 1}', r"unknown setting\(s\) \['keep'\]"),
+        ('{"keep_ratio": 3}', "keep_ratio=3"),
+    ],
+)
+def test_bad_json(text, message):
+    with pytest.raises(ConfigError, match=message):
+        EvoConfig.from_json(text)

@@ -1,0 +1,221 @@
+"""Every function of the algorithm against a slow reference with Python loops."""
+
+import math
+
+import pytest
+import torch
+
+from evopatch import UnsupportedInputError, ops
+
+B, P, N, C, H, D = 3, 2, 11, 8, 4, 6
+
+
+@pytest.fixture
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, P + N, C, generator=generator)
+    g = torch.rand(B, N, generator=generator) + 0.01
+    metric = torch.randn(B, N, C, generator=generator)
+    return x, g, metric
+
+
+def top(values, count):
+    return set(sorted(range(len(values)), key=lambda i: -values[i])[:count])
+
+
+def matched_reference(g, metric, keep):
+    """Slow set and, for every token, the slow token that it follows."""
+    patches = len(g)
+    unit = [m / m.norm() for m in metric]
+    similarity = [[float(unit[i] @ unit[j]) for j in range(patches)] for i in range(patches)]
+    mean = sum(float(v) for v in g) / patches
+    fastness = []
+    for i in range(patches):
+        better = [similarity[i][j] for j in range(patches) if g[j] > g[i]]
+        fastness.append((max(better) if better else -math.inf) - ops.IMPORTANCE_WEIGHT * float(g[i]) / mean)
+    fast = top(fastness, patches - keep)
+    slow = [i for i in range(patches) if i not in fast]
+    leader = [i if i in slow else max(slow, key=lambda j: similarity[i][j]) for i in range(patches)]
+    return set(slow), leader
+
+
+@pytest.mark.parametrize("keep", [1, 4, 10])
+def test_select_matched(tensors, keep):
+    _, g, metric = tensors
+    partition = ops.select_matched(g, metric, keep, P)
+    assert partition.rows == P + keep
+    for b in range(B):
+        slow, leader = matched_reference(g[b], metric[b], keep)
+        assert set(partition.slow[b].nonzero().flatten().tolist()) == slow
+        group = partition.group[b].tolist()
+        assert group[:P] == list(range(P))
+        sizes = [leader.count(i) for i in range(N)]
+        for i in range(N):
+            assert group[P + i] == group[P + leader[i]]
+            assert partition.weight[b, P + i].item() == pytest.approx(1 / sizes[leader[i]])
+            assert partition.log_size[b, group[P + i]].item() == pytest.approx(math.log(sizes[leader[i]]))
+        assert len({group[P + i] for i in slow}) == keep
+        assert partition.log_size[b, :P].tolist() == [0.0] * P
+
+
+@pytest.mark.parametrize("representative", [True, False])
+@pytest.mark.parametrize("keep", [1, 4, 10])
+def test_select_top(tensors, keep, representative):
+    _, g, _ = tensors
+    partition = ops.select_top(g, keep, P, representative)
+    assert partition.rows == P + keep + representative
+    assert partition.log_size is None
+    for b in range(B):
+        slow = top(g[b].tolist(), keep)
+        assert set(partition.slow[b].nonzero().flatten().tolist()) == slow
+        group = partition.group[b].tolist()
+        assert sorted(group[P + i] for i in slow) == list(range(P, P + keep))
+        fast = [i for i in range(N) if i not in slow]
+        assert all(group[P + i] == P + keep for i in fast)
+        total = sum(g[b, i].item() for i in fast)
+        for i in fast:
+            expected = g[b, i].item() / total if representative else 0.0
+            assert partition.weight[b, P + i].item() == pytest.approx(expected, abs=1e-7)
+
+
+def partitions(g, metric, keep=4):
+    return {
+        "matched": ops.select_matched(g, metric, keep, P),
+        "single": ops.select_top(g, keep, P, True),
+        "none": ops.select_top(g, keep, P, False),
+    }
+
+
+@pytest.mark.parametrize("kind", ["matched", "single", "none"])
+def test_merge_and_distribute(tensors, kind):
+    x, g, metric = tensors
+    partition = partitions(g, metric)[kind]
+    compact = ops.merge(x, partition)
+    change = torch.randn(compact.shape, generator=torch.Generator().manual_seed(1))
+    result = ops.distribute(x, change, partition)
+    for b in range(B):
+        rows = torch.zeros(partition.rows + 1, C)
+        for t in range(P + N):
+            rows[partition.group[b, t]] += partition.weight[b, t] * x[b, t]
+        torch.testing.assert_close(compact[b], rows[:-1])
+        for t in range(P + N):
+            row = int(partition.group[b, t])
+            expected = x[b, t] + (change[b, row] if row < partition.rows else 0.0)
+            torch.testing.assert_close(result[b, t], expected)
+
+
+@pytest.mark.parametrize("kind", ["matched", "single", "none"])
+def test_merged_tokens_move_with_their_group(tensors, kind):
+    """What makes full-grid steps equal to compact ones: merging after distributing gives the changed rows."""
+    x, g, metric = tensors
+    partition = partitions(g, metric)[kind]
+    compact = ops.merge(x, partition)
+    change = torch.randn(compact.shape, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ops.merge(ops.distribute(x, change, partition), partition), compact + change)
+
+
+def test_accumulate(tensors):
+    _, g, _ = tensors
+    attention = torch.rand(B, N)
+    assert ops.accumulate(None, attention, 0.3) is attention
+    result = ops.accumulate(g, attention, 0.3)
+    for b in range(B):
+        for i in range(N):
+            assert result[b, i].item() == pytest.approx(0.7 * g[b, i].item() + 0.3 * attention[b, i].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["matched", "single", "none"])
+def test_accumulate_compact(tensors, kind):
+    _, g, metric = tensors
+    partition = partitions(g, metric)[kind]
+    attention = torch.rand(B, partition.rows)
+    result = ops.accumulate_compact(g, attention, 0.3, partition)
+    for b in range(B):
+        group = partition.group[b, P:].tolist()
+        for i in range(N):
+            if kind != "matched" and not partition.slow[b, i]:
+                assert result[b, i] == g[b, i]
+                continue
+            size = group.count(group[i]) if kind == "matched" else 1
+            expected = 0.7 * g[b, i].item() + 0.3 * attention[b, group[i]].item() / size
+            assert result[b, i].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_class_attention(pooled, biased):
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(B, H, 2, D, generator=generator)
+    key = torch.randn(B, H, N, D, generator=generator)
+    bias = torch.randn(B, H, 2, N, generator=generator) if biased else None
+    share = torch.tensor([[0.25, 0.75]]).expand(B, 2) if pooled else None
+    result = ops.class_attention(query, key, 0.4, bias, share)
+    assert result.dtype == torch.float32
+    for b in range(B):
+        expected = torch.zeros(N)
+        for h in range(H):
+            logits = [[0.4 * float(query[b, h, r] @ key[b, h, j]) for j in range(N)] for r in range(2)]
+            if bias is not None:
+                logits = [[logits[r][j] + float(bias[b, h, r, j]) for j in range(N)] for r in range(2)]
+            if pooled:
+                logits = [[0.25 * logits[0][j] + 0.75 * logits[1][j] for j in range(N)]]
+            expected += sum(torch.tensor(row).softmax(0) for row in logits) / len(logits) / H
+        torch.testing.assert_close(result[b], expected, atol=1e-6, rtol=1e-5)
+    assert torch.allclose(result.sum(1), torch.ones(B))
+
+
+@pytest.mark.parametrize("kind", ["matched", "single", "none"])
+def test_merge_positions(tensors, kind):
+    _, g, metric = tensors
+    partition = partitions(g, metric)[kind]
+    table = torch.randn(H, N, D, generator=torch.Generator().manual_seed(3))
+    per_head = ops.merge_positions(table, partition, P)
+    shared = ops.merge_positions(table[0], partition, P)
+    batched = ops.merge_positions(table.expand(B, H, N, D), partition, P)
+    assert per_head.shape == (B, H, partition.rows - P, D)
+    assert shared.shape == (B, 1, partition.rows - P, D)
+    torch.testing.assert_close(batched, per_head)
+    torch.testing.assert_close(shared[:, 0], per_head[:, 0])
+    for b in range(B):
+        for h in range(H):
+            rows = torch.zeros(partition.rows + 1, D)
+            for i in range(N):
+                rows[partition.group[b, P + i]] += partition.weight[b, P + i] * table[h, i]
+            torch.testing.assert_close(per_head[b, h], rows[P:-1])
+
+
+@pytest.mark.parametrize("kind", ["matched", "single", "none"])
+def test_merge_bias(tensors, kind):
+    _, g, metric = tensors
+    partition = partitions(g, metric)[kind]
+    bias = torch.randn(1, H, P + N, P + N, generator=torch.Generator().manual_seed(4))
+    result = ops.merge_bias(bias, partition)
+    assert result.shape == (B, H, partition.rows, partition.rows)
+    for b in range(B):
+        expected = torch.zeros(H, partition.rows + 1, partition.rows + 1)
+        for s in range(P + N):
+            for t in range(P + N):
+                weight = partition.weight[b, s] * partition.weight[b, t]
+                expected[:, partition.group[b, s], partition.group[b, t]] += weight * bias[0, :, s, t]
+        torch.testing.assert_close(result[b], expected[:, :-1, :-1])
+
+
+@pytest.mark.parametrize(
+    ("patches", "ratio", "expected"), [(196, 0.5, 98), (196, 0.37, 73), (4, 0.01, 1), (4, 0.99, 3), (2, 0.5, 1)]
+)
+def test_num_slow(patches, ratio, expected):
+    assert ops.num_slow(patches, ratio) == expected
+
+
+@pytest.mark.parametrize("patches", [0, 1])
+def test_num_slow_needs_two_patches(patches):
+    with pytest.raises(UnsupportedInputError, match=f"{patches} patch token.*at least 2"):
+        ops.num_slow(patches, 0.5)
+
+
+def test_equal_importance_is_no_error():
+    """A blank image: every token alike, every score alike."""
+    partition = ops.select_matched(torch.ones(1, N), torch.ones(1, N, C), 4, P)
+    assert partition.slow.sum() == 4
+    assert torch.isfinite(partition.weight).all()
+    assert torch.isfinite(ops.select_top(torch.zeros(1, N), 4, P, True).weight).all()
