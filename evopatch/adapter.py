@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import nn
@@ -22,7 +22,7 @@ class HostSpec:
     """`P`: how many prefix tokens (class, distillation, registers) precede the patch tokens."""
     readout: int
     """How many of the first prefix tokens the head reads; 0 where it averages the patch tokens."""
-    trace: TraceSpec = TraceSpec()
+    trace: TraceSpec = field(default_factory=TraceSpec)
     token_inputs: tuple[str, ...] = ()
     """Those of the block's inputs that have one entry per patch token, such as a rotary table: averaged per group."""
 

@@ -206,13 +206,15 @@ def list_models(
 ) -> None:
     """Names of the timm models that `evopatch.apply` takes.
 
-        evopatch list 'deit*'
+    evopatch list 'deit*'
     """
     import timm
 
     from .patch import supported
 
-    names = [n for family in ("vit_*", "deit*") for n in timm.list_models(family) if n in set(timm.list_models(pattern))]
+    names = [
+        n for family in ("vit_*", "deit*") for n in timm.list_models(family) if n in set(timm.list_models(pattern))
+    ]
     taken = []
     with progress_bar("checking", len(names)) as advance:
         for name in names:
@@ -231,7 +233,7 @@ def demo(
 ) -> None:
     """Train a small ViT on scikit-learn's handwritten digits, patch it, compare. No network, a few minutes.
 
-        evopatch demo
+    evopatch demo
     """
     from .demo import run
 

@@ -135,7 +135,9 @@ class EvoConfig:
         else:
             firsts = list(self.stages)
         if firsts[-1] >= depth:
-            raise ConfigError(f"a run starts at block {firsts[-1]}, beyond the model's {depth} blocks (0 to {depth - 1})")
+            raise ConfigError(
+                f"a run starts at block {firsts[-1]}, beyond the model's {depth} blocks (0 to {depth - 1})"
+            )
         return firsts
 
     def _keep_ratios(self, firsts: list[int], depth: int) -> list[float]:

@@ -67,7 +67,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, advance
         for index in torch.randperm(len(images)).split(BATCH):
             loss = F.cross_entropy(model(normalise(images[index])), labels[index])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
@@ -89,7 +89,15 @@ def run(out: Path, console: Console, progress_bar: ProgressBar, epochs: int = EP
         batches = zip(inputs.split(BATCH), labels.split(BATCH), strict=True)
         results = evaluate(model, batches, configs, (1, IMAGE_SIZE, IMAGE_SIZE), on_batch=advance)
     table = Table(title=f"{len(images)} test digits; batch {len(inputs[:256])}, float32, CPU, no fine-tuning")
-    for column in ("representative", "keep ratio", "accuracy %", "FLOPs of blocks", "images/s", "unpatched", "speed-up"):
+    for column in (
+        "representative",
+        "keep ratio",
+        "accuracy %",
+        "FLOPs of blocks",
+        "images/s",
+        "unpatched",
+        "speed-up",
+    ):
         table.add_column(column, justify="left" if column == "representative" else "right")
     table.add_row("unpatched", "", f"{results[0].top1:.1f}", "1.00", "", "", "")
     with progress_bar("timing", len(configs)) as advance:

@@ -132,7 +132,8 @@ def _trace(block: nn.Module, name: str, spec: TraceSpec) -> fx.Graph:
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix("block.")
-    graph.owning_module = block
+    # Dead-code elimination looks submodules up in it.
+    graph.owning_module = block  # type: ignore[assignment]
     return graph
 
 
@@ -178,8 +179,8 @@ def _tap(graph: fx.Graph, block: nn.Module, name: str) -> None:
         last = next(node for node in reversed(graph.nodes) if node.op != "output")
         raise AttentionNotFoundError(
             f"{name} ({type(block).__name__}): found no scaled_dot_product_attention and no softmax among the "
-            f"{len(graph.nodes)} nodes of its graph, which ends at '{last.name}' ({last.op} {last.target}); expected an "
-            "attention core of one of these forms. Leave the model unpatched, or register an adapter for it"
+            f"{len(graph.nodes)} nodes of its graph, which ends at '{last.name}' ({last.op} {last.target}); "
+            "expected an attention core of one of these forms. Leave the model unpatched, or register an adapter for it"
         )
     graph.eliminate_dead_code()
 
@@ -215,7 +216,7 @@ def _check_logits(softmax: fx.Node, block: nn.Module, name: str) -> None:
 
 def _metric_graph(graph: fx.Graph, block: nn.Module, name: str) -> fx.Graph:
     """The graph up to the input of the projection that the first attention core's queries come from."""
-    copy = fx.Graph(owning_module=block)
+    copy = fx.Graph(owning_module=graph.owning_module)
     mapping: dict[fx.Node, fx.Node] = {}
     copy.graph_copy(graph, mapping)
     core = next(n for n in graph.nodes if n.op == "call_method" and n.target in ("attend", "softmax"))
@@ -253,6 +254,6 @@ def _function(graph: fx.Graph) -> Callable[..., Any]:
         filename = f"<evopatch block {len(_functions)}>"
         linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
         namespace = dict(code.globals)
-        exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102
+        exec(compile(code.src, filename, "exec"), namespace)
         _functions[key] = namespace["forward"]
     return _functions[key]

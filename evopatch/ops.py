@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import UnsupportedInputError
 
-IMPORTANCE_WEIGHT = 0.05
+IMPORTANCE_EXPONENT = 0.7
 
 
 class Partition(NamedTuple):
@@ -121,7 +121,7 @@ def select_top(g: Tensor, keep: int, prefix: int, representative: bool) -> Parti
         representative: True: the fast tokens share one row, their mean weighted by `g` (equation 5).
             False: nothing stands in for them.
     """
-    batch, patches = g.shape
+    batch = g.shape[0]
     index = g.topk(keep, dim=1, sorted=False).indices
     slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, True)
     order = torch.arange(keep, device=g.device).expand(batch, keep)
@@ -135,8 +135,9 @@ def select_top(g: Tensor, keep: int, prefix: int, representative: bool) -> Parti
 def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int) -> Partition:
     """Matched representatives: every fast token joins the slow token most similar to it.
 
-    A patch token is fast when a *more important* one already says the same: the `N - K` tokens of largest
-    `max_{j: g_j > g_i} <f_i, f_j> - 0.05 * g_i / mean(g)`, with `f` the normalised metric.
+    What would be lost if token `i` were fast is its importance times how little of it a *more important* token
+    already says: `g_i ** 0.7 * (1 - max_{j: g_j > g_i} <f_i, f_j>)`, with `f` the normalised metric. The `K` tokens of
+    largest loss are slow. A group's row is the mean of its members weighted by `g`, the paper's equation 5 per group.
 
     Args:
         g: `(B, N)` float32.
@@ -150,15 +151,17 @@ def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int) -> Partiti
     lowest = torch.finfo(similarity.dtype).min
     more_important = g.unsqueeze(1) > g.unsqueeze(2)
     redundancy = similarity.masked_fill(~more_important, lowest).amax(dim=-1).float()
-    fastness = redundancy - IMPORTANCE_WEIGHT * g / g.mean(1, keepdim=True)
-    index = fastness.topk(keep, dim=1, largest=False, sorted=False).indices
+    loss = g.pow(IMPORTANCE_EXPONENT) * (1.0 - redundancy)
+    index = loss.topk(keep, dim=1, sorted=False).indices
     slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, True)
     # Rows of the similarity against the slow columns only: the arg max is the row of the compact set.
     columns = similarity.gather(2, index.unsqueeze(1).expand(batch, patches, keep))
     order = torch.arange(keep, device=g.device).expand(batch, keep)
     group = columns.argmax(dim=-1).scatter(1, index, order)
     size = torch.zeros_like(g[:, :keep]).scatter_add(1, group, torch.ones_like(g))
-    return _with_prefix(group, size.reciprocal().gather(1, group), slow, size.log(), keep, prefix)
+    share = g.clamp_min(torch.finfo(g.dtype).tiny)
+    total = torch.zeros_like(size).scatter_add(1, group, share)
+    return _with_prefix(group, share / total.gather(1, group), slow, size.log(), keep, prefix)
 
 
 def _with_prefix(

@@ -19,9 +19,7 @@ from .swap import restore, swap
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def apply(
-    model: Model, keep_ratio: float | Sequence[float] | None = None, config: EvoConfig | None = None
-) -> Model:
+def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, config: EvoConfig | None = None) -> Model:
     """Rewrite a model's blocks into slow-fast two-stream blocks, in place.
 
     State-dict keys, parameters and `isinstance` stay as they are; `remove` undoes it.
@@ -177,10 +175,10 @@ def _hosts(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
             )
     hosts = registry.find_hosts(model)
     if not hosts:
-        served = sorted({host.__name__ for adapter in registry.adapters() for host in adapter.hosts()})
+        served = ", ".join(sorted({h.__name__ for adapter in registry.adapters() for h in adapter.hosts()}))
         raise UnsupportedModelError(
             f"found nothing to patch in {type(model).__name__} ({type(model).__module__}): no adapter serves it or any "
-            f"of its submodules. Served classes: {', '.join(served) or 'none, since neither timm nor transformers is imported'}"
+            f"of its submodules. Served classes: {served or 'none, as no library with an adapter is imported'}"
         )
     return hosts
 

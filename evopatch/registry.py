@@ -42,7 +42,7 @@ def find(module: nn.Module) -> Adapter | None:
 
 
 def find_hosts(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
-    """Every host in a model, the model itself included: name, module, adapter. Hosts inside a host aren't looked for."""
+    """Every outermost host in a model, the model itself included: name, module, adapter."""
     found: list[tuple[str, nn.Module, Adapter]] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") or not outer for outer, _, _ in found):

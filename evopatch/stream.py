@@ -53,13 +53,15 @@ class SlowFastBlock(Swapped):
         if evo is None:
             if self._evo_patch.active:
                 raise BypassError(
-                    f"{self._evo_name} was called from outside the patched forward of '{self._evo_patch.name or 'model'}'"
-                    ": the slow-fast state would be missing. Call the model's forward, forward_features or "
-                    "forward_intermediates, or evopatch.remove(model) first"
+                    f"{self._evo_name} was called from outside the patched forward of "
+                    f"'{self._evo_patch.name or 'model'}': the slow-fast state would be missing. Call the model's "
+                    "forward, forward_features or forward_intermediates, or evopatch.remove(model) first"
                 )
-            return host_class(self).forward(self, x, *args, **kwargs)  # type: ignore[arg-type]
+            out: Tensor = self._evo_host_class.forward(self, x, *args, **kwargs)
+            return out
         inputs = tuple(kwargs[name] for name in self._evo_patch.spec.trace.inputs)
-        return self._evo_code.forward[self.training](self, x, inputs, evo)
+        out = self._evo_code.forward[self.training](self, x, inputs, evo)
+        return out
 
     def __getstate__(self) -> dict[str, Any]:
         # Generated functions don't pickle, and needn't: they are traced again, from the block's own class.
@@ -120,7 +122,8 @@ class Stream:
         else:
             compact = x
         compact = self._block(index, compact, inputs, partition)
-        if not plan.ends:
+        # Pruned models (timm's prune_intermediate_layers) end before their last run does.
+        if not plan.ends and index + 1 < len(self.blocks):
             return compact
         assert self._run is not None
         full, entry = self._run
@@ -203,7 +206,7 @@ class _View:
         steps = _Steps([_Step(stream, index) for index in range(len(stream.blocks))])
         self.__dict__.update({"_host": host, blocks: steps})
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         # A zero-argument super() in a subclass of the host's class checks it. torch.compile looks at an instance
         # that was never initialised.

@@ -6,7 +6,6 @@ pickle names the host class and the mixin, never the generated class.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -18,19 +17,22 @@ class Swapped:
     _evo_host_class: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        function, arguments, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
         mixin = type(self).__mro__[1]
-        return (_new, (self._evo_host_class, mixin), *rest)
+        return (_new, (self._evo_host_class, mixin), *reduced[2:])
 
 
-@cache
+_classes: dict[tuple[type, type], type[nn.Module]] = {}
+
+
 def swapped_class(host_class: type[nn.Module], mixin: type[Swapped]) -> type[nn.Module]:
     """The class of a patched `host_class`, the same object at every call."""
-    return type(
-        f"{mixin.__name__}{host_class.__name__}",
-        (mixin, host_class),
-        {"_evo_host_class": host_class, "__module__": mixin.__module__},
-    )
+    key = (host_class, mixin)
+    if key not in _classes:
+        namespace = {"_evo_host_class": host_class, "__module__": mixin.__module__}
+        _classes[key] = type(f"{mixin.__name__}{host_class.__name__}", (mixin, host_class), namespace)
+    return _classes[key]
 
 
 def swap(module: nn.Module, mixin: type[Swapped]) -> None:

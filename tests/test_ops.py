@@ -28,13 +28,11 @@ def matched_reference(g, metric, keep):
     patches = len(g)
     unit = [m / m.norm() for m in metric]
     similarity = [[float(unit[i] @ unit[j]) for j in range(patches)] for i in range(patches)]
-    mean = sum(float(v) for v in g) / patches
-    fastness = []
+    loss = []
     for i in range(patches):
         better = [similarity[i][j] for j in range(patches) if g[j] > g[i]]
-        fastness.append((max(better) if better else -math.inf) - ops.IMPORTANCE_WEIGHT * float(g[i]) / mean)
-    fast = top(fastness, patches - keep)
-    slow = [i for i in range(patches) if i not in fast]
+        loss.append(float(g[i]) ** ops.IMPORTANCE_EXPONENT * (1 - max(better)) if better else math.inf)
+    slow = sorted(top(loss, keep))
     leader = [i if i in slow else max(slow, key=lambda j: similarity[i][j]) for i in range(patches)]
     return set(slow), leader
 
@@ -52,7 +50,8 @@ def test_select_matched(tensors, keep):
         sizes = [leader.count(i) for i in range(N)]
         for i in range(N):
             assert group[P + i] == group[P + leader[i]]
-            assert partition.weight[b, P + i].item() == pytest.approx(1 / sizes[leader[i]])
+            total = sum(g[b, j].item() for j in range(N) if leader[j] == leader[i])
+            assert partition.weight[b, P + i].item() == pytest.approx(g[b, i].item() / total)
             assert partition.log_size[b, group[P + i]].item() == pytest.approx(math.log(sizes[leader[i]]))
         assert len({group[P + i] for i in slow}) == keep
         assert partition.log_size[b, :P].tolist() == [0.0] * P

@@ -49,7 +49,7 @@ def reference(model, image, config):
     prefix = model.num_prefix_tokens
     x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
     g, groups, outputs = None, None, []
-    for index, (block, plan) in enumerate(zip(model.blocks, config.resolve(len(model.blocks)), strict=True)):
+    for block, plan in zip(model.blocks, config.resolve(len(model.blocks)), strict=True):
         patches = x.shape[0] - prefix
         if plan.keep_ratio == 1.0:
             zeros = torch.zeros(len(x))
@@ -63,7 +63,7 @@ def reference(model, image, config):
             if config.representative == "matched":
                 slow, leader = matched_reference(g, block.norm1(x)[prefix:], keep)
                 groups = [[i for i in range(patches) if leader[i] == s] for s in sorted(slow)]
-                shares = [[1 / len(members)] * len(members) for members in groups]
+                shares = [[g[i] / sum(g[j] for j in members) for i in members] for members in groups]
             else:
                 slow = top(g.tolist(), keep)
                 groups, shares = [[i] for i in sorted(slow)], [[1.0]] * keep

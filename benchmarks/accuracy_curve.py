@@ -1,0 +1,94 @@
+"""Top-1 and KL against FLOPs, for the three representatives: the picture and the tables of accuracy.md.
+
+Evaluates with `evopatch.evaluate`, keeps one JSON file per model in --results (a finished one is not run again), and
+draws benchmarks/accuracy.png from them:
+
+    python benchmarks/accuracy_curve.py --data ../shared/data --results results
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import timm.data
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
+
+import evopatch
+from evopatch import EvoConfig
+from evopatch.cli import progress_bar
+from evopatch.data import open_images
+from evopatch.evaluate import evaluate
+from evopatch.models import create_model
+
+RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.31, 0.25)
+HALF = (0.5, 0.5, 0.5)
+MODELS = {
+    "deit_tiny": ("deit_tiny_patch16_224", {}),
+    "vit_tiny": ("vit_tiny_patch16_224", {"mean": HALF, "std": HALF}),
+}
+BASES = {
+    "matched": EvoConfig(),
+    "single": EvoConfig.paper(),
+    "none": dataclasses.replace(EvoConfig.paper(), representative="none"),
+}
+COLOURS = {"matched": "tab:green", "single": "tab:orange", "none": "tab:grey"}
+
+
+def run(folder: Path, weights: str, device: str) -> list[dict]:
+    name, preprocessing = MODELS[weights]
+    model = evopatch.apply(create_model(name, folder / weights / "model.safetensors").to(device))
+    options = timm.data.resolve_data_config({"crop_pct": 1.0, **preprocessing}, model=model)
+    images = open_images(folder / "imagenet_val_1300.parquet", timm.data.create_transform(**options))
+    configs = [dataclasses.replace(base, keep_ratio=ratio) for base in BASES.values() for ratio in RATIOS]
+    with progress_bar(f"{name}, {len(configs)} settings", len(images)) as advance:
+        results = evaluate(model, DataLoader(images, batch_size=50), configs, (3, 224, 224), on_batch=advance)
+    return [result.to_dict() for result in results]
+
+
+def draw(results: dict[str, list[dict]], path: Path) -> None:
+    figure = Figure(figsize=(5.2 * len(results), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (weights, rows) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        axis.axhline(rows[0]["top1"], color="black", linewidth=0.8, linestyle=":", label="unpatched")
+        for kind, colour in COLOURS.items():
+            points = [(r["flops"], r["top1"]) for r in rows[1:] if r["config"]["representative"] == kind]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=kind)
+        axis.set_title(f"{MODELS[weights][0]}, no training")
+        axis.set_xlabel("FLOPs of the whole model, relative to unpatched")
+        axis.set_ylabel(f"top-1 % on {rows[0]['images']} ImageNet validation images")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| representative | keep ratio | FLOPs | FLOPs of blocks | top-1 | top-5 | agree | KL |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for i, r in enumerate(rows):
+        names = ("unpatched", "") if i == 0 else (r["config"]["representative"], r["config"]["keep_ratio"])
+        lines.append(
+            f"| {names[0]} | {names[1]} | {r['flops']:.3f} | {r['blocks_flops']:.3f} | {r['top1']:.2f} | "
+            f"{r['top5']:.2f} | {r['agreement']:.2f} | {r['kl']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--data", type=Path, required=True, help="folder with the weights and images")
+parser.add_argument("--results", type=Path, default=Path("results"))
+parser.add_argument("--device", default="cpu")
+args = parser.parse_args()
+args.results.mkdir(exist_ok=True)
+collected = {}
+for key in MODELS:
+    file = args.results / f"accuracy-{key}.json"
+    if not file.exists():
+        torch.manual_seed(0)
+        file.write_text(json.dumps(run(args.data, key, args.device), indent=2))
+    collected[key] = json.loads(file.read_text())
+    print(f"\n{MODELS[key][0]}\n\n{table(collected[key])}")
+draw(collected, Path(__file__).with_name("accuracy.png"))

@@ -1,0 +1,191 @@
+"""What users do with a patched model beyond the contract matrix."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from timm.layers import set_fused_attn
+from torch import nn
+from variants import VARIANTS, build, images
+
+import evopatch
+from evopatch import EvoConfig, graph
+
+
+@torch.no_grad()
+def test_context_manager():
+    model, x = build("vit"), images()
+    original = model(x)
+    with evopatch.patched(model, keep_ratio=0.3) as inside:
+        assert inside is model
+        assert not torch.equal(model(x), original)
+    assert torch.equal(model(x), original)
+    with pytest.raises(RuntimeError, match="inside"), evopatch.patched(model):
+        raise RuntimeError("inside")
+    assert not evopatch.is_patched(model)
+
+
+@torch.no_grad()
+def test_a_model_inside_a_model():
+    backbone, x = build("vit"), images()
+    wrapped = nn.ModuleDict({"left": backbone, "right": build("gap"), "neck": nn.Linear(7, 7)})
+    evopatch.apply(wrapped, keep_ratio=0.4)
+    assert evopatch.is_patched(wrapped)
+    assert evopatch.is_patched(wrapped["right"])
+    assert torch.equal(backbone(x), evopatch.apply(build("vit"), keep_ratio=0.4)(x))
+    evopatch.set_keep_ratio(wrapped, 1.0)
+    assert torch.equal(wrapped["right"](x), build("gap")(x))
+    evopatch.remove(wrapped)
+    assert not evopatch.is_patched(wrapped)
+
+
+@torch.no_grad()
+def test_features_only():
+    options = {"img_size": 64, "features_only": True, "out_indices": (3, 7, 11), "pretrained": False}
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", **options).eval()
+    x = images(size=64)
+    original = model(x)
+    evopatch.apply(model)
+    features = model(x)
+    assert [f.shape for f in features] == [f.shape for f in original] == [(2, 192, 4, 4)] * 3
+    assert torch.equal(features[0], original[0])
+    assert not torch.equal(features[2], original[2])
+
+
+@torch.no_grad()
+def test_token_selection():
+    model, x = build("vit"), images(3)
+    evopatch.apply(model, config=EvoConfig(keep_ratio=[0.6, 0.2]))
+    before = model(x)
+    selection = evopatch.token_selection(model, x)
+    assert selection.dtype == torch.bool
+    assert selection.shape == (3, 6, 5, 5)
+    assert selection.sum(dim=(2, 3)).tolist() == [[25, 25, 15, 15, 5, 5]] * 3
+    assert not torch.equal(selection[0, 4], selection[1, 4])
+    assert torch.equal(model(x), before)
+    evopatch.set_config(model, EvoConfig(keep_ratio=[0.6, 0.2], selection="layer"))
+    layerwise = evopatch.token_selection(model, x)
+    assert torch.equal(layerwise[:, 2], selection[:, 2])
+    assert not torch.equal(layerwise[:, 2], layerwise[:, 3])
+
+
+@torch.no_grad()
+def test_fast_tokens_stay_in_their_place_without_a_representative():
+    model, x = build("vit"), images()
+    evopatch.apply(model, config=EvoConfig(keep_ratio=[1.0, 0.4], representative="none"))
+    selection = evopatch.token_selection(model, x)[:, -1]
+    before, after = model.forward_intermediates(x, indices=[3, 5], intermediates_only=True)
+    changed = (after != before).any(dim=1)
+    assert torch.equal(changed, selection)
+
+
+@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"relpos", "relpos_class", "relpos_shared"}))
+@torch.no_grad()
+def test_unfused_attention_gives_the_same(name):
+    fused, x = evopatch.apply(build(name)), images()
+    set_fused_attn(False)
+    try:
+        unfused = evopatch.apply(build(name))
+    finally:
+        set_fused_attn(True)
+    code = unfused.blocks[3]._evo_code.forward[False].__code__.co_names
+    assert "softmax" in code
+    assert "attend" not in code
+    torch.testing.assert_close(unfused(x), fused(x), atol=3e-5, rtol=3e-5)
+    assert torch.equal(evopatch.token_selection(unfused, x), evopatch.token_selection(fused, x))
+    evopatch.set_keep_ratio(unfused, 0.3)
+    assert (unfused(x) - fused(x)).abs().max() > 1e-5
+
+
+def test_blocks_of_one_structure_share_their_code():
+    model = evopatch.apply(build("vit"))
+    assert len({block._evo_code.forward[False] for block in model.blocks}) == 1
+    before = len(graph._functions)
+    evopatch.apply(build("vit"))
+    assert len(graph._functions) == before
+
+
+@torch.no_grad()
+def test_a_linear_layer_replaced_after_apply_is_used():
+    """As LoRA and quantisation do."""
+    model, x = evopatch.apply(build("vit")), images()
+    before = model(x)
+    old = model.blocks[4].attn.qkv
+    model.blocks[4].attn.qkv = nn.Sequential(old, nn.Dropout(0.0))
+    assert torch.equal(model(x), before)
+    model.blocks[4].attn.qkv = nn.Linear(48, 144)
+    assert not torch.equal(model(x), before)
+
+
+@torch.no_grad()
+def test_classifier_and_pruning_of_a_patched_model():
+    model, x = evopatch.apply(build("vit")), images()
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    expected = model.forward_intermediates(x, indices=[2], output_fmt="NLC", intermediates_only=True)[0]
+    model.prune_intermediate_layers([2], prune_norm=True)
+    assert len(model.blocks) == 3
+    torch.testing.assert_close(model.forward_features(x)[:, 1:], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_training_lowers_the_loss_and_moves_every_parameter():
+    torch.manual_seed(0)
+    model, x, labels = build("vit").train(), images(16), torch.arange(16) % 7
+    evopatch.apply(model, keep_ratio=0.5)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(not torch.equal(start[n], p) for n, p in model.named_parameters())
+
+
+def test_profile_counts_the_real_forward():
+    model = evopatch.apply(build("vit", embed_dim=192, num_heads=3))
+    profile = evopatch.profile(model, (3, 40, 40))
+    assert profile.ratio < 1
+    assert profile.blocks_ratio < profile.ratio
+    assert [b.tokens for b in profile.blocks] == [25, 25, 16, 16, 9, 9]
+    linear = 2 * 26 * 12 * 192 * 192
+    attention = 2 * 2 * 26 * 26 * 192
+    assert profile.blocks[0].flops_unpatched == linear + attention
+    assert profile.blocks[2].flops_unpatched == linear + attention
+    assert profile.blocks[4].flops == 2 * 10 * 12 * 192 * 192 + 2 * 2 * 10 * 10 * 192
+    assert evopatch.config_of(model) == EvoConfig()
+    evopatch.set_keep_ratio(model, 1.0)
+    assert evopatch.profile(model, (3, 40, 40)).ratio == 1.0
+
+
+def test_importing_evopatch_imports_neither_timm_nor_transformers():
+    code = (
+        "import sys, torch; before = set(sys.modules); import evopatch; new = set(sys.modules) - before;"
+        "assert not {'timm', 'transformers', 'typer', 'rich', 'matplotlib'} & new, sorted(new); print(len(new))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_third_party_adapters_by_entry_point(monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    from evopatch import registry
+
+    entry = EntryPoint(name="timm", value="third_party_adapter:ToyAdapter", group="evopatch.adapters")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == "evopatch.adapters" else [])
+    from third_party_adapter import ToyViT
+
+    torch.manual_seed(0)
+    model, x = ToyViT().eval(), torch.randn(2, 9, 16)
+    original = model(x)
+    evopatch.apply(model)
+    assert model(x).shape == original.shape
+    assert not torch.equal(model(x), original)
+    evopatch.remove(model)
+    assert torch.equal(model(x), original)

@@ -1,0 +1,177 @@
+"""Bad input: the error says what and where, and the model stays as it was."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from variants import build, images
+
+import evopatch
+from evopatch import EvoConfig
+
+
+def untouched(model, before):
+    return [type(m) for m in model.modules()] == before and not evopatch.is_patched(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"keep_ratio": 0}, evopatch.ConfigError, r"keep_ratio=0: expected a number in \(0, 1\]"),
+        ({"keep_ratio": 1.01}, evopatch.ConfigError, "keep_ratio=1.01"),
+        ({"keep_ratio": [0.5, 0.4, 0.3]}, evopatch.ConfigError, r"3 keep ratios .* for 2 run\(s\)"),
+        ({"config": EvoConfig(start=6)}, evopatch.ConfigError, "starts at block 6, beyond the model's 6 blocks"),
+        ({"config": {"keep_ratio": 0.5}}, evopatch.ConfigError, "config is a dict: expected an evopatch.EvoConfig"),
+    ],
+)
+def test_settings(arguments, error, message):
+    model = build("vit")
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(error, match=message):
+        evopatch.apply(model, **arguments)
+    assert untouched(model, classes)
+
+
+def test_unknown_model():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    with pytest.raises(evopatch.UnsupportedModelError, match=r"nothing to patch in Sequential.*VisionTransformer"):
+        evopatch.apply(model)
+    assert not evopatch.supported(model)
+    with pytest.raises(evopatch.UnsupportedModelError, match="str is not a torch.nn.Module"):
+        evopatch.apply("deit_tiny_patch16_224")
+
+
+def test_already_patched():
+    model, x = evopatch.apply(build("vit")), images()
+    expected = model(x)
+    with pytest.raises(evopatch.AlreadyPatchedError, match="'SlowFastVisionTransformer' is already patched"):
+        evopatch.apply(model)
+    with pytest.raises(evopatch.AlreadyPatchedError, match="'0' is already patched"):
+        evopatch.apply(nn.Sequential(model))
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        evopatch.remove,
+        evopatch.config_of,
+        lambda m: evopatch.set_keep_ratio(m, 0.5),
+        lambda m: evopatch.set_config(m, EvoConfig()),
+        lambda m: evopatch.token_selection(m, images()),
+        lambda m: evopatch.profile(m, (3, 40, 40)),
+    ],
+)
+def test_not_patched(call):
+    with pytest.raises(evopatch.NotPatchedError, match="VisionTransformer is not .*patched"):
+        call(build("vit"))
+
+
+def test_a_bad_change_keeps_the_old_setting():
+    model, x = evopatch.apply(build("vit")), images()
+    expected = model(x)
+    for ratio in (0.0, [0.5], 2):
+        with pytest.raises(evopatch.ConfigError):
+            evopatch.set_keep_ratio(model, ratio)
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "rope"])
+def test_attention_masks_are_refused(name):
+    model, x = evopatch.apply(build(name)), images()
+    mask = torch.zeros(1, 1, 26, 26)
+    for call in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(evopatch.UnsupportedInputError, match=r"attn_mask was passed .*block 0.*set_keep_ratio"):
+            call(x, attn_mask=mask)
+        with pytest.raises(evopatch.UnsupportedInputError, match="is_causal was passed"):
+            call(x, is_causal=True)
+    evopatch.set_keep_ratio(model, 1.0)
+    assert torch.isfinite(model(x, attn_mask=mask)).all()
+
+
+def test_fewer_than_two_patch_tokens():
+    model = evopatch.apply(build("vit", img_size=8))
+    with pytest.raises(evopatch.UnsupportedInputError, match=r"1 patch token\(s\): expected at least 2"):
+        model(images(size=8))
+    assert evopatch.apply(build("vit", img_size=(8, 16)))(images(size=(8, 16))).shape == (2, 7)
+
+
+def test_a_block_called_from_outside_is_refused():
+    model, x = evopatch.apply(build("vit")), torch.randn(2, 26, 48)
+    with pytest.raises(evopatch.BypassError, match=r"blocks\.3 was called from outside"):
+        model.blocks[3](x)
+    with pytest.raises(evopatch.BypassError, match=r"blocks\.0 was called"):
+        model.blocks(x)
+    evopatch.set_keep_ratio(model, 1.0)
+    assert torch.equal(model.blocks[3](x), build("vit").blocks[3](x))
+
+
+class NoAttention(nn.Module):
+    def __init__(self, dim, **kwargs):
+        super().__init__()
+        self.mix = nn.Linear(dim, dim)
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return x + self.mix(x)
+
+
+class ShapeDependent(NoAttention):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return x + self.mix(x) if x.sum() > 0 else x
+
+
+class MaskedSoftmax(NoAttention):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        y = self.mix(x)
+        logits = (y @ y.transpose(1, 2)).tanh()
+        return x + logits.softmax(dim=-1) @ y
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (NoAttention, r"blocks\.0 \(NoAttention\): found no scaled_dot_product_attention.*graph.*ends at 'add'"),
+        (ShapeDependent, r"blocks\.0 \(ShapeDependent\) can't be traced .*past the graph node 'gt'"),
+        (MaskedSoftmax, r"blocks\.0 \(MaskedSoftmax\): the graph node 'tanh' \(call_method tanh\) stands between"),
+    ],
+)
+def test_blocks_without_a_known_attention_core(block, message):
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=3, num_heads=2, block_fn=block)
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(evopatch.AttentionNotFoundError, match=message):
+        evopatch.apply(model)
+    assert untouched(model, classes)
+
+
+def test_hooks_that_would_not_run_are_refused():
+    model = build("vit")
+    handle = model.blocks[2].attn.register_forward_hook(lambda *a: None)
+    with pytest.raises(evopatch.UnsupportedModelError, match=r"blocks\.2\.attn \(Attention\) has hooks"):
+        evopatch.apply(model)
+    handle.remove()
+    evopatch.apply(model)
+
+
+def test_hooks_on_blocks_and_leaves_run():
+    model, x, seen = build("vit"), images(), []
+    for i in (1, 4):
+        model.blocks[i].register_forward_hook(lambda m, a, out, i=i: seen.append((i, tuple(out.shape))))
+        model.blocks[i].attn.qkv.register_forward_hook(lambda m, a, out, i=i: seen.append((f"qkv{i}", out.shape[1])))
+    evopatch.apply(model)
+    model(x)
+    # 25 patches and the class token; in block 4 (second run, keep ratio 0.37) 9 slow tokens and the class token.
+    assert seen == [("qkv1", 26), (1, (2, 26, 48)), ("qkv4", 10), (4, (2, 10, 48))]
+
+
+@pytest.mark.parametrize("name", ["relpos", "relpos_shared"])
+def test_position_biases_without_fused_attention_are_refused(name):
+    from timm.layers import set_fused_attn
+
+    set_fused_attn(False)
+    try:
+        model = build(name)
+    finally:
+        set_fused_attn(True)
+    with pytest.raises(evopatch.AttentionNotFoundError, match="Create the model with fused attention"):
+        evopatch.apply(model)
+    assert not evopatch.supported(model)

@@ -1,0 +1,150 @@
+"""The command line, as a user runs it."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from evopatch import demo
+from evopatch.cli import console, progress_bar
+
+
+def evopatch(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "evopatch", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**__import__("os").environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def encoded(seed):
+    pixels = torch.randint(0, 255, (40, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A checkpoint, and the same images as parquet and as folders."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("data")
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=3)
+    torch.save(model.state_dict(), folder / "weights.pth")
+    rows = [{"image": {"bytes": encoded(i), "path": None}, "label": i % 3} for i in range(6)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "images.parquet")
+    pq.write_table(pa.table({"picture": [1]}), folder / "other.parquet")
+    for i, row in enumerate(rows):
+        path = folder / "images" / f"class{row['label']}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(row["image"]["bytes"])
+    (folder / "empty").mkdir()
+    return folder
+
+
+COMMON = ("evaluate", "--model", "deit_tiny_patch16_224", "--num-classes", "3")
+
+
+def test_evaluate_parquet_and_folder_agree(files, tmp_path):
+    results = []
+    for data in ("images.parquet", "images"):
+        out = tmp_path / f"{data}.json"
+        run = evopatch(
+            *COMMON, "--checkpoint", files / "weights.pth", "--data", files / data, "--keep-ratio", "0.5",
+            "--keep-ratio", "0.6,0.3", "--representative", "matched", "--representative", "single", "--json", out,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        for word in ("unpatched", "matched", "single", "0.6, 0.3", "KL"):
+            assert word in run.stdout
+        results.append(json.loads(out.read_text()))
+    parquet, folder = results
+    assert len(parquet) == 5
+    assert parquet[0]["kl"] == 0.0
+    assert parquet[0]["flops"] == 1.0
+    assert parquet[0]["agreement"] == 100.0
+    assert all(row["images"] == 6 and row["top5"] == 100.0 for row in parquet)
+    assert 0 < parquet[1]["kl"] < 1
+    assert 0.6 < parquet[1]["flops"] < 0.7
+    assert parquet[1]["flops"] > parquet[1]["blocks_flops"]
+    for a, b in zip(parquet, folder, strict=True):
+        assert a["kl"] == pytest.approx(b["kl"], rel=1e-3, abs=1e-7)
+        assert a["top1"] == b["top1"]
+
+
+def test_overridden_preprocessing_changes_the_result(files, tmp_path):
+    kl = []
+    for extra in ((), ("--mean", "0.5", "--std", "0.5,0.5,0.5"), ("--crop-pct", "1.0"), ("--rows", "2:")):
+        out = tmp_path / "out.json"
+        run = evopatch(
+            *COMMON, "--checkpoint", files / "weights.pth", "--data", files / "images", "--json", out, *extra
+        )
+        assert run.returncode == 0, run.stderr
+        kl.append(json.loads(out.read_text())[1]["kl"])
+    assert len(set(kl)) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--model", "deit_tny_patch16_224", "--data", "images"), 1, "did you mean deit_tiny_patch16_224"),
+        (("--model", "nothing_like_it", "--data", "images"), 1, "timm has no model named 'nothing_like_it'"),
+        (("--model", "resnet18", "--checkpoint", "resnet.pth", "--data", "images"), 1, "nothing to patch in ResNet"),
+        (("--checkpoint", "missing.pth", "--data", "images"), 1, "missing.pth: no such file"),
+        (("--checkpoint", "images.parquet", "--data", "images"), 1, "images.parquet doesn't fit deit_tiny_patch16_224"),
+        (("--num-classes", "5", "--checkpoint", "weights.pth", "--data", "images"), 1, "doesn't fit"),
+        (("--checkpoint", "weights.pth", "--data", "nowhere"), 1, "nowhere: no such file or folder"),
+        (("--checkpoint", "weights.pth", "--data", "empty"), 1, "one subfolder with images per class"),
+        (("--checkpoint", "weights.pth", "--data", "other.parquet"), 1, r"found the columns ['picture']"),
+        (("--checkpoint", "weights.pth", "--data", "weights.pth"), 1, "can't be read as a parquet file"),
+        (("--checkpoint", "weights.pth", "--data", "images", "--keep-ratio", "2"), 2, "keep_ratio=2.0"),
+        (("--checkpoint", "weights.pth", "--data", "images", "--keep-ratio", "half"), 2, "expected a number"),
+        (("--checkpoint", "weights.pth", "--data", "images", "--selection", "token"), 2, "selection='token'"),
+        (("--data", "images"), 1, "--checkpoint"),
+        (("--bogus",), 2, "No such option"),
+    ],
+)
+def test_bad_usage_is_one_message(files, arguments, code, message, monkeypatch):
+    if "resnet18" in arguments:
+        torch.save(timm.create_model("resnet18", num_classes=3).state_dict(), files / "resnet.pth")
+    monkeypatch.chdir(files)
+    defaults = [] if "--model" in arguments else ["--model", "deit_tiny_patch16_224"]
+    classes = [] if "--num-classes" in arguments else ["--num-classes", "3"]
+    run = evopatch("evaluate", *defaults, *classes, *arguments)
+    assert run.returncode == code, run.stderr
+    assert message in " ".join(run.stderr.replace("│", " ").split())
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("command", [(), ("evaluate",), ("demo",), ("list",)])
+def test_help(command):
+    run = evopatch(*command, "--help")
+    assert run.returncode == 0
+    assert "Usage" in run.stdout
+    if command:
+        assert f"evopatch {command[0]}" in run.stdout.split("Options")[0].split("Usage:")[1].replace("python -m ", "")
+
+
+def test_list():
+    run = evopatch("list", "deit_tiny*")
+    assert run.stdout.split() == ["deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"]
+
+
+def test_demo_runs_and_draws(tmp_path):
+    out = tmp_path / "selection.png"
+    with console.capture() as captured:
+        demo.run(out, console, progress_bar, epochs=1)
+    text = captured.get()
+    for word in ("unpatched", "matched", "single", "none", "0.7", "0.5", "0.3", "x"):
+        assert word in text
+    with Image.open(out) as picture:
+        assert picture.width > 400
+        assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096)) > 20

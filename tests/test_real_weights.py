@@ -1,0 +1,67 @@
+"""The figures of benchmarks/accuracy.md on real weights and images, without training."""
+
+import pytest
+import timm
+import timm.data
+from torch.utils.data import DataLoader
+
+import evopatch
+from evopatch import EvoConfig
+from evopatch.data import open_images
+from evopatch.evaluate import evaluate
+from evopatch.models import create_model
+
+HALF = (0.5, 0.5, 0.5)
+# At 0.53 of the FLOPs.
+LOW = 0.31
+
+
+def run(folder, name, weights, configs, **preprocessing):
+    model = evopatch.apply(create_model(name, folder / weights / "model.safetensors"))
+    options = timm.data.resolve_data_config({"crop_pct": 1.0, **preprocessing}, model=model)
+    images = open_images(folder / "imagenet_val_1300.parquet", timm.data.create_transform(**options))
+    return evaluate(model, DataLoader(images, batch_size=50), configs, (3, 224, 224))
+
+
+@pytest.fixture(scope="module")
+def deit(real_data):
+    configs = [EvoConfig(), EvoConfig.paper(), EvoConfig(keep_ratio=LOW)]
+    return run(real_data, "deit_tiny_patch16_224", "deit_tiny", configs)
+
+
+@pytest.fixture(scope="module")
+def vit(real_data):
+    return run(
+        real_data, "vit_tiny_patch16_224", "vit_tiny", [EvoConfig(), EvoConfig(keep_ratio=LOW)], mean=HALF, std=HALF
+    )
+
+
+def test_unpatched(deit, vit):
+    assert deit[0].top1 == pytest.approx(80.15, abs=0.1)
+    assert deit[0].top5 == pytest.approx(94.62, abs=0.1)
+    assert vit[0].top1 == pytest.approx(82.46, abs=0.1)
+    assert deit[0].kl == vit[0].kl == 0.0
+
+
+def test_deit_default(deit):
+    assert deit[1].flops <= 0.65
+    assert deit[1].top1 >= 79.7
+    assert deit[1].kl <= 0.025
+
+
+def test_vit_default(vit):
+    assert vit[1].flops <= 0.65
+    assert vit[1].top1 >= 80.8
+    assert vit[1].kl <= 0.046
+
+
+def test_deit_paper(deit):
+    assert deit[2].top1 == pytest.approx(76.3, abs=0.6)
+    assert deit[2].blocks_flops <= 0.65
+
+
+def test_low_flops(deit, vit):
+    assert deit[3].flops <= 0.53
+    assert deit[3].kl <= 0.085
+    assert vit[2].flops <= 0.53
+    assert vit[2].kl <= 0.13

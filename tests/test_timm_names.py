@@ -1,0 +1,51 @@
+"""Every name of timm's ViT and DeiT families."""
+
+import pytest
+import timm
+import torch
+
+import evopatch
+
+NAMES = sorted({*timm.list_models("vit_*"), *timm.list_models("deit*")})
+REFUSED: set[str] = set()
+"""Names that `apply` refuses with an UnsupportedModelError; the README lists them."""
+SMALL = 30_000_000
+
+
+def test_the_families_are_as_large_as_expected():
+    assert len(timm.list_models("vit_*")) >= 214
+    assert len(timm.list_models("deit*")) >= 16
+
+
+def create(name, device):
+    model = timm.create_model(name, device=device).eval()
+    return model, torch.empty(1, *model.pretrained_cfg["input_size"], device=device)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_name(name):
+    model, x = create(name, "meta")
+    shape = model(x).shape
+    evopatch.apply(model, keep_ratio=0.5)
+    code = {block._evo_code.forward[False] for block in model.blocks}
+    assert len(code) <= len(model.blocks)
+    assert model(x).shape == shape
+    selection = evopatch.token_selection(model, x)
+    assert selection.shape[1] == len(model.blocks)
+    if sum(p.numel() for p in model.parameters()) > SMALL:
+        return
+    torch.manual_seed(0)
+    model, x = create(name, "cpu")
+    # Fresh LayerScale weights are so small that no block would matter.
+    for parameter_name, parameter in model.named_parameters():
+        if "gamma" in parameter_name or ".norm" in parameter_name:
+            parameter.fill_(0.5)
+    x.normal_()
+    original = model.forward_features(x)
+    evopatch.apply(model, keep_ratio=1.0)
+    assert torch.equal(model.forward_features(x), original)
+    evopatch.set_keep_ratio(model, 0.5)
+    changed = model.forward_features(x)
+    assert torch.isfinite(changed).all()
+    assert (changed - original).abs().max() > 1e-5 * original.abs().max()
