@@ -15,8 +15,10 @@ Representative = Literal["matched", "single", "none"]
 Selection = Literal["stage", "layer"]
 Schedule = Literal["taper", "constant"]
 
-# Late blocks bear fewer tokens than early ones. With two runs a mean keep ratio of 0.5 becomes 0.63 and 0.37.
-TAPER = 0.26
+# Late blocks bear fewer tokens than early ones: three runs at a mean keep ratio of 0.5 keep 0.81, 0.56 and 0.31. What
+# is redundant changes fastest in the early blocks, so the first runs are the shortest: 2, 3 and 4 of 9 blocks.
+TAPER = 0.5
+FIRST_RUN = 2
 
 
 class BlockPlan(NamedTuple):
@@ -39,12 +41,13 @@ class EvoConfig:
     Args:
         keep_ratio: Share of the patch tokens that are slow, in (0, 1]. One number is the mean over the runs
             (see `schedule`); a sequence gives one keep ratio per run. 1.0 is exactly the original forward.
-        start: First block that selects, counted from 0. None: the first third of the depth is left alone.
+        start: First block that selects, counted from 0. None: the first quarter of the depth is left alone.
         selection: `"stage"` selects once per run of blocks and keeps the compact set through the run,
             `"layer"` selects again before every block (the paper's section 3.4: layer-to-stage training).
-        stages: Number of equal runs over the blocks from `start` on, or the first block of each run.
+        stages: Number of runs over the blocks from `start` on, later ones longer (three runs: 2 to 3 to 4), or the
+            first block of each run.
         schedule: How one keep ratio is spread over the runs. `"taper"` lets it fall linearly around its mean
-            (two runs at 0.5: 0.63 and 0.37), `"constant"` (the paper's) uses it in every run.
+            (three runs at 0.5: 0.81, 0.56 and 0.31), `"constant"` (the paper's) uses it in every run.
         representative: What stands in for the fast tokens. `"matched"`: every fast token joins the slow token
             most similar to it, needs no training. `"single"`: one token, the mean of all fast tokens weighted by
             class attention (the paper's equations 5 and 6). `"none"`: fast tokens are carried unchanged.
@@ -58,7 +61,7 @@ class EvoConfig:
     keep_ratio: float | Sequence[float] = 0.5
     start: int | None = None
     selection: Selection = "stage"
-    stages: int | Sequence[int] = 2
+    stages: int | Sequence[int] = 3
     schedule: Schedule = "taper"
     representative: Representative = "matched"
     tradeoff: float | Sequence[float] = 0.5
@@ -93,9 +96,15 @@ class EvoConfig:
             )
 
     @classmethod
-    def paper(cls, keep_ratio: float | Sequence[float] = 0.5) -> EvoConfig:
-        """The paper's setting: one representative, a constant keep ratio, tradeoff 0.5 (section 4.1)."""
-        return cls(keep_ratio=keep_ratio, schedule="constant", representative="single", tradeoff=0.5)
+    def paper(cls, keep_ratio: float | Sequence[float] = 0.5, depth: int = 12) -> EvoConfig:
+        """The paper's setting (section 4.1): one representative, a constant keep ratio, three equal parts.
+
+        Args:
+            keep_ratio: Share of slow tokens, in (0, 1].
+            depth: Number of blocks of the model; of 12, the runs start at 4 and 8.
+        """
+        stages = (depth // 3, 2 * depth // 3)
+        return cls(keep_ratio=keep_ratio, stages=stages, schedule="constant", representative="single", tradeoff=0.5)
 
     def resolve(self, depth: int) -> tuple[BlockPlan, ...]:
         """One plan per block of a model with `depth` blocks.
@@ -128,10 +137,9 @@ class EvoConfig:
         if depth < 2:
             raise ConfigError(f"a model with {depth} block(s): expected at least 2, one to rank the tokens by")
         if isinstance(self.stages, int):
-            start = max(1, depth // 3) if self.start is None else self.start
+            start = max(1, depth // 4) if self.start is None else self.start
             # A shallow model has fewer blocks left than the default number of runs asks for.
-            runs = min(self.stages, depth - start)
-            firsts = [start + round(i * (depth - start) / runs) for i in range(runs)] if runs > 0 else [start]
+            firsts = _run_starts(start, depth, min(self.stages, depth - start)) or [start]
         else:
             firsts = list(self.stages)
         if firsts[-1] >= depth:
@@ -200,6 +208,13 @@ class EvoConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"expected a JSON object with the settings, found {type(values).__name__}")
         return cls.from_dict(values)
+
+
+def _run_starts(start: int, depth: int, runs: int) -> list[int]:
+    lengths = list(range(FIRST_RUN, FIRST_RUN + runs))
+    starts = [start + round((depth - start) * sum(lengths[:i]) / sum(lengths)) for i in range(runs)]
+    # Rounding must not leave a run without a block.
+    return [max(first, start + i) for i, first in enumerate(starts)]
 
 
 def _listed(value: Any) -> tuple[Any, ...]:

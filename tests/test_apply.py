@@ -43,7 +43,7 @@ def test_a_model_inside_a_model():
 
 @torch.no_grad()
 def test_features_only():
-    options = {"img_size": 64, "features_only": True, "out_indices": (3, 7, 11), "pretrained": False}
+    options = {"img_size": 64, "features_only": True, "out_indices": (2, 7, 11), "pretrained": False}
     torch.manual_seed(0)
     model = timm.create_model("deit_tiny_patch16_224", **options).eval()
     x = images(size=64)
@@ -58,7 +58,7 @@ def test_features_only():
 @torch.no_grad()
 def test_token_selection():
     model, x = build("vit"), images(3)
-    evopatch.apply(model, config=EvoConfig(keep_ratio=[0.6, 0.2]))
+    evopatch.apply(model, config=EvoConfig(keep_ratio=[0.6, 0.2], stages=[2, 4]))
     before = model(x)
     selection = evopatch.token_selection(model, x)
     assert selection.dtype == torch.bool
@@ -66,7 +66,7 @@ def test_token_selection():
     assert selection.sum(dim=(2, 3)).tolist() == [[25, 25, 15, 15, 5, 5]] * 3
     assert not torch.equal(selection[0, 4], selection[1, 4])
     assert torch.equal(model(x), before)
-    evopatch.set_config(model, EvoConfig(keep_ratio=[0.6, 0.2], selection="layer"))
+    evopatch.set_config(model, EvoConfig(keep_ratio=[0.6, 0.2], stages=[2, 4], selection="layer"))
     layerwise = evopatch.token_selection(model, x)
     assert torch.equal(layerwise[:, 2], selection[:, 2])
     assert not torch.equal(layerwise[:, 2], layerwise[:, 3])
@@ -75,7 +75,7 @@ def test_token_selection():
 @torch.no_grad()
 def test_fast_tokens_stay_in_their_place_without_a_representative():
     model, x = build("vit"), images()
-    evopatch.apply(model, config=EvoConfig(keep_ratio=[1.0, 0.4], representative="none"))
+    evopatch.apply(model, config=EvoConfig(keep_ratio=[1.0, 0.4], stages=[2, 4], representative="none"))
     selection = evopatch.token_selection(model, x)[:, -1]
     before, after = model.forward_intermediates(x, indices=[3, 5], intermediates_only=True)
     changed = (after != before).any(dim=1)
@@ -149,7 +149,8 @@ def test_training_lowers_the_loss_and_moves_every_parameter():
 
 
 def test_profile_counts_the_real_forward():
-    model = evopatch.apply(build("vit", embed_dim=192, num_heads=3))
+    config = EvoConfig(keep_ratio=[0.63, 0.37], stages=[2, 4])
+    model = evopatch.apply(build("vit", embed_dim=192, num_heads=3), config=config)
     profile = evopatch.profile(model, (3, 40, 40))
     assert profile.ratio < 1
     assert profile.blocks_ratio < profile.ratio
@@ -159,7 +160,7 @@ def test_profile_counts_the_real_forward():
     assert profile.blocks[0].flops_unpatched == linear + attention
     assert profile.blocks[2].flops_unpatched == linear + attention
     assert profile.blocks[4].flops == 2 * 10 * 12 * 192 * 192 + 2 * 2 * 10 * 10 * 192
-    assert evopatch.config_of(model) == EvoConfig()
+    assert evopatch.config_of(model) == config
     evopatch.set_keep_ratio(model, 1.0)
     assert evopatch.profile(model, (3, 40, 40)).ratio == 1.0
 

@@ -19,7 +19,7 @@ def untouched(model, before):
     [
         ({"keep_ratio": 0}, evopatch.ConfigError, r"keep_ratio=0: expected a number in \(0, 1\]"),
         ({"keep_ratio": 1.01}, evopatch.ConfigError, "keep_ratio=1.01"),
-        ({"keep_ratio": [0.5, 0.4, 0.3]}, evopatch.ConfigError, r"3 keep ratios .* for 2 run\(s\)"),
+        ({"keep_ratio": [0.5, 0.4]}, evopatch.ConfigError, r"2 keep ratios .* for 3 run\(s\)"),
         ({"config": EvoConfig(start=6)}, evopatch.ConfigError, "starts at block 6, beyond the model's 6 blocks"),
         ({"config": {"keep_ratio": 0.5}}, evopatch.ConfigError, "config is a dict: expected an evopatch.EvoConfig"),
     ],
@@ -157,9 +157,9 @@ def test_hooks_on_blocks_and_leaves_run():
     for i in (1, 4):
         model.blocks[i].register_forward_hook(lambda m, a, out, i=i: seen.append((i, tuple(out.shape))))
         model.blocks[i].attn.qkv.register_forward_hook(lambda m, a, out, i=i: seen.append((f"qkv{i}", out.shape[1])))
-    evopatch.apply(model)
+    evopatch.apply(model, config=EvoConfig(keep_ratio=[0.6, 0.36], stages=[2, 4]))
     model(x)
-    # 25 patches and the class token; in block 4 (second run, keep ratio 0.37) 9 slow tokens and the class token.
+    # 25 patches and the class token; in block 4 the class token and 9 slow tokens.
     assert seen == [("qkv1", 26), (1, (2, 26, 48)), ("qkv4", 10), (4, (2, 10, 48))]
 
 

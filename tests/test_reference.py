@@ -94,7 +94,9 @@ def reference(model, image, config):
 @torch.no_grad()
 def test_every_block_of_the_patched_model_equals_the_reference(name, selection, representative):
     model, x = build(name), images(3)
-    config = EvoConfig(keep_ratio=[0.6, 0.3], selection=selection, representative=representative, tradeoff=0.4)
+    config = EvoConfig(
+        keep_ratio=[0.6, 0.3], stages=[2, 4], selection=selection, representative=representative, tradeoff=0.4
+    )
     expected = torch.stack([reference(model, image, config) for image in x], dim=1)
     evopatch.apply(model, config=config)
     intermediates = model.forward_intermediates(
@@ -105,5 +107,7 @@ def test_every_block_of_the_patched_model_equals_the_reference(name, selection, 
     result = torch.stack(intermediates)
     torch.testing.assert_close(result, expected, atol=5e-5, rtol=5e-5)
     torch.testing.assert_close(model.forward_features(x), model.norm(expected[-1]), atol=5e-5, rtol=5e-5)
-    evopatch.set_config(model, EvoConfig(keep_ratio=[0.56, 0.3], representative=representative, tradeoff=0.4))
+    evopatch.set_config(
+        model, EvoConfig(keep_ratio=[0.56, 0.3], stages=[2, 4], representative=representative, tradeoff=0.4)
+    )
     assert (model.forward_features(x) - model.norm(expected[-1])).abs().max() > 1e-3
