@@ -15,9 +15,9 @@ Representative = Literal["matched", "single", "none"]
 Selection = Literal["stage", "layer"]
 Schedule = Literal["taper", "constant"]
 
-# Late blocks bear fewer tokens than early ones: three runs at a mean keep ratio of 0.5 keep 0.81, 0.56 and 0.31. What
-# is redundant changes fastest in the early blocks, so the first runs are the shortest: 2, 3 and 4 of 9 blocks.
-TAPER = 0.5
+# Late blocks bear fewer tokens than early ones: two runs at a mean keep ratio of 0.5 keep 0.63 and 0.37. What is
+# redundant changes fastest in the early blocks, so the first runs are the shortest: 3 and 5 of 8 blocks.
+TAPER = 0.26
 FIRST_RUN = 2
 
 
@@ -41,13 +41,13 @@ class EvoConfig:
     Args:
         keep_ratio: Share of the patch tokens that are slow, in (0, 1]. One number is the mean over the runs
             (see `schedule`); a sequence gives one keep ratio per run. 1.0 is exactly the original forward.
-        start: First block that selects, counted from 0. None: the first quarter of the depth is left alone.
+        start: First block that selects, counted from 0. None: the first third of the depth is left alone.
         selection: `"stage"` selects once per run of blocks and keeps the compact set through the run,
             `"layer"` selects again before every block (the paper's section 3.4: layer-to-stage training).
-        stages: Number of runs over the blocks from `start` on, later ones longer (three runs: 2 to 3 to 4), or the
+        stages: Number of runs over the blocks from `start` on, later ones longer (2 to 3 to 4 and so on), or the
             first block of each run.
         schedule: How one keep ratio is spread over the runs. `"taper"` lets it fall linearly around its mean
-            (three runs at 0.5: 0.81, 0.56 and 0.31), `"constant"` (the paper's) uses it in every run.
+            (two runs at 0.5: 0.63 and 0.37), `"constant"` (the paper's) uses it in every run.
         representative: What stands in for the fast tokens. `"matched"`: every fast token joins the slow token
             most similar to it, needs no training. `"single"`: one token, the mean of all fast tokens weighted by
             class attention (the paper's equations 5 and 6). `"none"`: fast tokens are carried unchanged.
@@ -61,7 +61,7 @@ class EvoConfig:
     keep_ratio: float | Sequence[float] = 0.5
     start: int | None = None
     selection: Selection = "stage"
-    stages: int | Sequence[int] = 3
+    stages: int | Sequence[int] = 2
     schedule: Schedule = "taper"
     representative: Representative = "matched"
     tradeoff: float | Sequence[float] = 0.5
@@ -113,7 +113,7 @@ class EvoConfig:
             ConfigError: If a run starts beyond the depth, or the number of keep ratios or tradeoffs doesn't fit.
         """
         firsts = self._first_blocks(depth)
-        ratios = self._keep_ratios(firsts, depth)
+        ratios = self._keep_ratios(firsts)
         tradeoffs = self._tradeoffs(depth)
         keep = [1.0] * depth
         selecting: set[int] = set()
@@ -137,7 +137,7 @@ class EvoConfig:
         if depth < 2:
             raise ConfigError(f"a model with {depth} block(s): expected at least 2, one to rank the tokens by")
         if isinstance(self.stages, int):
-            start = max(1, depth // 4) if self.start is None else self.start
+            start = max(1, depth // 3) if self.start is None else self.start
             # A shallow model has fewer blocks left than the default number of runs asks for.
             firsts = _run_starts(start, depth, min(self.stages, depth - start)) or [start]
         else:
@@ -148,7 +148,7 @@ class EvoConfig:
             )
         return firsts
 
-    def _keep_ratios(self, firsts: list[int], depth: int) -> list[float]:
+    def _keep_ratios(self, firsts: list[int]) -> list[float]:
         runs = len(firsts)
         if isinstance(self.keep_ratio, tuple):
             if len(self.keep_ratio) != runs:
@@ -160,12 +160,8 @@ class EvoConfig:
         mean = cast(float, self.keep_ratio)
         if self.schedule == "constant" or runs == 1:
             return [mean] * runs
-        lengths = [end - first for first, end in zip(firsts, [*firsts[1:], depth], strict=True)]
-        slopes = [1.0 - 2.0 * run / (runs - 1) for run in range(runs)]
-        centre = sum(s * n for s, n in zip(slopes, lengths, strict=True)) / sum(lengths)
-        highest = max(s - centre for s in slopes)
-        spread = min(TAPER * mean, (1.0 - mean) / highest)
-        return [min(1.0, mean + spread * (s - centre)) for s in slopes]
+        spread = min(TAPER * mean, 1.0 - mean)
+        return [mean + spread * (1.0 - 2.0 * run / (runs - 1)) for run in range(runs)]
 
     def _tradeoffs(self, depth: int) -> list[float]:
         if not isinstance(self.tradeoff, tuple):

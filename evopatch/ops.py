@@ -137,7 +137,7 @@ def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int) -> Partiti
 
     What would be lost if token `i` were fast is its importance times how little of it a *more important* token
     already says: `g_i ** 0.7 * (1 - max_{j: g_j > g_i} <f_i, f_j>)`, with `f` the normalised metric. The `K` tokens of
-    largest loss are slow. A group's row is the mean of its members weighted by `g`, the paper's equation 5 per group.
+    largest loss are slow. A group's row is the mean of its members weighted by `sqrt(g)`.
 
     Args:
         g: `(B, N)` float32.
@@ -159,7 +159,7 @@ def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int) -> Partiti
     order = torch.arange(keep, device=g.device).expand(batch, keep)
     group = columns.argmax(dim=-1).scatter(1, index, order)
     size = torch.zeros_like(g[:, :keep]).scatter_add(1, group, torch.ones_like(g))
-    share = g.clamp_min(torch.finfo(g.dtype).tiny)
+    share = g.clamp_min(torch.finfo(g.dtype).tiny).sqrt()
     total = torch.zeros_like(size).scatter_add(1, group, share)
     return _with_prefix(group, share / total.gather(1, group), slow, size.log(), keep, prefix)
 

@@ -11,11 +11,11 @@ def marks(config, attribute, depth=12):
     return [i for i, plan in enumerate(config.resolve(depth)) if getattr(plan, attribute)]
 
 
-def test_default_tapers_around_the_mean_after_the_first_quarter():
+def test_default_tapers_around_the_mean_after_the_first_third():
     plan = EvoConfig(keep_ratio=0.5)
-    assert ratios(plan) == [1.0] * 3 + [0.806] * 2 + [0.556] * 3 + [0.306] * 4
-    assert marks(plan, "selects") == [3, 5, 8]
-    assert marks(plan, "ends") == [4, 7, 11]
+    assert ratios(plan) == [1.0] * 4 + [0.63] * 3 + [0.37] * 5
+    assert marks(plan, "selects") == [4, 7]
+    assert marks(plan, "ends") == [6, 11]
 
 
 def test_paper():
@@ -29,13 +29,18 @@ def test_paper():
 @pytest.mark.parametrize("mean", [0.1, 0.35, 0.5, 0.8, 0.95, 1.0])
 @pytest.mark.parametrize("stages", [1, 2, 3, [4, 5], [3, 5, 9, 10]])
 @pytest.mark.parametrize("depth", [11, 12, 24])
-def test_one_keep_ratio_is_the_mean_over_the_blocks_of_the_runs(mean, stages, depth):
+def test_one_keep_ratio_is_the_mean_over_the_runs(mean, stages, depth):
     plans = EvoConfig(keep_ratio=mean, stages=stages).resolve(depth)
-    start = stages[0] if isinstance(stages, list) else depth // 4
-    running = [plan.keep_ratio for plan in plans[start:]]
-    assert sum(running) / len(running) == pytest.approx(mean)
-    assert all(0 < ratio <= 1 for ratio in running)
-    assert running == sorted(running, reverse=True)
+    count = len(stages) if isinstance(stages, list) else stages
+    runs = [plan.keep_ratio for plan in plans if plan.selects]
+    if mean == 1.0:
+        assert runs == []
+        return
+    assert len(runs) >= count - 1  # the first one keeps everything where the mean is close to 1
+    runs = [1.0] * (count - len(runs)) + runs
+    assert sum(runs) / count == pytest.approx(mean)
+    assert all(0 < ratio <= 1 for ratio in runs)
+    assert runs == sorted(runs, reverse=True)
 
 
 def test_layer_wise_selects_before_every_block():
@@ -47,7 +52,7 @@ def test_layer_wise_selects_before_every_block():
 
 def test_class_attention_is_only_computed_where_a_later_selection_reads_it():
     tradeoffs = [plan.tradeoff for plan in EvoConfig(tradeoff=[i / 12 for i in range(12)]).resolve(12)]
-    assert tradeoffs == [i / 12 for i in range(8)] + [None] * 4
+    assert tradeoffs == [i / 12 for i in range(7)] + [None] * 5
     assert all(plan.tradeoff is None for plan in EvoConfig(keep_ratio=1.0).resolve(12))
 
 
@@ -57,7 +62,7 @@ def test_any_depth(depth, stages):
     plans = EvoConfig(stages=stages).resolve(depth)
     assert len(plans) == depth
     runs = [i for i, plan in enumerate(plans) if plan.selects]
-    assert len(runs) == min(stages, depth - max(1, depth // 4))
+    assert len(runs) == min(stages, depth - max(1, depth // 3))
     lengths = [b - a for a, b in zip(runs, [*runs[1:], depth], strict=True)]
     assert all(lengths[i] <= lengths[i + 1] + 1 for i in range(len(lengths) - 1))
     assert plans[0].keep_ratio == 1.0
@@ -95,7 +100,7 @@ def test_bad_settings(settings, message):
     [
         ({"stages": [4, 12]}, 12, "starts at block 12, beyond the model's 12 blocks"),
         ({"start": 12}, 12, "starts at block 12"),
-        ({"keep_ratio": [0.5]}, 12, r"1 keep ratios \(0.5,\) for 3 run\(s\)"),
+        ({"keep_ratio": [0.5]}, 12, r"1 keep ratios \(0.5,\) for 2 run\(s\)"),
         ({"tradeoff": [0.5] * 3}, 12, "3 tradeoffs for 12 blocks"),
         ({}, 1, r"1 block\(s\): expected at least 2"),
     ],

@@ -50,8 +50,8 @@ def test_select_matched(tensors, keep):
         sizes = [leader.count(i) for i in range(N)]
         for i in range(N):
             assert group[P + i] == group[P + leader[i]]
-            total = sum(g[b, j].item() for j in range(N) if leader[j] == leader[i])
-            assert partition.weight[b, P + i].item() == pytest.approx(g[b, i].item() / total)
+            total = sum(g[b, j].item() ** 0.5 for j in range(N) if leader[j] == leader[i])
+            assert partition.weight[b, P + i].item() == pytest.approx(g[b, i].item() ** 0.5 / total)
             assert partition.log_size[b, group[P + i]].item() == pytest.approx(math.log(sizes[leader[i]]))
         assert len({group[P + i] for i in slow}) == keep
         assert partition.log_size[b, :P].tolist() == [0.0] * P

@@ -63,7 +63,7 @@ def reference(model, image, config):
             if config.representative == "matched":
                 slow, leader = matched_reference(g, block.norm1(x)[prefix:], keep)
                 groups = [[i for i in range(patches) if leader[i] == s] for s in sorted(slow)]
-                shares = [[g[i] / sum(g[j] for j in members) for i in members] for members in groups]
+                shares = [[g[i].sqrt() / sum(g[j].sqrt() for j in members) for i in members] for members in groups]
             else:
                 slow = top(g.tolist(), keep)
                 groups, shares = [[i] for i in sorted(slow)], [[1.0]] * keep
