@@ -32,6 +32,8 @@ class Adapter(ABC):
 
     mixin: ClassVar[type[Swapped]]
     """Goes before the host's class: wraps the methods that walk over the blocks (see `stream.walk`)."""
+    method: ClassVar[str] = "forward"
+    """The one of those methods that takes images."""
 
     @abstractmethod
     def hosts(self) -> tuple[type[nn.Module], ...]:

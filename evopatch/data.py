@@ -22,15 +22,14 @@ class ParquetImages(Dataset[tuple[Tensor, int]]):
         import pyarrow.parquet as parquet
 
         try:
-            file = parquet.ParquetFile(path)
-            if missing := {"image", "label"} - set(file.schema_arrow.names):
-                raise DataError(
-                    f"{path}: found the columns {file.schema_arrow.names}, without {sorted(missing)}: expected "
-                    "'image' (encoded bytes) and 'label' (class index)"
-                )
-            table = file.read(columns=["image", "label"])
-        except OSError as error:
+            table = parquet.read_table(path)
+        except (OSError, ValueError) as error:
             raise DataError(f"{path} can't be read as a parquet file: {error}") from error
+        if missing := {"image", "label"} - set(table.column_names):
+            raise DataError(
+                f"{path}: found the columns {table.column_names}, without {sorted(missing)}: expected "
+                "'image' (encoded bytes) and 'label' (class index)"
+            )
         self._images = table.column("image")
         self._labels = table.column("label").to_pylist()
         self._transform = transform

@@ -23,6 +23,7 @@ IMAGE_SIZE = 40
 PATCH_SIZE = 4
 EPOCHS = 16
 BATCH = 32
+TIMED_BATCH = 128
 KEEP_RATIOS = (0.7, 0.5, 0.3)
 REPRESENTATIVES: tuple[Representative, ...] = ("matched", "single", "none")
 
@@ -88,22 +89,16 @@ def run(out: Path, console: Console, progress_bar: ProgressBar, epochs: int = EP
         inputs = normalise(images)
         batches = zip(inputs.split(BATCH), labels.split(BATCH), strict=True)
         results = evaluate(model, batches, configs, (1, IMAGE_SIZE, IMAGE_SIZE), on_batch=advance)
-    table = Table(title=f"{len(images)} test digits; batch {len(inputs[:256])}, float32, CPU, no fine-tuning")
-    for column in (
-        "representative",
-        "keep ratio",
-        "accuracy %",
-        "FLOPs of blocks",
-        "images/s",
-        "unpatched",
-        "speed-up",
-    ):
-        table.add_column(column, justify="left" if column == "representative" else "right")
-    table.add_row("unpatched", "", f"{results[0].top1:.1f}", "1.00", "", "", "")
+    table = Table(title=f"{len(images)} test digits; batch {TIMED_BATCH}, float32, CPU, no fine-tuning")
+    table.add_column("representative", no_wrap=True)
+    for column in ("keep\nratio", "accuracy\n%", "FLOPs of\nblocks", "images/s\npatched", "images/s\nunpatched"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("speed-up", justify="right", no_wrap=True)
+    table.add_row("(unpatched)", "", f"{results[0].top1:.1f}", "1.00", "", "", "")
     with progress_bar("timing", len(configs)) as advance:
         for result in results[1:]:
             set_config(model, result.config)
-            speed = compare_speed(model, inputs[:256])
+            speed = compare_speed(model, inputs[:TIMED_BATCH])
             table.add_row(
                 result.config.representative,
                 f"{result.config.keep_ratio:g}",
@@ -119,4 +114,4 @@ def run(out: Path, console: Console, progress_bar: ProgressBar, epochs: int = EP
     shown = slice(0, 6)
     selection = token_selection(model, inputs[shown])
     draw_selection(images[shown, 0], selection, (0, 3, 6), out, "slow tokens at keep_ratio=0.5")
-    console.print(f"token selection: {out}", highlight=False)
+    console.print(f"token selection: {out}", highlight=False, soft_wrap=True)

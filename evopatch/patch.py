@@ -158,7 +158,7 @@ def token_selection(model: nn.Module, images: Tensor) -> Tensor:
     assert adapter is not None
     height, width = adapter.grid(model, (images.shape[-2], images.shape[-1]))
     stream = Stream(model, compact=True)
-    walk(model, "forward_features", images, compact=True, stream=stream)
+    walk(model, adapter.method, images, compact=True, stream=stream)
     everything = torch.ones(images.shape[0], height * width, dtype=torch.bool, device=images.device)
     slow = [stream.partitions[i].slow if i in stream.partitions else everything for i in range(patch.depth)]
     return torch.stack(slow, dim=1).view(images.shape[0], patch.depth, height, width)

@@ -188,5 +188,6 @@ def test_third_party_adapters_by_entry_point(monkeypatch):
     evopatch.apply(model)
     assert model(x).shape == original.shape
     assert not torch.equal(model(x), original)
+    assert evopatch.token_selection(model, x).shape == (2, 4, 3, 3)
     evopatch.remove(model)
     assert torch.equal(model(x), original)

@@ -4,23 +4,37 @@ import io
 import json
 import subprocess
 import sys
+from typing import NamedTuple
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 from PIL import Image
 
 from evopatch import demo
-from evopatch.cli import console, progress_bar
+from evopatch.cli import console, main, progress_bar
 
 
-def evopatch(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "evopatch", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**__import__("os").environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"},
-    )
+class Run(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def evopatch(capsys, monkeypatch):
+    """The command in this process, as its entry point runs it."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evopatch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return Run(stop.value.code or 0, *capsys.readouterr())
+
+    return run
 
 
 def encoded(seed):
@@ -54,7 +68,7 @@ def files(tmp_path_factory):
 COMMON = ("evaluate", "--model", "deit_tiny_patch16_224", "--num-classes", "3")
 
 
-def test_evaluate_parquet_and_folder_agree(files, tmp_path):
+def test_evaluate_parquet_and_folder_agree(evopatch, files, tmp_path):
     results = []
     for data in ("images.parquet", "images"):
         out = tmp_path / f"{data}.json"
@@ -63,7 +77,7 @@ def test_evaluate_parquet_and_folder_agree(files, tmp_path):
             "--keep-ratio", "0.6,0.3", "--representative", "matched", "--representative", "single", "--json", out,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
-        for word in ("unpatched", "matched", "single", "0.6, 0.3", "KL"):
+        for word in ("(unpatched)", "matched", "single", "0.6, 0.3", "KL"):
             assert word in run.stdout
         results.append(json.loads(out.read_text()))
     parquet, folder = results
@@ -80,7 +94,7 @@ def test_evaluate_parquet_and_folder_agree(files, tmp_path):
         assert a["top1"] == b["top1"]
 
 
-def test_overridden_preprocessing_changes_the_result(files, tmp_path):
+def test_overridden_preprocessing_changes_the_result(evopatch, files, tmp_path):
     kl = []
     for extra in ((), ("--mean", "0.5", "--std", "0.5,0.5,0.5"), ("--crop-pct", "1.0"), ("--rows", "2:")):
         out = tmp_path / "out.json"
@@ -112,7 +126,7 @@ def test_overridden_preprocessing_changes_the_result(files, tmp_path):
         (("--bogus",), 2, "No such option"),
     ],
 )
-def test_bad_usage_is_one_message(files, arguments, code, message, monkeypatch):
+def test_bad_usage_is_one_message(evopatch, files, arguments, code, message, monkeypatch):
     if "resnet18" in arguments:
         torch.save(timm.create_model("resnet18", num_classes=3).state_dict(), files / "resnet.pth")
     monkeypatch.chdir(files)
@@ -126,24 +140,25 @@ def test_bad_usage_is_one_message(files, arguments, code, message, monkeypatch):
 
 @pytest.mark.parametrize("command", [(), ("evaluate",), ("demo",), ("list",)])
 def test_help(command):
-    run = evopatch(*command, "--help")
+    run = subprocess.run([sys.executable, "-m", "evopatch", *command, "--help"], capture_output=True, text=True)
     assert run.returncode == 0
     assert "Usage" in run.stdout
     if command:
         assert f"evopatch {command[0]}" in run.stdout.split("Options")[0].split("Usage:")[1].replace("python -m ", "")
 
 
-def test_list():
+def test_list(evopatch):
     run = evopatch("list", "deit_tiny*")
     assert run.stdout.split() == ["deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"]
 
 
-def test_demo_runs_and_draws(tmp_path):
+def test_demo_runs_and_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "TIMED_BATCH", 4)
     out = tmp_path / "selection.png"
     with console.capture() as captured:
         demo.run(out, console, progress_bar, epochs=1)
     text = captured.get()
-    for word in ("unpatched", "matched", "single", "none", "0.7", "0.5", "0.3", "x"):
+    for word in ("(unpatched)", "matched", "single", "none", "0.7", "0.5", "0.3", "x"):
         assert word in text
     with Image.open(out) as picture:
         assert picture.width > 400

@@ -145,7 +145,7 @@ def test_compiles_to_one_graph_without_recompiling(name):
     model, x = evopatch.apply(build(name)), images()
     expected = model(x)
     # torch.compile breaks the graph at the zero-argument super() of a subclassed forward_features.
-    compiled = torch.compile(model, fullgraph=name != "subclass", backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=name != "subclass", backend="eager")
     torch.testing.assert_close(compiled(x), expected, atol=2e-5, rtol=2e-5)
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(compiled(images(seed=2)), model(images(seed=2)), atol=2e-5, rtol=2e-5)

@@ -11,6 +11,9 @@ from evopatch.data import open_images
 from evopatch.evaluate import evaluate
 from evopatch.models import create_model
 
+# Both models are evaluated once, so their tests share a process.
+pytestmark = pytest.mark.xdist_group("real weights")
+
 HALF = (0.5, 0.5, 0.5)
 # For few FLOPs it pays to start earlier.
 LOW = EvoConfig(keep_ratio=(0.58, 0.4, 0.22), stages=(3, 5, 8))
