@@ -123,7 +123,7 @@ def select_top(g: Tensor, keep: int, prefix: int, representative: bool) -> Parti
     """
     batch = g.shape[0]
     index = g.topk(keep, dim=1, sorted=False).indices
-    slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, True)
+    slow = torch.zeros_like(g).scatter(1, index, 1.0).bool()
     order = torch.arange(keep, device=g.device).expand(batch, keep)
     group = torch.full_like(g, keep, dtype=torch.int64).scatter(1, index, order)
     fast = torch.where(slow, 0.0, g.clamp_min(torch.finfo(g.dtype).tiny))
@@ -153,7 +153,7 @@ def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int) -> Partiti
     redundancy = similarity.masked_fill(~more_important, lowest).amax(dim=-1).float()
     loss = g.pow(IMPORTANCE_EXPONENT) * (1.0 - redundancy)
     index = loss.topk(keep, dim=1, sorted=False).indices
-    slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, True)
+    slow = torch.zeros_like(g).scatter(1, index, 1.0).bool()
     # Rows of the similarity against the slow columns only: the arg max is the row of the compact set.
     columns = similarity.gather(2, index.unsqueeze(1).expand(batch, patches, keep))
     order = torch.arange(keep, device=g.device).expand(batch, keep)

@@ -191,3 +191,32 @@ def test_third_party_adapters_by_entry_point(monkeypatch):
     assert evopatch.token_selection(model, x).shape == (2, 4, 3, 3)
     evopatch.remove(model)
     assert torch.equal(model(x), original)
+
+
+@torch.no_grad()
+def test_a_model_compiled_before_it_was_patched_follows():
+    torch._dynamo.reset()
+    model, x = build("vit"), images()
+    compiled = torch.compile(model, backend="eager")
+    original = compiled(x)
+    evopatch.apply(model)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert not torch.equal(compiled(x), original)
+    evopatch.remove(compiled)
+    assert torch.equal(compiled(x), original)
+
+
+@torch.no_grad()
+def test_export_with_a_dynamic_batch():
+    model = evopatch.apply(build("vit"))
+    exported = torch.export.export(model, (images(2),), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    for batch in (3, 8):
+        torch.testing.assert_close(exported(images(batch)), model(images(batch)), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_torchscript_trace_and_data_parallel():
+    model, x = evopatch.apply(build("vit")), images()
+    traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(images(seed=5)), model(images(seed=5)), atol=1e-5, rtol=1e-5)
+    assert torch.equal(nn.DataParallel(model)(x), model(x))
