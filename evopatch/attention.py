@@ -65,12 +65,12 @@ class AttentionTap:
             query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale, **kwargs
         )
 
-    def softmax(self, logits: Tensor, dim: int = -1, **kwargs: Any) -> Tensor:
+    def softmax(self, logits: Tensor, dim: int = -1, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Tensor:
         """Stands where a block takes the softmax of its `(B, H, M, M)` attention logits."""
         bias = self._bias(None, logits)
         if bias is not None:
             logits = logits + bias
-        probabilities = logits.softmax(dim, **kwargs)
+        probabilities = logits.softmax(dim, dtype=dtype)
         if self.observe:
             if self.readout:
                 observed = probabilities[:, :, : self.readout].detach().float()

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .config import EvoConfig
-from .errors import ConfigError, EvoPatchError
+from .errors import ConfigError, DataError, EvoPatchError, UnsupportedModelError
 
 app = typer.Typer(
     help="Slow-fast token evolution for the vision transformers you already have.",
@@ -52,10 +53,12 @@ def main() -> None:
         _fail(error, 2)
     except EvoPatchError as error:
         _fail(error, 1)
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; pip install 'evopatch[all]' brings what the commands need", 1)
 
 
-def _fail(error: Exception, code: int) -> None:
-    errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+def _fail(error: object, code: int) -> None:
+    errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     raise SystemExit(code)
 
 
@@ -81,7 +84,11 @@ def _floats(text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
     value = parse_ratios(text)
-    return value if isinstance(value, tuple) else (value,) * 3
+    if not isinstance(value, tuple):
+        return (value,) * 3
+    if len(value) != 3:
+        raise typer.BadParameter(f"'{text}': expected one number or three")
+    return value
 
 
 @app.command()
@@ -130,8 +137,10 @@ def evaluate(
     from .models import create_model
     from .patch import apply
 
+    if json_out is not None and not json_out.parent.is_dir():
+        raise DataError(f"{json_out.parent}: no such folder for the results; create it or give another --json")
     configs = _configs(keep_ratio, representative, paper, selection, schedule, start, stages)
-    network = create_model(model, checkpoint, num_classes).to(device, getattr(torch, dtype.value))
+    network = create_model(model, checkpoint, num_classes, image_size).to(device, getattr(torch, dtype.value))
     apply(network, config=configs[0])
     override = {"mean": _floats(mean), "std": _floats(std), "crop_pct": crop_pct}
     if image_size is not None:
@@ -179,7 +188,7 @@ def _configs(
     if schedule is not None:
         base["schedule"] = schedule
     if stages is not None:
-        firsts = [int(part) for part in stages.split(",")]
+        firsts = _integers(stages.split(","), stages)
         base["stages"] = firsts[0] if len(firsts) == 1 else firsts
     names = [r.value for r in representative] if representative else [base["representative"]]
     ratios = [parse_ratios(text) for text in keep_ratio or ["0.5"]]
@@ -192,7 +201,15 @@ def _rows(text: str, total: int) -> range:
     first, separator, last = text.partition(":")
     if not separator:
         raise typer.BadParameter(f"--rows {text}: expected FIRST:LAST, either of them may be left out")
-    return range(total)[int(first) if first else None : int(last) if last else None]
+    begin, end = _integers([first or "0", last or str(total)], text)
+    return range(total)[begin:end]
+
+
+def _integers(parts: list[str], text: str) -> list[int]:
+    try:
+        return [int(part) for part in parts]
+    except ValueError:
+        raise typer.BadParameter(f"'{text}': expected whole numbers") from None
 
 
 def _ratio_text(config: EvoConfig) -> str:
@@ -202,7 +219,7 @@ def _ratio_text(config: EvoConfig) -> str:
 
 @app.command(name="list")
 def list_models(
-    pattern: Annotated[str, typer.Argument(help="A timm wildcard, such as 'vit_small*'.")] = "*",
+    pattern: Annotated[str, typer.Argument(help="A timm wildcard. Default: the ViT and DeiT families.")] = "",
 ) -> None:
     """Names of the timm models that `evopatch.apply` takes.
 
@@ -212,9 +229,9 @@ def list_models(
 
     from .patch import supported
 
-    names = [
-        n for family in ("vit_*", "deit*") for n in timm.list_models(family) if n in set(timm.list_models(pattern))
-    ]
+    names = timm.list_models([pattern] if pattern else ["vit_*", "deit*"])
+    if not names:
+        raise UnsupportedModelError(f"no timm model is named like '{pattern}'")
     taken = []
     with progress_bar("checking", len(names)) as advance:
         for name in names:
@@ -235,6 +252,10 @@ def demo(
 
     evopatch demo
     """
+    import matplotlib  # noqa: F401, before minutes of training
+
     from .demo import run
 
+    if not out.parent.is_dir():
+        raise DataError(f"{out.parent}: no such folder for the picture; create it or give another --out")
     run(out, console, progress_bar)

@@ -44,10 +44,10 @@ class EvoConfig:
         start: First block that selects, counted from 0. None: the first third of the depth is left alone.
         selection: `"stage"` selects once per run of blocks and keeps the compact set through the run,
             `"layer"` selects again before every block (the paper's section 3.4: layer-to-stage training).
-        stages: Number of runs over the blocks from `start` on, later ones longer (2 to 3 to 4 and so on), or the
-            first block of each run.
+        stages: Number of runs over the blocks from `start` on, or the first block of each run.
         schedule: How one keep ratio is spread over the runs. `"taper"` lets it fall linearly around its mean
-            (two runs at 0.5: 0.63 and 0.37), `"constant"` (the paper's) uses it in every run.
+            (two runs at 0.5: 0.63 and 0.37) and makes later runs longer (2 to 3 to 4 and so on),
+            `"constant"` (the paper's) uses it in every run and makes them equally long.
         representative: What stands in for the fast tokens. `"matched"`: every fast token joins the slow token
             most similar to it, needs no training. `"single"`: one token, the mean of all fast tokens weighted by
             class attention (the paper's equations 5 and 6). `"none"`: fast tokens are carried unchanged.
@@ -72,9 +72,9 @@ class EvoConfig:
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, field, tuple(value))
         for ratio in _listed(self.keep_ratio):
-            _check_number("keep_ratio", ratio, ratio_range="(0, 1]", valid=lambda v: 0.0 < v <= 1.0)
+            _check_number("keep_ratio", ratio, expected="(0, 1]", valid=lambda v: 0.0 < v <= 1.0)
         for tradeoff in _listed(self.tradeoff):
-            _check_number("tradeoff", tradeoff, ratio_range="[0, 1]", valid=lambda v: 0.0 <= v <= 1.0)
+            _check_number("tradeoff", tradeoff, expected="[0, 1]", valid=lambda v: 0.0 <= v <= 1.0)
         for field, allowed in (("selection", Selection), ("schedule", Schedule), ("representative", Representative)):
             if getattr(self, field) not in get_args(allowed):
                 expected = ", ".join(map(repr, get_args(allowed)))
@@ -85,7 +85,9 @@ class EvoConfig:
             if isinstance(self.stages, bool) or self.stages < 1:
                 raise ConfigError(f"stages={self.stages!r}: expected at least one run of blocks")
             return
-        firsts = cast("tuple[int, ...]", self.stages)
+        if not isinstance(self.stages, tuple):
+            raise ConfigError(f"stages={self.stages!r}: expected a number of runs, or the first block of each")
+        firsts = self.stages
         for first in firsts:
             _check_block("stages", first)
         if not firsts or list(firsts) != sorted(set(firsts)):
@@ -96,15 +98,9 @@ class EvoConfig:
             )
 
     @classmethod
-    def paper(cls, keep_ratio: float | Sequence[float] = 0.5, depth: int = 12) -> EvoConfig:
-        """The paper's setting (section 4.1): one representative, a constant keep ratio, three equal parts.
-
-        Args:
-            keep_ratio: Share of slow tokens, in (0, 1].
-            depth: Number of blocks of the model; of 12, the runs start at 4 and 8.
-        """
-        stages = (depth // 3, 2 * depth // 3)
-        return cls(keep_ratio=keep_ratio, stages=stages, schedule="constant", representative="single", tradeoff=0.5)
+    def paper(cls, keep_ratio: float | Sequence[float] = 0.5) -> EvoConfig:
+        """The paper's setting (section 4.1): one representative, keep ratio constant; of 12 blocks, runs at 4 and 8."""
+        return cls(keep_ratio=keep_ratio, schedule="constant", representative="single", tradeoff=0.5)
 
     def resolve(self, depth: int) -> tuple[BlockPlan, ...]:
         """One plan per block of a model with `depth` blocks.
@@ -139,7 +135,8 @@ class EvoConfig:
         if isinstance(self.stages, int):
             start = max(1, depth // 3) if self.start is None else self.start
             # A shallow model has fewer blocks left than the default number of runs asks for.
-            firsts = _run_starts(start, depth, min(self.stages, depth - start)) or [start]
+            growth = 1 if self.schedule == "taper" else 0
+            firsts = _run_starts(start, depth, min(self.stages, depth - start), growth) or [start]
         else:
             firsts = list(self.stages)
         if firsts[-1] >= depth:
@@ -206,8 +203,8 @@ class EvoConfig:
         return cls.from_dict(values)
 
 
-def _run_starts(start: int, depth: int, runs: int) -> list[int]:
-    lengths = list(range(FIRST_RUN, FIRST_RUN + runs))
+def _run_starts(start: int, depth: int, runs: int, growth: int) -> list[int]:
+    lengths = [FIRST_RUN + growth * run for run in range(runs)]
     starts = [start + round((depth - start) * sum(lengths[:i]) / sum(lengths)) for i in range(runs)]
     # Rounding must not leave a run without a block.
     return [max(first, start + i) for i, first in enumerate(starts)]
@@ -217,10 +214,10 @@ def _listed(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _check_number(name: str, value: Any, *, ratio_range: str, valid: Any) -> None:
+def _check_number(name: str, value: Any, *, expected: str, valid: Any) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not valid(value):
-        raise ConfigError(f"{name}={value!r}: expected a number in {ratio_range}")
+        raise ConfigError(f"{name}={value!r}: expected a number in {expected}")
 
 
 def _check_block(name: str, value: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import EvoConfig
 from .errors import DataError
-from .patch import config_of, set_config
+from .patch import restored, set_config
 from .profile import profile
 
 
@@ -65,17 +65,16 @@ def evaluate(
         DataError: If there are no batches, or a label is outside the model's classes.
     """
     configs = [UNPATCHED, *configs]
-    before, training = config_of(model), model.training
     parameter = next(model.parameters())
     sums = torch.zeros(len(configs), 4, dtype=torch.float64)
     images = 0
-    model.eval()
-    try:
+    with restored(model):
         for batch, labels in batches:
             batch = batch.to(parameter.device, parameter.dtype)
             logits = [_logits(model, batch, config) for config in configs]
-            if int(labels.max()) >= logits[0].shape[1]:
-                raise DataError(f"label {int(labels.max())} for a model with {logits[0].shape[1]} classes")
+            outside = (labels < 0) | (labels >= logits[0].shape[1])
+            if outside.any():
+                raise DataError(f"label {int(labels[outside][0])} for a model with {logits[0].shape[1]} classes")
             sums += torch.stack([_sums(own, logits[0], labels) for own in logits])
             images += len(labels)
             on_batch(len(labels))
@@ -85,9 +84,6 @@ def evaluate(
         for config in configs:
             set_config(model, config)
             flops.append(profile(model, input_size))
-    finally:
-        set_config(model, before)
-        model.train(training)
     return [
         Evaluation(
             config=config,

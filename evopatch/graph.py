@@ -50,6 +50,17 @@ class BlockCode:
     metric: dict[bool, Callable[..., Any]] = field(repr=False)
     """`(block, x, inputs, evo)` to `(B, T, C)`: the tokens as the attention core's projection sees them."""
 
+    def __deepcopy__(self, memo: Any) -> BlockCode:
+        return self  # stateless; tracing again would disturb forwards in other threads, as fx patches nn.Module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Generated functions don't pickle, and needn't: they are traced again, from the block's own class.
+        return (_untraced, ())
+
+
+def _untraced() -> None:
+    return None
+
 
 def generate(block: nn.Module, name: str, spec: TraceSpec) -> BlockCode:
     """Trace a block in both modes, since tracing burns `self.training` in.

@@ -11,13 +11,16 @@ from torch import nn
 from .errors import CheckpointError, UnsupportedModelError
 
 
-def create_model(name: str, checkpoint: Path | None = None, num_classes: int | None = None) -> nn.Module:
+def create_model(
+    name: str, checkpoint: Path | None = None, num_classes: int | None = None, image_size: int | None = None
+) -> nn.Module:
     """A timm model with pretrained weights, in eval mode.
 
     Args:
         name: As `timm.create_model` takes it, also `hf-hub:owner/name` and `local-dir:folder`.
         checkpoint: Weights in timm's layout (safetensors or a torch file); None: timm's pretrained weights.
         num_classes: Of a checkpoint with another head than the model's default.
+        image_size: In pixels, if not the model's own; position embeddings are resized.
 
     Raises:
         UnsupportedModelError: If timm knows no such model; names similar ones.
@@ -31,13 +34,14 @@ def create_model(name: str, checkpoint: Path | None = None, num_classes: int | N
         similar = difflib.get_close_matches(name.split(".")[0], known, n=3, cutoff=0.6)
         hint = f"did you mean {' or '.join(similar)}?" if similar else "`evopatch list` shows the names."
         raise UnsupportedModelError(f"timm has no model named '{name}': {hint}")
-    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    settings = {"num_classes": num_classes, "img_size": image_size}
+    options = {key: value for key, value in settings.items() if value is not None}
     if checkpoint is None:
         return _pretrained(name, options)
     if not checkpoint.is_file():
         raise CheckpointError(f"{checkpoint}: no such file; expected weights for {name} in timm's layout")
-    model: nn.Module = timm.create_model(name, pretrained=False, **options)
     try:
+        model: nn.Module = timm.create_model(name, pretrained=False, **options)
         timm.models.load_checkpoint(model, str(checkpoint))
     except Exception as error:
         raise CheckpointError(

@@ -39,12 +39,11 @@ def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, confi
 
     In every case of an error the model is left untouched.
     """
-    config = config or EvoConfig()
-    if not isinstance(config, EvoConfig):
-        raise ConfigError(f"config is a {type(config).__name__}: expected an evopatch.EvoConfig")
+    config = EvoConfig() if config is None else _checked(config)
     if keep_ratio is not None:
         config = dataclasses.replace(config, keep_ratio=keep_ratio)
     plans = [_prepare(name, host, adapter, config) for name, host, adapter in _hosts(model)]
+    _check_shared(plans)
     for host, adapter, patch, codes in plans:
         swap(host, adapter.mixin)
         host.__dict__["_evo_patch"] = patch
@@ -61,11 +60,11 @@ def remove(model: Model) -> Model:
         NotPatchedError: If nothing in the model is patched.
     """
     for host in _patched_hosts(model):
-        for block in _blocks(host, host._evo_patch.spec.blocks):
+        for block in list(host.modules()):  # also blocks that were wrapped since, such as by checkpoint wrappers
             if isinstance(block, SlowFastBlock):
                 for key in ("_evo_patch", "_evo_name", "_evo_code"):
                     del block.__dict__[key]
-                restore(block)
+                restore(block)  # type: ignore[arg-type]
         del host.__dict__["_evo_patch"]
         restore(host)
     return model
@@ -119,7 +118,11 @@ def set_keep_ratio(model: nn.Module, keep_ratio: float | Sequence[float]) -> Non
         ConfigError: If it is outside (0, 1] or the number of ratios doesn't fit; the old one stays then.
         NotPatchedError: If nothing in the model is patched.
     """
-    set_config(model, dataclasses.replace(config_of(model), keep_ratio=keep_ratio))
+    changes = [
+        (host._evo_patch, dataclasses.replace(host._evo_patch.config, keep_ratio=keep_ratio))
+        for host in _patched_hosts(model)
+    ]
+    _set_configs(changes)
 
 
 def set_config(model: nn.Module, config: EvoConfig) -> None:
@@ -129,11 +132,21 @@ def set_config(model: nn.Module, config: EvoConfig) -> None:
         ConfigError: If the configuration doesn't fit the model; the old one stays then.
         NotPatchedError: If nothing in the model is patched.
     """
-    hosts = _patched_hosts(model)
-    for host in hosts:
-        config.resolve(host._evo_patch.depth)
-    for host in hosts:
-        host._evo_patch.set_config(config)
+    _set_configs([(host._evo_patch, _checked(config)) for host in _patched_hosts(model)])
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """On leaving, every host has its configuration and every module its mode again; inside, all are in eval mode."""
+    configs = [(host._evo_patch, host._evo_patch.config) for host in _patched_hosts(model)]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        _set_configs(configs)
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()
@@ -153,15 +166,15 @@ def token_selection(model: nn.Module, images: Tensor) -> Tensor:
     """
     if "_evo_patch" not in model.__dict__:
         raise NotPatchedError(f"{type(model).__name__} is not a patched host: expected a model given to evopatch.apply")
-    patch: Patch = model.__dict__["_evo_patch"]
     adapter = registry.find(model)
     assert adapter is not None
     height, width = adapter.grid(model, (images.shape[-2], images.shape[-1]))
     stream = Stream(model, compact=True)
-    walk(model, adapter.method, images, compact=True, stream=stream)
+    with restored(model):
+        walk(model, adapter.method, images, compact=True, stream=stream)
     everything = torch.ones(images.shape[0], height * width, dtype=torch.bool, device=images.device)
-    slow = [stream.partitions[i].slow if i in stream.partitions else everything for i in range(patch.depth)]
-    return torch.stack(slow, dim=1).view(images.shape[0], patch.depth, height, width)
+    slow = [stream.partitions[i].slow if i in stream.partitions else everything for i in range(len(stream.blocks))]
+    return torch.stack(slow, dim=1).view(images.shape[0], len(slow), height, width)
 
 
 def _hosts(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
@@ -193,15 +206,46 @@ def _prepare(
     codes = []
     for index, block in enumerate(blocks):
         block_name = ".".join(filter(None, (name, spec.blocks, str(index))))
+        if "forward" in block.__dict__:
+            raise UnsupportedModelError(
+                f"{block_name} ({type(block).__name__}) has a forward of its own beside its class's: expected a plain "
+                "block, since the patch works by its class. Undo what replaced it, and do it again after apply"
+            )
         _check_hooks(block, block_name)
         codes.append((block, block_name, graph.generate(block, block_name, spec.trace)))
     return host, adapter, patch, codes
 
 
+def _check_shared(plans: list[tuple[nn.Module, Any, Patch, list[tuple[nn.Module, str, graph.BlockCode]]]]) -> None:
+    seen: dict[int, str] = {}
+    for _, _, _, codes in plans:
+        for block, name, _ in codes:
+            if id(block) in seen:
+                raise UnsupportedModelError(
+                    f"{name} is the same module as {seen[id(block)]}: expected a block of its own at every depth, "
+                    "since each has its own plan"
+                )
+            seen[id(block)] = name
+
+
+def _checked(config: Any) -> EvoConfig:
+    if not isinstance(config, EvoConfig):
+        raise ConfigError(f"config is a {type(config).__name__}: expected an evopatch.EvoConfig")
+    return config
+
+
+def _set_configs(changes: list[tuple[Patch, EvoConfig]]) -> None:
+    for patch, config in changes:
+        config.resolve(patch.depth)
+    for patch, config in changes:
+        patch.set_config(config)
+
+
 def _check_hooks(block: nn.Module, name: str) -> None:
     for inner in graph.traced_through(block):
         module = block.get_submodule(inner)
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(hooks):
             raise UnsupportedModelError(
                 f"{name}.{inner} ({type(module).__name__}) has hooks, which would not run: the patched block runs "
                 "generated code in its place. Remove them, or hook the block or a module inside instead"

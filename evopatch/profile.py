@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import registry
 from .config import EvoConfig
 from .errors import NotPatchedError
 from .ops import num_slow
-from .patch import config_of, set_config
+from .patch import restored, set_config
 from .stream import Patch
 
 
@@ -62,18 +63,16 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     patch: Patch = model.__dict__["_evo_patch"]
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    config = config_of(model)
-    flops, blocks = _count(model, image, patch)
+    plans = patch.plans
     tokens = _patch_tokens(model, image)
-    set_config(model, EvoConfig(keep_ratio=1.0))
-    try:
+    with restored(model):
+        flops, blocks = _count(model, image, patch)
+        set_config(model, EvoConfig(keep_ratio=1.0))
         flops_unpatched, blocks_unpatched = _count(model, image, patch)
-    finally:
-        set_config(model, config)
     return Profile(
         blocks=tuple(
             BlockProfile(own, whole, num_slow(tokens, plan.keep_ratio) if plan.keep_ratio < 1.0 else tokens, tokens)
-            for own, whole, plan in zip(blocks, blocks_unpatched, patch.plans, strict=True)
+            for own, whole, plan in zip(blocks, blocks_unpatched, plans, strict=False)
         ),
         flops=flops,
         flops_unpatched=flops_unpatched,
@@ -81,8 +80,6 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
 
 
 def _patch_tokens(model: Any, image: torch.Tensor) -> int:
-    from . import registry
-
     adapter = registry.find(model)
     assert adapter is not None
     rows, columns = adapter.grid(model, (image.shape[-2], image.shape[-1]))
@@ -91,14 +88,9 @@ def _patch_tokens(model: Any, image: torch.Tensor) -> int:
 
 @torch.no_grad()
 def _count(model: nn.Module, image: torch.Tensor, patch: Patch) -> tuple[int, list[int]]:
-    training = model.training
-    model.eval()
-    try:
-        with FlopCounterMode(display=False) as counter:
-            model(image)
-    finally:
-        model.train(training)
+    with FlopCounterMode(display=False) as counter:
+        model(image)
     counts = counter.get_flop_counts()
-    root = type(model).__name__
-    blocks = [sum(counts[f"{root}.{patch.spec.blocks}.{i}"].values()) for i in range(patch.depth)]
+    root, depth = type(model).__name__, len(getattr(model, patch.spec.blocks))
+    blocks = [sum(counts[f"{root}.{patch.spec.blocks}.{i}"].values()) for i in range(depth)]
     return counter.get_total_flops(), blocks

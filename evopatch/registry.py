@@ -33,9 +33,9 @@ def adapters() -> list[Adapter]:
     return [_load(target) for target in targets]
 
 
-def find(module: nn.Module) -> Adapter | None:
+def find(module: nn.Module, among: list[Adapter] | None = None) -> Adapter | None:
     """The adapter that serves this module itself, not one inside it."""
-    for adapter in adapters():
+    for adapter in adapters() if among is None else among:
         if isinstance(module, adapter.hosts()):
             return adapter
     return None
@@ -43,10 +43,11 @@ def find(module: nn.Module) -> Adapter | None:
 
 def find_hosts(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
     """Every outermost host in a model, the model itself included: name, module, adapter."""
+    among = adapters()
     found: list[tuple[str, nn.Module, Adapter]] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") or not outer for outer, _, _ in found):
             continue
-        if (adapter := find(module)) is not None:
+        if (adapter := find(module, among)) is not None:
             found.append((name, module, adapter))
     return found

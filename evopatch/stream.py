@@ -19,6 +19,9 @@ from .config import BlockPlan, EvoConfig
 from .errors import BypassError, UnsupportedInputError
 from .swap import Swapped, host_class
 
+_ORIGINAL = object()
+"""Given to a block in place of a tap: run as unpatched, also in a recomputation after the settings changed."""
+
 
 class Patch:
     """What a patched host and its blocks share. Plain values: deepcopy and pickle carry it along."""
@@ -45,13 +48,13 @@ class SlowFastBlock(Swapped):
 
     _evo_patch: Patch
     _evo_name: str
-    _evo_code: graph.BlockCode
+    _evo_code: graph.BlockCode | None
     training: bool
 
-    def forward(self, x: Tensor, *args: Any, evo: AttentionTap | None = None, **kwargs: Any) -> Tensor:
-        """The host's own forward where `evo` is None, else the generated one (see `graph.py`)."""
-        if evo is None:
-            if self._evo_patch.active:
+    def forward(self, x: Tensor, *args: Any, evo: AttentionTap | object | None = None, **kwargs: Any) -> Tensor:
+        """The generated forward (see `graph.py`) with an attention tap, else the host's own."""
+        if not isinstance(evo, AttentionTap):
+            if evo is not _ORIGINAL and self._evo_patch.active:
                 raise BypassError(
                     f"{self._evo_name} was called from outside the patched forward of "
                     f"'{self._evo_patch.name or 'model'}': the slow-fast state would be missing. Call the model's "
@@ -60,16 +63,14 @@ class SlowFastBlock(Swapped):
             out: Tensor = self._evo_host_class.forward(self, x, *args, **kwargs)
             return out
         inputs = tuple(kwargs[name] for name in self._evo_patch.spec.trace.inputs)
+        assert self._evo_code is not None
         out = self._evo_code.forward[self.training](self, x, inputs, evo)
         return out
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Generated functions don't pickle, and needn't: they are traced again, from the block's own class.
-        return {k: v for k, v in self.__dict__.items() if k != "_evo_code"}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        self._evo_code = graph.generate(self, self._evo_name, self._evo_patch.spec.trace)  # type: ignore[arg-type]
+        if self._evo_code is None:  # from a pickle
+            self._evo_code = graph.generate(self, self._evo_name, self._evo_patch.spec.trace)  # type: ignore[arg-type]
 
 
 def walk(host: Any, method: str, *args: Any, compact: bool, stream: Stream | None = None, **kwargs: Any) -> Any:
@@ -84,7 +85,7 @@ def walk(host: Any, method: str, *args: Any, compact: bool, stream: Stream | Non
     """
     function = getattr(host_class(host), method)
     patch: Patch = host._evo_patch
-    if not patch.active:
+    if not patch.active and compact:
         return function(host, *args, **kwargs)
     if stream is None:
         stream = Stream(host, compact=compact)
@@ -95,8 +96,11 @@ class Stream:
     """One forward pass: class attention and partition by block index, so that a recomputed block finds its own."""
 
     def __init__(self, host: Any, compact: bool) -> None:
-        self.patch: Patch = host._evo_patch
-        self.blocks: list[nn.Module] = list(host._modules[self.patch.spec.blocks])
+        patch: Patch = host._evo_patch
+        # Taken once: a checkpointed block is recomputed in backward, maybe after the settings changed.
+        self.name, self.spec, self.plans, self.active = patch.name, patch.spec, patch.plans, patch.active
+        self.representative = patch.config.representative
+        self.blocks: list[nn.Module] = list(host._modules[self.spec.blocks])
         self.compact = compact
         self.g: dict[int, Tensor] = {}
         self.partitions: dict[int, ops.Partition] = {}
@@ -104,7 +108,9 @@ class Stream:
 
     def advance(self, index: int, x: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Block `index` on `x`: `(B, T, C)`, or `(B, M, C)` inside a run in compact mode."""
-        plan = self.patch.plans[index]
+        if not self.active:
+            return self.blocks[index](x, evo=_ORIGINAL, **inputs)  # type: ignore[no-any-return]
+        plan = self.plans[index]
         self._check_inputs(index, inputs)
         if plan.keep_ratio == 1.0:
             return self._block(index, x, inputs, None)
@@ -130,19 +136,18 @@ class Stream:
         return ops.distribute(full, compact - entry, partition)
 
     def _select(self, index: int, x: Tensor, inputs: dict[str, Any]) -> ops.Partition:
-        prefix = self.patch.spec.prefix
+        prefix = self.spec.prefix
         g = self.g[index - 1]
-        keep = ops.num_slow(g.shape[1], self.patch.plans[index].keep_ratio)
-        if self.patch.config.representative != "matched":
-            return ops.select_top(g, keep, prefix, self.patch.config.representative == "single")
+        keep = ops.num_slow(g.shape[1], self.plans[index].keep_ratio)
+        if self.representative != "matched":
+            return ops.select_top(g, keep, prefix, self.representative == "single")
         block: Any = self.blocks[index]
-        ordered = tuple(inputs.get(name) for name in self.patch.spec.trace.inputs)
+        ordered = tuple(inputs.get(name) for name in self.spec.trace.inputs)
         metric = block._evo_code.metric[block.training](block, x.detach(), ordered, None)
         return ops.select_matched(g, metric[:, prefix:], keep, prefix)
 
     def _block(self, index: int, x: Tensor, inputs: dict[str, Any], partition: ops.Partition | None) -> Tensor:
-        plan = self.patch.plans[index]
-        spec = self.patch.spec
+        plan, spec = self.plans[index], self.spec
         inputs = {name: inputs.get(name) for name in spec.trace.inputs}
         if partition is not None:
             for name in spec.token_inputs:
@@ -159,9 +164,9 @@ class Stream:
 
     def _check_inputs(self, index: int, inputs: dict[str, Any]) -> None:
         for name, value in inputs.items():
-            if name not in self.patch.spec.trace.inputs and value is not None and value is not False:
+            if name not in self.spec.trace.inputs and value is not None and value is not False:
                 raise UnsupportedInputError(
-                    f"{name} was passed to the patched model, at block {index} of '{self.patch.name or 'model'}': slow "
+                    f"{name} was passed to the patched model, at block {index} of '{self.name or 'model'}': slow "
                     "and fast tokens are chosen among all tokens, so attention can't be masked. Leave it out, or use "
                     "evopatch.set_keep_ratio(model, 1.0) or evopatch.remove(model) for this call"
                 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import EvoConfig
-from .patch import config_of, set_config
+from .patch import config_of, restored, set_config
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def compare_speed(model: nn.Module, batch: Tensor, rounds: int = 5, warm_up: int
     """Time both sides in turn, so that a machine whose speed drifts slows both alike.
 
     Args:
-        model: A patched model, in eval mode.
+        model: A patched model; timed in eval mode, with its first host's configuration.
         batch: Images `(B, 3, height, width)` on the model's device.
         rounds: Timed forwards of each side.
         warm_up: Forwards of each side before.
@@ -38,15 +38,13 @@ def compare_speed(model: nn.Module, batch: Tensor, rounds: int = 5, warm_up: int
     config = config_of(model)
     unpatched = EvoConfig(keep_ratio=1.0)
     seconds: dict[EvoConfig, list[float]] = {config: [], unpatched: []}
-    try:
+    with restored(model):
         for step in range(warm_up + rounds):
             for side, times in seconds.items():
                 set_config(model, side)
                 elapsed = _forward_seconds(model, batch)
                 if step >= warm_up:
                     times.append(elapsed)
-    finally:
-        set_config(model, config)
     pairs = zip(seconds[unpatched], seconds[config], strict=True)
     return Speed(
         patched=len(batch) / statistics.median(seconds[config]),

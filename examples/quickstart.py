@@ -9,14 +9,16 @@ import timm
 import torch
 
 import evopatch
+from evopatch.timing import compare_speed
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="deit_small_patch16_224")
 parser.add_argument("--pretrained", action="store_true")
+parser.add_argument("--batch-size", type=int, default=16)
 args = parser.parse_args()
 
 model = timm.create_model(args.model, pretrained=args.pretrained).eval()
-images = torch.randn(4, 3, 224, 224)
+images = torch.randn(args.batch_size, 3, 224, 224)
 
 with torch.no_grad():
     before = model(images)
@@ -31,6 +33,9 @@ print("keep_ratio=1.0 is the original, to the bit:", torch.equal(before, same))
 evopatch.set_keep_ratio(model, 0.5)
 print(f"FLOPs of the whole model: {evopatch.profile(model, (3, 224, 224)).ratio:.3f} of unpatched")
 print("slow tokens per block:", evopatch.token_selection(model, images)[0].sum(dim=(1, 2)).tolist())
+
+speed = compare_speed(model, images, rounds=10)
+print(f"images/s: {speed.patched:.1f} patched, {speed.unpatched:.1f} unpatched, {speed.ratio:.2f}x (median of pairs)")
 
 evopatch.remove(model)
 with torch.no_grad():

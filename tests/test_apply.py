@@ -1,17 +1,19 @@
 """What users do with a patched model beyond the contract matrix."""
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import timm
 import torch
-from timm.layers import set_fused_attn
+from timm.layers import Attention, set_fused_attn
 from torch import nn
 from variants import VARIANTS, build, images
 
 import evopatch
 from evopatch import EvoConfig, graph
+from evopatch.timing import compare_speed
 
 
 @torch.no_grad()
@@ -220,3 +222,100 @@ def test_torchscript_trace_and_data_parallel():
     traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(images(seed=5)), model(images(seed=5)), atol=1e-5, rtol=1e-5)
     assert torch.equal(nn.DataParallel(model)(x), model(x))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("first", "second"), [(0.5, 0.8), (0.5, 1.0), (1.0, 0.5)])
+def test_a_change_between_forward_and_backward_changes_no_gradient(first, second, checkpointing):
+    """As in self-distillation, where teacher and student share a model."""
+    model, x = evopatch.apply(build("vit").train()), images()
+
+    def gradients(ratio, other):
+        model.zero_grad()
+        evopatch.set_keep_ratio(model, ratio)
+        loss = model(x).square().sum()
+        evopatch.set_keep_ratio(model, other)
+        loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    expected, different = gradients(first, first), gradients(second, second)
+    model.set_grad_checkpointing(checkpointing)
+    result = gradients(first, second)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(result[name], gradient, atol=2e-4 * gradient.abs().max().item() + 1e-6, rtol=1e-3)
+    assert any((expected[n] - different[n]).abs().max() > 1e-3 for n in expected)
+
+
+def test_set_keep_ratio_keeps_every_hosts_other_settings():
+    pair = nn.ModuleList([build("vit"), build("gap")])
+    evopatch.apply(pair[0], config=EvoConfig(representative="single"))
+    evopatch.apply(pair[1], config=EvoConfig(tradeoff=0.3))
+    evopatch.set_keep_ratio(pair, 0.7)
+    assert evopatch.config_of(pair[0]) == EvoConfig(keep_ratio=0.7, representative="single")
+    assert evopatch.config_of(pair[1]) == EvoConfig(keep_ratio=0.7, tradeoff=0.3)
+
+
+def test_deepcopy_does_not_trace_again():
+    model = evopatch.apply(build("vit"))
+    twin = copy.deepcopy(model)
+    assert twin.blocks[0]._evo_code is model.blocks[0]._evo_code
+    assert twin.blocks[0]._evo_patch is not model.blocks[0]._evo_patch
+    assert twin.blocks[0]._evo_patch is twin._evo_patch
+
+
+def test_selection_and_profile_of_a_pruned_model():
+    model, x = evopatch.apply(build("vit")), images()
+    model.prune_intermediate_layers([3], prune_head=False)
+    assert evopatch.token_selection(model, x).shape == (2, 4, 5, 5)
+    assert len(evopatch.profile(model, (3, 40, 40)).blocks) == 4
+
+
+@torch.no_grad()
+def test_remove_finds_blocks_that_were_wrapped_since():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    model, x = build("vit"), images()
+    original = model(x)
+    evopatch.apply(model)
+    patched = model(x)
+    apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, type(model.blocks[0])))
+    torch.testing.assert_close(model(x), patched)
+    evopatch.remove(model)
+    assert not evopatch.is_patched(model)
+    assert torch.equal(model(x), original)
+
+
+def test_modes_are_kept():
+    model = evopatch.apply(build("vit").train())
+    model.blocks[2].eval()
+    modes = [m.training for m in model.modules()]
+    evopatch.profile(model, (3, 40, 40))
+    evopatch.token_selection(model, images())
+    compare_speed(model, images(), rounds=1)
+    assert [m.training for m in model.modules()] == modes
+    assert evopatch.config_of(model) == EvoConfig()
+
+
+class FunctionalSoftmax(Attention):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = nn.functional.softmax(q @ k.transpose(-2, -1) * self.scale, dim=-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(b, n, c))
+
+
+@torch.no_grad()
+def test_an_attention_module_that_calls_functional_softmax():
+    model, stock, x = build("vit", attn_layer=FunctionalSoftmax), build("vit"), images()
+    torch.testing.assert_close(evopatch.apply(model)(x), evopatch.apply(stock)(x), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["vit", "gap", "rope"])
+@torch.no_grad()
+def test_half_precision_selects_nearly_the_same_tokens(name, dtype):
+    model, x = evopatch.apply(build(name)), images(8)
+    expected = evopatch.token_selection(model, x)
+    half = evopatch.token_selection(copy.deepcopy(model).to(dtype), x.to(dtype))
+    assert (half == expected).float().mean() > 0.95
+    assert (evopatch.token_selection(model, images(8, seed=9)) == expected).float().mean() < 0.9

@@ -175,3 +175,43 @@ def test_position_biases_without_fused_attention_are_refused(name):
     with pytest.raises(evopatch.AttentionNotFoundError, match="Create the model with fused attention"):
         evopatch.apply(model)
     assert not evopatch.supported(model)
+
+
+@torch.no_grad()
+def test_shared_blocks_are_refused():
+    model, x = build("vit"), images()
+    model.blocks[4] = model.blocks[3]
+    original, classes = model(x), [type(m) for m in model.modules()]
+    with pytest.raises(evopatch.UnsupportedModelError, match=r"blocks\.4 is the same module as blocks\.3"):
+        evopatch.apply(model)
+    assert untouched(model, classes)
+    assert torch.equal(model(x), original)
+
+
+def test_a_block_with_a_forward_of_its_own_is_refused():
+    model = build("vit")
+    model.blocks[1].forward = lambda x, **kwargs: x
+    with pytest.raises(evopatch.UnsupportedModelError, match=r"blocks\.1 \(Block\) has a forward of its own"):
+        evopatch.apply(model)
+
+
+def test_configurations_of_another_type():
+    model = build("vit")
+    with pytest.raises(evopatch.ConfigError, match="config is a dict"):
+        evopatch.apply(model, config={})
+    evopatch.apply(model)
+    with pytest.raises(evopatch.ConfigError, match="config is a dict"):
+        evopatch.set_config(model, {"keep_ratio": 0.5})
+
+
+@pytest.mark.parametrize("label", [-1, 7])
+def test_labels_outside_the_classes(label):
+    from evopatch.evaluate import evaluate
+
+    model = evopatch.apply(build("vit"))
+    batch = (images(), torch.tensor([0, label]))
+    with pytest.raises(evopatch.DataError, match=f"label {label} for a model with 7 classes"):
+        evaluate(model, [batch], [EvoConfig()], (3, 40, 40))
+    with pytest.raises(evopatch.DataError, match="no images"):
+        evaluate(model, [], [EvoConfig()], (3, 40, 40))
+    assert evopatch.config_of(model) == EvoConfig()

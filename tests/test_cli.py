@@ -96,14 +96,20 @@ def test_evaluate_parquet_and_folder_agree(evopatch, files, tmp_path):
 
 def test_overridden_preprocessing_changes_the_result(evopatch, files, tmp_path):
     kl = []
-    for extra in ((), ("--mean", "0.5", "--std", "0.5,0.5,0.5"), ("--crop-pct", "1.0"), ("--rows", "2:")):
+    for extra in (
+        (),
+        ("--image-size", "160"),
+        ("--mean", "0.5", "--std", "0.5,0.5,0.5"),
+        ("--crop-pct", "1.0"),
+        ("--rows", "2:"),
+    ):
         out = tmp_path / "out.json"
         run = evopatch(
             *COMMON, "--checkpoint", files / "weights.pth", "--data", files / "images", "--json", out, *extra
         )
         assert run.returncode == 0, run.stderr
         kl.append(json.loads(out.read_text())[1]["kl"])
-    assert len(set(kl)) == 4
+    assert len(set(kl)) == 5
 
 
 @pytest.mark.parametrize(
@@ -123,6 +129,20 @@ def test_overridden_preprocessing_changes_the_result(evopatch, files, tmp_path):
         (("--checkpoint", "weights.pth", "--data", "images", "--keep-ratio", "half"), 2, "expected a number"),
         (("--checkpoint", "weights.pth", "--data", "images", "--selection", "token"), 2, "selection='token'"),
         (("--data", "images"), 1, "--checkpoint"),
+        (("--checkpoint", "weights.pth", "--data", "nowhere[old]/a[/b]"), 1, "nowhere[old]/a[/b]: no such file"),
+        (("--checkpoint", "weights.pth", "--data", "images", "--stages", "x"), 2, "'x': expected whole numbers"),
+        (("--checkpoint", "weights.pth", "--data", "images", "--rows", "a:b"), 2, "'a:b': expected whole numbers"),
+        (
+            ("--checkpoint", "weights.pth", "--data", "images", "--mean", "1,2"),
+            2,
+            "'1,2': expected one number or three",
+        ),
+        (("--checkpoint", "weights.pth", "--data", "images", "--json", "no/out.json"), 1, "no: no such folder"),
+        (
+            ("--model", "deit_tiny_patch16_224.none", "--checkpoint", "weights.pth", "--data", "images"),
+            1,
+            "doesn't fit",
+        ),
         (("--bogus",), 2, "No such option"),
     ],
 )

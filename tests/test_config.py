@@ -23,7 +23,7 @@ def test_paper():
     assert (plan.representative, plan.tradeoff, plan.schedule) == ("single", 0.5, "constant")
     assert ratios(plan) == [1.0] * 4 + [0.5] * 8
     assert marks(plan, "selects") == [4, 8]
-    assert marks(EvoConfig.paper(0.7, depth=24), "selects", depth=24) == [8, 16]
+    assert marks(EvoConfig.paper(0.7), "selects", depth=24) == [8, 16]
 
 
 @pytest.mark.parametrize("mean", [0.1, 0.35, 0.5, 0.8, 0.95, 1.0])
@@ -86,6 +86,8 @@ def test_any_depth(depth, stages):
         ({"start": 0}, "start=0: expected a block index of at least 1"),
         ({"stages": 0}, "stages=0"),
         ({"stages": []}, "stages="),
+        ({"stages": 2.0}, "stages=2.0"),
+        ({"stages": None}, "stages=None"),
         ({"stages": [8, 4]}, "increasing order"),
         ({"stages": [4, 8], "start": 3}, "disagree"),
     ],
