@@ -155,8 +155,10 @@ def evaluate(
     with progress_bar(f"{model}, {len(configs)} setting(s)", len(dataset)) as advance:
         results = run(network, loader, configs, tuple(options["input_size"]), on_batch=advance)
     table = Table(title=f"{model}, {results[0].images} images, {dtype.value}, no training")
-    for column in ("representative", "keep ratio", "FLOPs", "FLOPs of blocks", "top-1 %", "top-5 %", "agree %", "KL"):
-        table.add_column(column, justify="left" if column == "representative" else "right")
+    table.add_column("representative", no_wrap=True)
+    table.add_column("keep\nratio", justify="right")
+    for column in ("FLOPs", "FLOPs of\nblocks", "top-1\n%", "top-5\n%", "agree\n%", "KL"):
+        table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         unpatched = result is results[0]
         table.add_row(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -34,10 +34,16 @@ def create_model(
         similar = difflib.get_close_matches(name.split(".")[0], known, n=3, cutoff=0.6)
         hint = f"did you mean {' or '.join(similar)}?" if similar else "`evopatch list` shows the names."
         raise UnsupportedModelError(f"timm has no model named '{name}': {hint}")
-    settings = {"num_classes": num_classes, "img_size": image_size}
-    options = {key: value for key, value in settings.items() if value is not None}
-    if checkpoint is None:
-        return _pretrained(name, options)
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    model = _pretrained(name, options) if checkpoint is None else _from_file(name, checkpoint, options)
+    if image_size is not None:
+        cast(Any, model).set_input_size(img_size=(image_size, image_size))
+    return model.eval()
+
+
+def _from_file(name: str, checkpoint: Path, options: dict[str, Any]) -> nn.Module:
+    import timm
+
     if not checkpoint.is_file():
         raise CheckpointError(f"{checkpoint}: no such file; expected weights for {name} in timm's layout")
     try:
@@ -48,7 +54,7 @@ def create_model(
             f"{checkpoint} doesn't fit {name}: {_first_lines(error)}. Expected a state dict in timm's layout for this "
             "model; a head with another number of classes needs --num-classes"
         ) from error
-    return model.eval()
+    return model
 
 
 def _pretrained(name: str, options: dict[str, Any]) -> nn.Module:
@@ -61,7 +67,7 @@ def _pretrained(name: str, options: dict[str, Any]) -> nn.Module:
             f"no pretrained weights for {name} could be had: {_first_lines(error)}. Without network give a file with "
             "--checkpoint"
         ) from error
-    return model.eval()
+    return model
 
 
 def _first_lines(error: BaseException) -> str:
