@@ -91,7 +91,7 @@ def run(out: Path, console: Console, progress_bar: ProgressBar, epochs: int = EP
         results = evaluate(model, batches, configs, (1, IMAGE_SIZE, IMAGE_SIZE), on_batch=advance)
     table = Table(title=f"{len(images)} test digits; batch {TIMED_BATCH}, float32, CPU, no fine-tuning")
     table.add_column("representative", no_wrap=True)
-    for column in ("keep\nratio", "accuracy\n%", "FLOPs of\nblocks", "images/s\npatched", "images/s\nunpatched"):
+    for column in ("keep\nratio", "top-1\n%", "blocks'\nFLOPs", "images/s\npatched", "images/s\nunpatched"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("speed-up", justify="right", no_wrap=True)
     table.add_row("(unpatched)", "", f"{results[0].top1:.1f}", "1.00", "", "", "")
