@@ -21,7 +21,7 @@ from .visualize import draw_selection
 
 IMAGE_SIZE = 32
 PATCH_SIZE = 4
-EPOCHS = 10
+EPOCHS = 18
 BATCH = 32
 TIMED_BATCH = 128
 KEEP_RATIOS = (0.7, 0.5, 0.3)
