@@ -1,30 +1,34 @@
-"""What an architecture has to say about itself to be patched."""
+"""What an architecture has to do to be patched."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import nn
 
-from .graph import TraceSpec
+from . import graph
+from .errors import UnsupportedModelError
+from .spec import HostSpec
+from .stream import Patch, SlowFastBlock
 from .swap import Swapped
+
+__all__ = ["Adapter", "HostSpec", "Swap"]
 
 
 @dataclass(frozen=True)
-class HostSpec:
-    """One host module: the module whose forward walks over a run of attention blocks."""
+class Swap:
+    """One module's change."""
 
-    blocks: str
-    """Name of the attribute that holds the blocks."""
-    prefix: int
-    """`P`: how many prefix tokens (class, distillation, registers) precede the patch tokens."""
-    readout: int
-    """How many of the first prefix tokens the head reads; 0 where it averages the patch tokens."""
-    trace: TraceSpec = field(default_factory=TraceSpec)
-    token_inputs: tuple[str, ...] = ()
-    """Those of the block's inputs that have one entry per patch token, such as a rotary table: averaged per group."""
+    module: nn.Module
+    mixin: type[Swapped] | None
+    """Goes before the module's class; None leaves the class alone."""
+    attributes: Mapping[str, Any]
+    """All named `_evo_...`."""
+    pre_hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any] | None = None
+    """A forward pre-hook, a function of the module, its arguments and keyword arguments."""
 
 
 class Adapter(ABC):
@@ -32,8 +36,6 @@ class Adapter(ABC):
 
     mixin: ClassVar[type[Swapped]]
     """Goes before the host's class: wraps the methods that walk over the blocks (see `stream.walk`)."""
-    method: ClassVar[str] = "forward"
-    """The one of those methods that takes images."""
 
     @abstractmethod
     def hosts(self) -> tuple[type[nn.Module], ...]:
@@ -54,3 +56,47 @@ class Adapter(ABC):
     @abstractmethod
     def grid(self, host: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of patch tokens for images of `(height, width)` pixels."""
+
+    def plan(self, host: nn.Module, patch: Patch) -> list[Swap]:
+        """Every change to the host and its blocks. Everything that can fail, and nothing that changes the model.
+
+        Raises:
+            UnsupportedModelError: If a block can't be patched; names it.
+        """
+        swaps = [Swap(host, self.mixin, {"_evo_patch": patch})]
+        for name, block in named_blocks(host, patch):
+            _check_hooks(block, name)
+            code = graph.generate(block, name, patch.spec.trace)
+            swaps.append(Swap(block, SlowFastBlock, {"_evo_patch": patch, "_evo_name": name, "_evo_code": code}))
+        return swaps
+
+
+def named_blocks(host: nn.Module, patch: Patch) -> list[tuple[str, nn.Module]]:
+    """A host's blocks with their fully qualified names.
+
+    Raises:
+        UnsupportedModelError: If a block's forward was replaced on the block itself.
+    """
+    blocks = []
+    container: Any = host.get_submodule(patch.spec.blocks)
+    for index, block in enumerate(container):
+        name = ".".join(filter(None, (patch.name, patch.spec.blocks, str(index))))
+        # Accelerate's dispatched blocks have one, which calls their class's (see `swap`).
+        if "forward" in block.__dict__ and "_old_forward" not in block.__dict__:
+            raise UnsupportedModelError(
+                f"{name} ({type(block).__name__}) has a forward of its own beside its class's: expected a plain "
+                "block, since the patch works by its class. Undo what replaced it, and do it again after apply"
+            )
+        blocks.append((name, block))
+    return blocks
+
+
+def _check_hooks(block: nn.Module, name: str) -> None:
+    for inner in graph.traced_through(block, graph.TraceSpec()):
+        module = block.get_submodule(inner)
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(hooks):
+            raise UnsupportedModelError(
+                f"{name}.{inner} ({type(module).__name__}) has hooks, which would not run: the patched block runs "
+                "generated code in its place. Remove them, or hook the block or a module inside instead"
+            )

@@ -58,12 +58,28 @@ class AttentionTap:
         """
         if is_causal:
             raise UnsupportedInputError("causal attention in a patched block: slow and fast tokens have no order")
-        bias = self._bias(attn_mask, query)
-        if self.observe:
-            self._observe(query, key, ops.default_scale(query) if scale is None else scale, bias)
+        bias = self.prepare(query, key, attn_mask, scale)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale, **kwargs
         )
+
+    def prepare(
+        self, query: Tensor, key: Tensor, bias: Tensor | None = None, scale: float | None = None
+    ) -> Tensor | None:
+        """Observe the class attention where it is wanted.
+
+        Args:
+            query: `(B, H, M, D)`, key likewise.
+            bias: Position bias for all tokens, `(1 or B, H, T, T)`.
+            scale: Factor on the logits; None: `D ** -0.5`.
+
+        Returns:
+            What to add to the logits of the compact set, broadcastable to `(B, H, M, M)`, or None.
+        """
+        bias = self._bias(bias, query)
+        if self.observe:
+            self._observe(query, key, ops.default_scale(query) if scale is None else scale, bias)
+        return bias
 
     def softmax(self, logits: Tensor, dim: int = -1, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Tensor:
         """Stands where a block takes the softmax of its `(B, H, M, M)` attention logits."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import linecache
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,6 @@ from torch import fx, nn
 from .errors import AttentionNotFoundError
 from .swap import host_class
 
-_CORE_NAMES = {"scaled_dot_product_attention", "softmax"}
 _SDPA = F.scaled_dot_product_attention
 _SOFTMAX_FUNCTIONS = {torch.softmax, F.softmax}
 _MATMULS = {torch.matmul, operator.matmul, torch.bmm, torch.einsum}
@@ -35,10 +34,16 @@ class TraceSpec:
 
     inputs: tuple[str, ...] = ()
     """Names of the tensors that the block takes beside the tokens, such as a rotary table."""
+    absent: tuple[str, ...] = ()
+    """Names of arguments without a default that are always None."""
     leaf_functions: tuple[Callable[..., Any], ...] = ()
     """Functions whose control flow depends on tensors' shapes: called, not traced."""
     leaf_methods: tuple[str, ...] = ()
     """Methods, other than `forward`, of submodules that are called, not traced."""
+    core_names: frozenset[str] = frozenset({"scaled_dot_product_attention", "softmax"})
+    """A module whose forward's code uses one of these names holds an attention core."""
+    cores: Mapping[Callable[..., Any], str] = field(default_factory=lambda: {_SDPA: "attend"})
+    """Functions that are attention cores, and the method of `evo` that takes the place of a call."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,9 @@ def generate(block: nn.Module, name: str, spec: TraceSpec) -> BlockCode:
         for training in (False, True):
             block.train(training)
             graph = _trace(block, name, spec)
-            _tap(graph, block, name)
+            _tap(graph, block, name, spec)
             forward[training] = _function(graph)
-            metric[training] = _function(_metric_graph(graph, block, name))
+            metric[training] = _function(_metric_graph(graph, block, name, spec))
     finally:
         for module, mode in modes:
             module.training = mode
@@ -91,23 +96,40 @@ def generate(block: nn.Module, name: str, spec: TraceSpec) -> BlockCode:
 class _Shim(nn.Module):
     """Gives the block a signature without optional arguments: the tokens, and a tuple with its other inputs."""
 
-    def __init__(self, block: nn.Module, inputs: Sequence[str]) -> None:
+    def __init__(self, block: nn.Module, spec: TraceSpec) -> None:
         super().__init__()
         self.block = block
-        self._inputs = tuple(inputs)
+        self._spec = spec
 
     def forward(self, x: Any, inputs: Any) -> Any:
-        named = {name: inputs[i] for i, name in enumerate(self._inputs)}
+        named: dict[str, Any] = {name: inputs[i] for i, name in enumerate(self._spec.inputs)}
+        named.update(dict.fromkeys(self._spec.absent))
         return host_class(self.block).forward(self.block, x, **named)
+
+
+class _Proxy(fx.Proxy):
+    def __getattr__(self, name: str) -> Any:
+        return _Shape(self, name) if name == "shape" else super().__getattr__(name)
+
+
+class _Shape(fx.proxy.Attribute):
+    def __getitem__(self, key: Any) -> Any:
+        # `*x.shape[:-1]`: fx can't tell how many it unpacks. Tokens are (B, M, C), so two.
+        if key == slice(None, -1):
+            return self[0], self[1]
+        return super().__getitem__(key)  # type: ignore[misc]
 
 
 class _Tracer(fx.Tracer):
     def __init__(self, shim: _Shim, spec: TraceSpec) -> None:
         super().__init__(autowrap_functions=spec.leaf_functions)
-        self._through = {f"block.{name}" for name in traced_through(shim.block)}
+        self._through = {f"block.{name}" for name in traced_through(shim.block, spec)}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._through
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         # Hooks of a module that is traced through would run now, on proxies, instead of at every forward.
@@ -116,19 +138,19 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
 
-def traced_through(block: nn.Module) -> list[str]:
+def traced_through(block: nn.Module, spec: TraceSpec) -> list[str]:
     """Names, relative to the block, of the submodules whose code is generated: their own hooks don't run."""
-    cores = [name for name, module in block.named_modules() if name and _holds_core(module)]
+    cores = [name for name, module in block.named_modules() if name and _holds_core(module, spec)]
     return sorted({".".join(c.split(".")[:i]) for c in cores for i in range(1, c.count(".") + 2)})
 
 
-def _holds_core(module: nn.Module) -> bool:
+def _holds_core(module: nn.Module, spec: TraceSpec) -> bool:
     code = getattr(host_class(module).forward, "__code__", None)
-    return code is not None and not _CORE_NAMES.isdisjoint(code.co_names)
+    return code is not None and not spec.core_names.isdisjoint(code.co_names)
 
 
 def _trace(block: nn.Module, name: str, spec: TraceSpec) -> fx.Graph:
-    shim = _Shim(block, spec.inputs)
+    shim = _Shim(block, spec)
     tracer = _Tracer(shim, spec)
     try:
         with _leaf_methods(shim, tracer, spec.leaf_methods):
@@ -172,32 +194,32 @@ def _leaf_methods(shim: nn.Module, tracer: fx.Tracer, names: tuple[str, ...]):  
             del module.__dict__[method]
 
 
-def _tap(graph: fx.Graph, block: nn.Module, name: str) -> None:
+def _tap(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> None:
     """Hand every attention core to the tap, a new last placeholder `evo`."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     with graph.inserting_after(placeholders[-1]):
         evo = graph.placeholder("evo")
-    cores = [node for node in graph.nodes if _is_sdpa(node) or _is_softmax(node)]
+    cores = [node for node in graph.nodes if _is_core(node, spec) or _is_softmax(node)]
     for node in cores:
-        if _is_softmax(node):
+        method = spec.cores.get(node.target, "softmax")
+        if method == "softmax":
             _check_logits(node, block, name)
         with graph.inserting_before(node):
-            method = "attend" if _is_sdpa(node) else "softmax"
             tapped = graph.call_method(method, (evo, *node.args), dict(node.kwargs))
         node.replace_all_uses_with(tapped)
         graph.erase_node(node)
     if not cores:
         last = next(node for node in reversed(graph.nodes) if node.op != "output")
         raise AttentionNotFoundError(
-            f"{name} ({type(block).__name__}): found no scaled_dot_product_attention and no softmax among the "
+            f"{name} ({type(block).__name__}): found no {' and no '.join(sorted(spec.core_names))} among the "
             f"{len(graph.nodes)} nodes of its graph, which ends at '{last.name}' ({last.op} {last.target}); "
             "expected an attention core of one of these forms. Leave the model unpatched, or register an adapter for it"
         )
     graph.eliminate_dead_code()
 
 
-def _is_sdpa(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is _SDPA
+def _is_core(node: fx.Node, spec: TraceSpec) -> bool:
+    return node.op == "call_function" and node.target in spec.cores
 
 
 def _is_softmax(node: fx.Node) -> bool:
@@ -225,12 +247,13 @@ def _check_logits(softmax: fx.Node, block: nn.Module, name: str) -> None:
     )
 
 
-def _metric_graph(graph: fx.Graph, block: nn.Module, name: str) -> fx.Graph:
+def _metric_graph(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> fx.Graph:
     """The graph up to the input of the projection that the first attention core's queries come from."""
     copy = fx.Graph(owning_module=graph.owning_module)
     mapping: dict[fx.Node, fx.Node] = {}
     copy.graph_copy(graph, mapping)
-    core = next(n for n in graph.nodes if n.op == "call_method" and n.target in ("attend", "softmax"))
+    methods = {"softmax", *spec.cores.values()}
+    core = next(n for n in graph.nodes if n.op == "call_method" and n.target in methods)
     queue, seen = [a for a in core.args[1:2] if isinstance(a, fx.Node)], set()
     while queue:
         node = queue.pop(0)

@@ -37,6 +37,13 @@ class Partition(NamedTuple):
     rows: int
     """`M`."""
 
+    def to(self, device: torch.device) -> Partition:
+        """The same on a device, for models spread over several."""
+        if self.group.device == device:
+            return self
+        log_size = None if self.log_size is None else self.log_size.to(device)
+        return Partition(self.group.to(device), self.weight.to(device), self.slow.to(device), log_size, self.rows)
+
 
 def num_slow(num_patches: int, keep_ratio: float) -> int:
     """`K`, a fixed function of the number of patch tokens and the keep ratio, at least 1 and less than `N`.
@@ -243,6 +250,27 @@ def merge_bias(bias: Tensor, partition: Partition) -> Tensor:
     rows = merge(bias.transpose(1, 2).reshape(-1, tokens, heads * tokens).expand(batch, -1, -1), partition)
     columns = merge(rows.view(batch, -1, heads, tokens).permute(0, 3, 1, 2).flatten(2), partition)
     return columns.view(batch, partition.rows, partition.rows, heads).permute(0, 3, 2, 1)
+
+
+def spread_attention(weights: Tensor, partition: Partition) -> Tensor:
+    """Attention between the rows of a compact set, as attention between all tokens.
+
+    A token attends as its row does, and a row's share is split among its tokens as they are in the row's mean. Tokens
+    that nothing stands for neither attend nor are attended to: zeros.
+
+    Args:
+        weights: `(B, H, M, M)`, rows sum to 1.
+
+    Returns:
+        `(B, H, T, T)`, rows sum to 1 but for those zeros.
+    """
+    batch, heads = weights.shape[:2]
+    group = partition.group[:, None]
+    tokens = group.shape[-1]
+    padded = F.pad(weights, (0, 1, 0, 1))
+    rows = padded.gather(2, group.unsqueeze(-1).expand(batch, heads, tokens, padded.shape[-1]))
+    full = rows.gather(3, group.unsqueeze(2).expand(batch, heads, tokens, tokens))
+    return full * partition.weight[:, None, None].to(full.dtype)
 
 
 def default_scale(query: Tensor) -> float:

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import graph, registry
+from . import registry
+from .adapter import Adapter, Swap
 from .config import EvoConfig
 from .errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModelError
-from .stream import Patch, SlowFastBlock, Stream, walk
-from .swap import restore, swap
+from .stream import Patch, Stream
+from .swap import Swapped, restore, swap
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,14 +43,15 @@ def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, confi
     config = EvoConfig() if config is None else _checked(config)
     if keep_ratio is not None:
         config = dataclasses.replace(config, keep_ratio=keep_ratio)
-    plans = [_prepare(name, host, adapter, config) for name, host, adapter in _hosts(model)]
-    _check_shared(plans)
-    for host, adapter, patch, codes in plans:
-        swap(host, adapter.mixin)
-        host.__dict__["_evo_patch"] = patch
-        for block, name, code in codes:
-            swap(block, SlowFastBlock)
-            block.__dict__.update(_evo_patch=patch, _evo_name=name, _evo_code=code)
+    changes = [change for name, host, adapter in _hosts(model) for change in _plan(name, host, adapter, config)]
+    _check_shared(changes)
+    for change in changes:
+        if change.mixin is not None:
+            swap(change.module, change.mixin)
+        change.module.__dict__.update(change.attributes)
+        if change.pre_hook is not None:
+            change.module.register_forward_pre_hook(change.pre_hook, with_kwargs=True)
+            change.module.__dict__["_evo_pre_hook"] = change.pre_hook
     return model
 
 
@@ -59,15 +61,21 @@ def remove(model: Model) -> Model:
     Raises:
         NotPatchedError: If nothing in the model is patched.
     """
-    for host in _patched_hosts(model):
-        for block in list(host.modules()):  # also blocks that were wrapped since, such as by checkpoint wrappers
-            if isinstance(block, SlowFastBlock):
-                for key in ("_evo_patch", "_evo_name", "_evo_code"):
-                    del block.__dict__[key]
-                restore(block)  # type: ignore[arg-type]
-        del host.__dict__["_evo_patch"]
-        restore(host)
+    for host in _patched_hosts(model).values():
+        for module in list(host.modules()):  # also blocks that were wrapped since, such as by checkpoint wrappers
+            _remove_pre_hook(module, module.__dict__.get("_evo_pre_hook"))
+            for key in [key for key in module.__dict__ if key.startswith("_evo_")]:
+                del module.__dict__[key]
+            if isinstance(module, Swapped):
+                restore(module)  # type: ignore[arg-type]
     return model
+
+
+def _remove_pre_hook(module: nn.Module, hook: Any) -> None:
+    # By identity: the handle that registering returns doesn't survive deepcopy.
+    for key in [key for key, value in module._forward_pre_hooks.items() if hook is not None and value is hook]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 @contextmanager
@@ -91,7 +99,7 @@ def supported(model: nn.Module) -> bool:
     """Whether `apply` would take this model with the default settings."""
     try:
         for name, host, adapter in _hosts(model):
-            _prepare(name, host, adapter, EvoConfig())
+            _plan(name, host, adapter, EvoConfig())
     except (UnsupportedModelError, AlreadyPatchedError, ConfigError):
         return False
     return True
@@ -103,8 +111,8 @@ def config_of(model: nn.Module) -> EvoConfig:
     Raises:
         NotPatchedError: If nothing in the model is patched.
     """
-    config: EvoConfig = _patched_hosts(model)[0]._evo_patch.config
-    return config
+    patch: Patch = next(iter(_patched_hosts(model).values()))._evo_patch
+    return patch.config
 
 
 def set_keep_ratio(model: nn.Module, keep_ratio: float | Sequence[float]) -> None:
@@ -120,7 +128,7 @@ def set_keep_ratio(model: nn.Module, keep_ratio: float | Sequence[float]) -> Non
     """
     changes = [
         (host._evo_patch, dataclasses.replace(host._evo_patch.config, keep_ratio=keep_ratio))
-        for host in _patched_hosts(model)
+        for host in _patched_hosts(model).values()
     ]
     _set_configs(changes)
 
@@ -132,13 +140,13 @@ def set_config(model: nn.Module, config: EvoConfig) -> None:
         ConfigError: If the configuration doesn't fit the model; the old one stays then.
         NotPatchedError: If nothing in the model is patched.
     """
-    _set_configs([(host._evo_patch, _checked(config)) for host in _patched_hosts(model)])
+    _set_configs([(host._evo_patch, _checked(config)) for host in _patched_hosts(model).values()])
 
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """On leaving, every host has its configuration and every module its mode again; inside, all are in eval mode."""
-    configs = [(host._evo_patch, host._evo_patch.config) for host in _patched_hosts(model)]
+    configs = [(host._evo_patch, host._evo_patch.config) for host in _patched_hosts(model).values()]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -150,31 +158,65 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def token_selection(model: nn.Module, images: Tensor) -> Tensor:
+def token_selection(model: nn.Module, images: Tensor, **model_inputs: Any) -> Tensor:
     """Which patch tokens each block updated slowly.
 
     Args:
-        model: A patched host, such as a timm model.
+        model: A model that takes images and holds one patched host, or is one.
         images: `(B, 3, height, width)`, normalised as the model expects.
+        **model_inputs: What else the model's forward takes, such as `interpolate_pos_encoding=True`.
 
     Returns:
         `(B, L, h, w)` bool for `L` blocks and a grid of `h` by `w` patch tokens. All True where a block takes every
         token, as the blocks before the first selection do.
 
     Raises:
-        NotPatchedError: If the model itself is not patched.
+        NotPatchedError: If nothing in the model is patched.
+        UnsupportedModelError: If several hosts in it are patched; give the part that holds one.
     """
-    if "_evo_patch" not in model.__dict__:
-        raise NotPatchedError(f"{type(model).__name__} is not a patched host: expected a model given to evopatch.apply")
-    adapter = registry.find(model)
-    assert adapter is not None
-    height, width = adapter.grid(model, (images.shape[-2], images.shape[-1]))
-    stream = Stream(model, compact=True)
+    _, host = only_host(model)
+    height, width = adapter_of(host).grid(host, (images.shape[-2], images.shape[-1]))
+    patch: Patch = host._evo_patch
     with restored(model):
-        walk(model, adapter.method, images, compact=True, stream=stream)
+        streams: list[Stream] = []
+        patch.streams = streams
+        try:
+            model(images, **model_inputs)
+        finally:
+            patch.streams = None
+    if not patch.active or not streams:
+        depth = patch.depth
+        return torch.ones(images.shape[0], depth, height, width, dtype=torch.bool, device=images.device)
+    stream = streams[-1]
     everything = torch.ones(images.shape[0], height * width, dtype=torch.bool, device=images.device)
-    slow = [stream.partitions[i].slow if i in stream.partitions else everything for i in range(len(stream.blocks))]
+    slow = [
+        stream.partitions[i].slow.to(images.device) if i in stream.partitions else everything
+        for i in range(stream.depth)
+    ]
     return torch.stack(slow, dim=1).view(images.shape[0], len(slow), height, width)
+
+
+def only_host(model: nn.Module) -> tuple[str, Any]:
+    """The one patched host in a model, with its path in the model; `""` for the model itself.
+
+    Raises:
+        NotPatchedError: If there is none.
+        UnsupportedModelError: If there are several.
+    """
+    hosts = _patched_hosts(model)
+    if len(hosts) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds {len(hosts)} patched hosts, {', '.join(map(repr, hosts))}: expected one. "
+            "Give the part of the model that holds it"
+        )
+    return next(iter(hosts.items()))
+
+
+def adapter_of(host: nn.Module) -> Adapter:
+    """The adapter that a host was patched by."""
+    adapter = registry.find(host)
+    assert adapter is not None
+    return adapter
 
 
 def _hosts(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
@@ -196,36 +238,22 @@ def _hosts(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
     return hosts
 
 
-def _prepare(
-    name: str, host: nn.Module, adapter: Any, config: EvoConfig
-) -> tuple[nn.Module, Any, Patch, list[tuple[nn.Module, str, graph.BlockCode]]]:
-    """Everything that can fail, and nothing that changes the model."""
+def _plan(name: str, host: nn.Module, adapter: Adapter, config: EvoConfig) -> list[Swap]:
     spec = adapter.inspect(host, name or type(host).__name__)
-    blocks = _blocks(host, spec.blocks)
-    patch = Patch(name, spec, len(blocks), config)
-    codes = []
-    for index, block in enumerate(blocks):
-        block_name = ".".join(filter(None, (name, spec.blocks, str(index))))
-        if "forward" in block.__dict__:
-            raise UnsupportedModelError(
-                f"{block_name} ({type(block).__name__}) has a forward of its own beside its class's: expected a plain "
-                "block, since the patch works by its class. Undo what replaced it, and do it again after apply"
-            )
-        _check_hooks(block, block_name)
-        codes.append((block, block_name, graph.generate(block, block_name, spec.trace)))
-    return host, adapter, patch, codes
+    container: Any = host.get_submodule(spec.blocks)
+    return adapter.plan(host, Patch(name, spec, len(container), config))
 
 
-def _check_shared(plans: list[tuple[nn.Module, Any, Patch, list[tuple[nn.Module, str, graph.BlockCode]]]]) -> None:
+def _check_shared(swaps: list[Swap]) -> None:
     seen: dict[int, str] = {}
-    for _, _, _, codes in plans:
-        for block, name, _ in codes:
-            if id(block) in seen:
-                raise UnsupportedModelError(
-                    f"{name} is the same module as {seen[id(block)]}: expected a block of its own at every depth, "
-                    "since each has its own plan"
-                )
-            seen[id(block)] = name
+    for change in swaps:
+        name = change.attributes.get("_evo_name", "")
+        if id(change.module) in seen:
+            raise UnsupportedModelError(
+                f"{name} is the same module as {seen[id(change.module)]}: expected a block of its own at every depth, "
+                "since each has its own plan"
+            )
+        seen[id(change.module)] = name
 
 
 def _checked(config: Any) -> EvoConfig:
@@ -241,23 +269,9 @@ def _set_configs(changes: list[tuple[Patch, EvoConfig]]) -> None:
         patch.set_config(config)
 
 
-def _check_hooks(block: nn.Module, name: str) -> None:
-    for inner in graph.traced_through(block):
-        module = block.get_submodule(inner)
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if any(hooks):
-            raise UnsupportedModelError(
-                f"{name}.{inner} ({type(module).__name__}) has hooks, which would not run: the patched block runs "
-                "generated code in its place. Remove them, or hook the block or a module inside instead"
-            )
-
-
-def _blocks(host: Any, attribute: str) -> list[nn.Module]:
-    return list(getattr(host, attribute))
-
-
-def _patched_hosts(model: nn.Module) -> list[Any]:
-    hosts = [m for m in model.modules() if "_evo_patch" in m.__dict__ and not isinstance(m, SlowFastBlock)]
+def _patched_hosts(model: nn.Module) -> dict[str, Any]:
+    """By name: the modules that hold a patch, but not its blocks, which share it."""
+    hosts = {n: m for n, m in model.named_modules() if "_evo_patch" in m.__dict__ and "_evo_name" not in m.__dict__}
     if not hosts:
         raise NotPatchedError(f"{type(model).__name__} is not patched: call evopatch.apply(model) first")
     return hosts

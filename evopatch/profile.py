@@ -9,11 +9,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import registry
 from .config import EvoConfig
-from .errors import NotPatchedError
 from .ops import num_slow
-from .patch import restored, set_config
+from .patch import adapter_of, only_host, restored, set_config
 from .stream import Patch
 
 
@@ -52,23 +50,25 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     """Count the FLOPs of one forward, patched and unpatched.
 
     Args:
-        model: A patched host, such as a timm model.
+        model: A model that takes images and holds one patched host, or is one.
         input_size: `(channels, height, width)` in pixels.
 
     Raises:
-        NotPatchedError: If the model itself is not patched.
+        NotPatchedError: If nothing in the model is patched.
+        UnsupportedModelError: If several hosts in it are patched.
     """
-    if "_evo_patch" not in model.__dict__:
-        raise NotPatchedError(f"{type(model).__name__} is not a patched host: expected a model given to evopatch.apply")
-    patch: Patch = model.__dict__["_evo_patch"]
+    name, host = only_host(model)
+    patch: Patch = host._evo_patch
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     plans = patch.plans
-    tokens = _patch_tokens(model, image)
+    rows, columns = adapter_of(host).grid(host, (image.shape[-2], image.shape[-1]))
+    tokens = rows * columns
+    container = ".".join(filter(None, (name, patch.spec.blocks)))
     with restored(model):
-        flops, blocks = _count(model, image, patch)
+        flops, blocks = _count(model, image, container)
         set_config(model, EvoConfig(keep_ratio=1.0))
-        flops_unpatched, blocks_unpatched = _count(model, image, patch)
+        flops_unpatched, blocks_unpatched = _count(model, image, container)
     return Profile(
         blocks=tuple(
             BlockProfile(own, whole, num_slow(tokens, plan.keep_ratio) if plan.keep_ratio < 1.0 else tokens, tokens)
@@ -79,18 +79,12 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     )
 
 
-def _patch_tokens(model: Any, image: torch.Tensor) -> int:
-    adapter = registry.find(model)
-    assert adapter is not None
-    rows, columns = adapter.grid(model, (image.shape[-2], image.shape[-1]))
-    return rows * columns
-
-
 @torch.no_grad()
-def _count(model: nn.Module, image: torch.Tensor, patch: Patch) -> tuple[int, list[int]]:
+def _count(model: nn.Module, image: torch.Tensor, container: str) -> tuple[int, list[int]]:
     with FlopCounterMode(display=False) as counter:
         model(image)
     counts = counter.get_flop_counts()
-    root, depth = type(model).__name__, len(getattr(model, patch.spec.blocks))
-    blocks = [sum(counts[f"{root}.{patch.spec.blocks}.{i}"].values()) for i in range(depth)]
+    blocks_module: Any = model.get_submodule(container)
+    root = type(model).__name__
+    blocks = [sum(counts[f"{root}.{container}.{i}"].values()) for i in range(len(blocks_module))]
     return counter.get_total_flops(), blocks

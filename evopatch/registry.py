@@ -15,6 +15,7 @@ from .adapter import Adapter
 # the group "evopatch.adapters", named by the library: `mylibrary = "mypackage.evopatch:MyAdapter"`.
 _BUILT_IN = {
     "timm": ("evopatch_timm.vit:ViTAdapter",),
+    "transformers": ("evopatch_transformers.vit:ViTAdapter",),
 }
 _GROUP = "evopatch.adapters"
 

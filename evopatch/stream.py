@@ -1,23 +1,27 @@
 """The slow-fast run over the blocks, and its state for the length of one forward pass.
 
-A patched host runs its *own* forward on a view of itself whose block container yields this forward's steps. So nothing
-of the host is copied, and the state lives in a local variable: threads, nested forwards, and several forwards before
+A patched host runs its *own* forward, so nothing of the host is copied. Where a host passes keyword arguments on to its
+blocks, the state travels in them. Elsewhere the forward runs on a view of the host whose block container yields this
+forward's steps (`walk`). Either way it lives in a local variable: threads, nested forwards, and several forwards before
 one backward don't share any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from . import graph, ops
-from .adapter import HostSpec
 from .attention import AttentionTap
 from .config import BlockPlan, EvoConfig
 from .errors import BypassError, UnsupportedInputError
+from .spec import HostSpec
 from .swap import Swapped, host_class
+
+Run = Callable[[Tensor, dict[str, Any], AttentionTap | None], Tensor]
+"""Runs one block on `(B, M, C)` tokens with its other inputs; without a tap as unpatched."""
 
 _ORIGINAL = object()
 """Given to a block in place of a tap: run as unpatched, also in a recomputation after the settings changed."""
@@ -30,6 +34,8 @@ class Patch:
         self.name = name
         self.spec = spec
         self.depth = depth
+        self.streams: list[Stream] | None = None
+        """Where a caller who wants to look at the state of every forward collects it."""
         self.set_config(config)
 
     def set_config(self, config: EvoConfig) -> None:
@@ -41,6 +47,19 @@ class Patch:
         self.plans: tuple[BlockPlan, ...] = config.resolve(self.depth)
         self.config = config
         self.active = any(plan.keep_ratio < 1.0 for plan in self.plans)
+
+    def refuse_bypass(self, block: str) -> None:
+        """A block was called without the state of a forward.
+
+        Raises:
+            BypassError: Unless the settings are to run every block as unpatched.
+        """
+        if self.active:
+            raise BypassError(
+                f"{block} was called from outside the patched forward of '{self.name or 'model'}': the slow-fast state "
+                "would be missing. Call the model itself (or a timm model's forward_features or "
+                "forward_intermediates), or evopatch.remove(model) first"
+            )
 
 
 class SlowFastBlock(Swapped):
@@ -54,12 +73,8 @@ class SlowFastBlock(Swapped):
     def forward(self, x: Tensor, *args: Any, evo: AttentionTap | object | None = None, **kwargs: Any) -> Tensor:
         """The generated forward (see `graph.py`) with an attention tap, else the host's own."""
         if not isinstance(evo, AttentionTap):
-            if evo is not _ORIGINAL and self._evo_patch.active:
-                raise BypassError(
-                    f"{self._evo_name} was called from outside the patched forward of "
-                    f"'{self._evo_patch.name or 'model'}': the slow-fast state would be missing. Call the model's "
-                    "forward, forward_features or forward_intermediates, or evopatch.remove(model) first"
-                )
+            if evo is not _ORIGINAL:
+                self._evo_patch.refuse_bypass(self._evo_name)
             out: Tensor = self._evo_host_class.forward(self, x, *args, **kwargs)
             return out
         inputs = tuple(kwargs[name] for name in self._evo_patch.spec.trace.inputs)
@@ -73,7 +88,7 @@ class SlowFastBlock(Swapped):
             self._evo_code = graph.generate(self, self._evo_name, self._evo_patch.spec.trace)  # type: ignore[arg-type]
 
 
-def walk(host: Any, method: str, *args: Any, compact: bool, stream: Stream | None = None, **kwargs: Any) -> Any:
+def walk(host: Any, method: str, *args: Any, compact: bool, **kwargs: Any) -> Any:
     """Run a host's own method that walks over its blocks, with the slow-fast steps in their place.
 
     Args:
@@ -81,106 +96,138 @@ def walk(host: Any, method: str, *args: Any, compact: bool, stream: Stream | Non
         method: Name of the method, as the host's class has it.
         compact: Pass the compact set from block to block inside a run, which is faster. False: every step takes and
             returns the full grid in raster order, as callers want who look between the blocks.
-        stream: The state to use, for callers who read it afterwards.
     """
     function = getattr(host_class(host), method)
     patch: Patch = host._evo_patch
     if not patch.active and compact:
         return function(host, *args, **kwargs)
-    if stream is None:
-        stream = Stream(host, compact=compact)
-    return function(_View(host, patch.spec.blocks, stream), *args, **kwargs)
+    blocks = list(host._modules[patch.spec.blocks])
+    stream = Stream(patch, len(blocks), compact)
+    steps = _Steps([_Step(stream, index, block) for index, block in enumerate(blocks)])
+    return function(_View(host, patch.spec.blocks, steps), *args, **kwargs)
 
 
 class Stream:
     """One forward pass: class attention and partition by block index, so that a recomputed block finds its own."""
 
-    def __init__(self, host: Any, compact: bool) -> None:
-        patch: Patch = host._evo_patch
+    def __init__(self, patch: Patch, depth: int, compact: bool) -> None:
         # Taken once: a checkpointed block is recomputed in backward, maybe after the settings changed.
         self.name, self.spec, self.plans, self.active = patch.name, patch.spec, patch.plans, patch.active
         self.representative = patch.config.representative
-        self.blocks: list[nn.Module] = list(host._modules[self.spec.blocks])
+        self.depth = depth
         self.compact = compact
         self.g: dict[int, Tensor] = {}
         self.partitions: dict[int, ops.Partition] = {}
-        self._run: tuple[Tensor, Tensor] | None = None
+        self._entry: tuple[Tensor, Tensor] | None = None
+        if patch.streams is not None:
+            patch.streams.append(self)
 
-    def advance(self, index: int, x: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Block `index` on `x`: `(B, T, C)`, or `(B, M, C)` inside a run in compact mode."""
+    def advance(self, index: int, block: Any, x: Tensor, inputs: Mapping[str, Any], run: Run) -> Tensor:
+        """One block.
+
+        Args:
+            index: Its place, from 0.
+            block: The block itself.
+            x: `(B, T, C)`, or `(B, M, C)` inside a run in compact mode.
+            inputs: The block's other inputs by name.
+            run: How to run it.
+
+        Returns:
+            The same as `x`.
+        """
         if not self.active:
-            return self.blocks[index](x, evo=_ORIGINAL, **inputs)  # type: ignore[no-any-return]
+            return run(x, dict(inputs), None)
         plan = self.plans[index]
-        self._check_inputs(index, inputs)
+        named = {name: inputs.get(name) for name in self.spec.trace.inputs}
         if plan.keep_ratio == 1.0:
-            return self._block(index, x, inputs, None)
+            return self._block(index, x, named, None, run)
         if plan.selects:
-            self.partitions[index] = self._select(index, x, inputs)
+            self.partitions[index] = self._select(index, block, x, named)
         else:
-            self.partitions[index] = self.partitions[index - 1]
+            self.partitions[index] = self.partitions[index - 1].to(x.device)
         partition = self.partitions[index]
         if not self.compact:
             entry = ops.merge(x, partition)
-            return ops.distribute(x, self._block(index, entry, inputs, partition) - entry, partition)
+            return ops.distribute(x, self._block(index, entry, named, partition, run) - entry, partition)
         if plan.selects:
             compact = ops.merge(x, partition)
-            self._run = (x, compact)
+            self._entry = (x, compact)
         else:
             compact = x
-        compact = self._block(index, compact, inputs, partition)
+        compact = self._block(index, compact, named, partition, run)
         # Pruned models (timm's prune_intermediate_layers) end before their last run does.
-        if not plan.ends and index + 1 < len(self.blocks):
+        if not plan.ends and index + 1 < self.depth:
             return compact
-        assert self._run is not None
-        full, entry = self._run
+        assert self._entry is not None
+        full, entry = (tokens.to(compact.device) for tokens in self._entry)
         return ops.distribute(full, compact - entry, partition)
 
-    def _select(self, index: int, x: Tensor, inputs: dict[str, Any]) -> ops.Partition:
+    def refuse(self, name: str, index: int) -> None:
+        """An input that masks tokens.
+
+        Raises:
+            UnsupportedInputError: Unless every block runs as unpatched.
+        """
+        if self.active:
+            raise UnsupportedInputError(
+                f"{name} was passed to the patched model, at block {index} of '{self.name or 'model'}': slow "
+                "and fast tokens are chosen among all tokens, so attention can't be masked. Leave it out, or use "
+                "evopatch.set_keep_ratio(model, 1.0) or evopatch.remove(model) for this call"
+            )
+
+    def _select(self, index: int, block: Any, x: Tensor, inputs: dict[str, Any]) -> ops.Partition:
         prefix = self.spec.prefix
-        g = self.g[index - 1]
+        g = self.g[index - 1].to(x.device)
         keep = ops.num_slow(g.shape[1], self.plans[index].keep_ratio)
         if self.representative != "matched":
             return ops.select_top(g, keep, prefix, self.representative == "single")
-        block: Any = self.blocks[index]
-        ordered = tuple(inputs.get(name) for name in self.spec.trace.inputs)
-        metric = block._evo_code.metric[block.training](block, x.detach(), ordered, None)
+        metric = block._evo_code.metric[block.training](block, x.detach(), tuple(inputs.values()), None)
         return ops.select_matched(g, metric[:, prefix:], keep, prefix)
 
-    def _block(self, index: int, x: Tensor, inputs: dict[str, Any], partition: ops.Partition | None) -> Tensor:
+    def _block(
+        self, index: int, x: Tensor, inputs: dict[str, Any], partition: ops.Partition | None, run: Run
+    ) -> Tensor:
         plan, spec = self.plans[index], self.spec
-        inputs = {name: inputs.get(name) for name in spec.trace.inputs}
         if partition is not None:
             for name in spec.token_inputs:
-                inputs[name] = ops.merge_positions(inputs[name], partition, spec.prefix)
+                inputs[name] = _merge_positions(inputs[name], partition, spec.prefix)
         tap = AttentionTap(spec.prefix, spec.readout, partition, observe=plan.tradeoff is not None)
-        out: Tensor = self.blocks[index](x, evo=tap, **inputs)
+        out = run(x, inputs, tap)
         if plan.tradeoff is not None:
             attention = tap.class_attention()
             if partition is None:
-                self.g[index] = ops.accumulate(self.g.get(index - 1), attention[:, spec.prefix :], plan.tradeoff)
+                before = self.g[index - 1].to(x.device) if index else None
+                self.g[index] = ops.accumulate(before, attention[:, spec.prefix :], plan.tradeoff)
             else:
-                self.g[index] = ops.accumulate_compact(self.g[index - 1], attention, plan.tradeoff, partition)
+                before = self.g[index - 1].to(x.device)
+                self.g[index] = ops.accumulate_compact(before, attention, plan.tradeoff, partition)
         return out
 
-    def _check_inputs(self, index: int, inputs: dict[str, Any]) -> None:
-        for name, value in inputs.items():
-            if name not in self.spec.trace.inputs and value is not None and value is not False:
-                raise UnsupportedInputError(
-                    f"{name} was passed to the patched model, at block {index} of '{self.name or 'model'}': slow "
-                    "and fast tokens are chosen among all tokens, so attention can't be masked. Leave it out, or use "
-                    "evopatch.set_keep_ratio(model, 1.0) or evopatch.remove(model) for this call"
-                )
+
+def _merge_positions(table: Any, partition: ops.Partition, prefix: int) -> Any:
+    if isinstance(table, tuple):
+        return tuple(ops.merge_positions(part, partition, prefix) for part in table)
+    return ops.merge_positions(table, partition, prefix)
 
 
 class _Step:
     """One block in one forward pass; stands where the host calls the block."""
 
-    def __init__(self, stream: Stream, index: int) -> None:
+    def __init__(self, stream: Stream, index: int, block: nn.Module) -> None:
         self._stream = stream
         self._index = index
+        self._block = block
 
     def __call__(self, x: Tensor, **inputs: Any) -> Tensor:
-        return self._stream.advance(self._index, x, inputs)
+        for name, value in inputs.items():
+            if name not in self._stream.spec.trace.inputs and value is not None and value is not False:
+                self._stream.refuse(name, self._index)
+        return self._stream.advance(self._index, self._block, x, inputs, self._run)
+
+    def _run(self, x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
+        # Through the block's __call__, so that its hooks run.
+        out: Tensor = self._block(x, evo=_ORIGINAL if tap is None else tap, **inputs)
+        return out
 
 
 class _Steps:
@@ -207,8 +254,7 @@ class _Steps:
 class _View:
     """Stands for `self` in one of the host's methods: the host in everything but its blocks."""
 
-    def __init__(self, host: Any, blocks: str, stream: Stream) -> None:
-        steps = _Steps([_Step(stream, index) for index in range(len(stream.blocks))])
+    def __init__(self, host: Any, blocks: str, steps: _Steps) -> None:
         self.__dict__.update({"_host": host, blocks: steps})
 
     @property  # type: ignore[misc]

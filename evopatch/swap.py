@@ -1,11 +1,13 @@
 """Give a module another class and back: keys, parameters, `isinstance`, `deepcopy` and `pickle` stay as they were.
 
-One class per host class and mixin, made when first needed, so subclasses of a library's classes are served too. A
-pickle names the host class and the mixin, never the generated class.
+One class per host class and mixin, made when first needed, so subclasses of a library's classes are served too. It
+keeps the host class's name, which sharding policies and device maps go by. A pickle names the host class and the mixin,
+never the generated class.
 """
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -30,19 +32,31 @@ def swapped_class(host_class: type[nn.Module], mixin: type[Swapped]) -> type[nn.
     """The class of a patched `host_class`, the same object at every call."""
     key = (host_class, mixin)
     if key not in _classes:
-        namespace = {"_evo_host_class": host_class, "__module__": mixin.__module__}
-        _classes[key] = type(f"{mixin.__name__}{host_class.__name__}", (mixin, host_class), namespace)
+        namespace = {
+            "_evo_host_class": host_class,
+            "__module__": mixin.__module__,
+            "__qualname__": f"{mixin.__name__}[{host_class.__qualname__}]",
+        }
+        _classes[key] = type(host_class.__name__, (mixin, host_class), namespace)
     return _classes[key]
 
 
 def swap(module: nn.Module, mixin: type[Swapped]) -> None:
     """Let `module` run the mixin's methods."""
     module.__class__ = swapped_class(type(module), mixin)
+    _rebind(module)
 
 
 def restore(module: nn.Module) -> None:
     """The inverse of `swap`."""
     module.__class__ = host_class(module)
+    _rebind(module)
+
+
+def _rebind(module: nn.Module) -> None:
+    """Accelerate's dispatched modules (`device_map`) call a bound method that was taken from the former class."""
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
 
 
 def host_class(module: nn.Module) -> type[nn.Module]:

@@ -44,7 +44,7 @@ def test_unknown_model():
 def test_already_patched():
     model, x = evopatch.apply(build("vit")), images()
     expected = model(x)
-    with pytest.raises(evopatch.AlreadyPatchedError, match="'SlowFastVisionTransformer' is already patched"):
+    with pytest.raises(evopatch.AlreadyPatchedError, match="'VisionTransformer' is already patched"):
         evopatch.apply(model)
     with pytest.raises(evopatch.AlreadyPatchedError, match="'0' is already patched"):
         evopatch.apply(nn.Sequential(model))

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import (
 )
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
+from variants_transformers import VARIANTS as TRANSFORMERS_VARIANTS
 
 SIZE = 40
 """Pixels; with patches of 8 a grid of 5 by 5."""
@@ -27,7 +28,7 @@ class SubclassedViT(VisionTransformer):
         return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal) * 1.5
 
 
-VARIANTS: dict[str, Callable[..., nn.Module]] = {
+TIMM_VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "vit": lambda **k: VisionTransformer(**_SMALL | k),
     "deit_distilled": lambda **k: VisionTransformerDistilled(**_SMALL | k),
     "registers": lambda **k: VisionTransformer(**_SMALL | {"reg_tokens": 3, "no_embed_class": True} | k),
@@ -74,6 +75,8 @@ VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "eva_post_norm": lambda **k: Eva(**_SMALL | {"use_post_norm": True, "qkv_fused": False} | k),
 }
 
+VARIANTS = TIMM_VARIANTS | TRANSFORMERS_VARIANTS
+
 
 def build(name: str, **kwargs: object) -> nn.Module:
     """A variant in eval mode, the same weights at every call; attention sharp enough to rank tokens by."""
@@ -89,3 +92,24 @@ def images(batch: int = 2, size: int | tuple[int, int] = SIZE, seed: int = 1) ->
     """Random images `(B, 3, size, size)`."""
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def call(model: nn.Module, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    """What a model is used for: logits, embeddings, feature maps or last hidden state."""
+    out = model(x, **kwargs)
+    if isinstance(out, torch.Tensor):
+        return out
+    for key in ("logits", "image_embeds", "reconstruction", "last_hidden_state"):
+        if out.get(key) is not None:
+            return out[key]
+    return torch.cat(out.feature_maps, dim=1)
+
+
+def between(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Tokens `(B, T, C)` after every block, as the library gives them to callers who ask."""
+    if not hasattr(model, "forward_intermediates"):
+        return list(model(x, output_hidden_states=True).hidden_states[1:])
+    out = model.forward_intermediates(
+        x, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=model.num_prefix_tokens > 0
+    )
+    return [torch.cat([o[1], o[0]], dim=1) for o in out] if model.num_prefix_tokens else out

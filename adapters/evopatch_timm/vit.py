@@ -36,7 +36,6 @@ class ViTAdapter(Adapter):
     """Flat timm transformers."""
 
     mixin = SlowFast
-    method = "forward_features"
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
         return (VisionTransformer, Eva, VisionTransformerRelPos)

@@ -1,0 +1,1 @@
+"""Adapters for the models of transformers."""

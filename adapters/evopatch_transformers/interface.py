@@ -1,0 +1,106 @@
+"""The attention interface of transformers: where an attention module hands over its queries, keys and values.
+
+Every attention module looks its implementation (eager, sdpa, flash ...) up in a table by a name in its config, and
+passes it the keyword arguments that its model was called with. `TappedAttention` keeps that, with the tap in between.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, fx, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from evopatch import graph, ops
+from evopatch.attention import AttentionTap
+from evopatch.swap import Swapped, host_class
+
+CORE_NAMES = frozenset({"ALL_ATTENTION_FUNCTIONS"})
+_TRACED = "evopatch_traced"
+# With a key bias, other implementations than these would need masks of their own.
+_TAKE_A_BIAS = ("eager", "sdpa")
+
+
+def _call(module: Any, query: fx.Proxy, key: fx.Proxy, value: fx.Proxy, attention_mask: Any, **kwargs: Any) -> fx.Proxy:
+    """Stands in the table while a module is traced: leaves a node in the graph."""
+    return query.tracer.create_proxy("call_function", _call, (query, key, value, attention_mask), kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(_TRACED, _call)
+CORES = {_call: "interface"}
+
+
+def traceable(module: nn.Module, attention: str = "") -> nn.Module:
+    """A shallow copy that shares everything with the module, but whose attention's config names the traced function.
+
+    Args:
+        module: An attention module, or a layer that holds one.
+        attention: Path of the attention module in it.
+    """
+    view = object.__new__(host_class(module))
+    view.__dict__ = {**module.__dict__, "gradient_checkpointing": False}
+    if attention:
+        child, _, rest = attention.partition(".")
+        view.__dict__["_modules"] = {**module._modules, child: traceable(module.get_submodule(child), rest)}
+    else:
+        view.__dict__["config"] = SimpleNamespace(_attn_implementation=_TRACED)
+    return view
+
+
+class TappedAttention(Swapped):
+    """Mixin of a patched attention module."""
+
+    _evo_name: str
+    _evo_trace: graph.TraceSpec
+    _evo_code: graph.BlockCode | None
+    training: bool
+
+    def forward(self, *args: Any, evo: AttentionTap | None = None, **kwargs: Any) -> Any:
+        """The generated forward with a tap, else the host's own."""
+        if evo is None:
+            return self._evo_host_class.forward(self, *args, **kwargs)
+        hidden_states = args[0] if args else kwargs.pop("hidden_states")
+        inputs = tuple(kwargs.pop(name) for name in self._evo_trace.inputs)
+        kwargs.pop("attention_mask", None)  # None, as the layer has checked
+        assert self._evo_code is not None
+        return self._evo_code.forward[self.training](self, hidden_states, inputs, _Interface(self, evo, kwargs))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        if self._evo_code is None:  # from a pickle
+            self._evo_code = generate(self, self._evo_name, self._evo_trace)  # type: ignore[arg-type]
+
+
+def generate(attention: nn.Module, name: str, trace: graph.TraceSpec) -> graph.BlockCode:
+    """Trace an attention module by itself; errors as `graph.generate`."""
+    return graph.generate(traceable(attention), name, trace)
+
+
+class _Interface:
+    """What the generated code of an attention module calls, for one call."""
+
+    def __init__(self, module: Any, tap: AttentionTap, kwargs: dict[str, Any]) -> None:
+        self._module = module
+        self._tap = tap
+        self._kwargs = kwargs
+
+    def interface(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model's own implementation on the compact set; attention weights, if asked for, between all tokens."""
+        module, partition = self._module, self._tap.partition
+        bias = self._tap.prepare(query, key, attention_mask, kwargs.get("scaling"))
+        implementation = module.config._attn_implementation
+        if bias is not None and implementation not in _TAKE_A_BIAS:
+            implementation = "sdpa"
+        eager = sys.modules[self._module._evo_host_class.__module__].eager_attention_forward
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+        output, weights = function(module, query, key, value, bias, **kwargs, **self._kwargs)
+        if weights is None or not self._weights_wanted():
+            return output, None
+        return output, weights if partition is None else ops.spread_attention(weights, partition)
+
+    def _weights_wanted(self) -> bool:
+        return bool(self._kwargs.get("output_attentions", getattr(self._module.config, "output_attentions", False)))
