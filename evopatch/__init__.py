@@ -1,5 +1,6 @@
 """Slow-fast token evolution for existing vision transformers (Evo-ViT, arXiv 2108.01390)."""
 
+from .checkpoint import load_pretrained, save_pretrained
 from .config import EvoConfig
 from .errors import (
     AlreadyPatchedError,
@@ -33,9 +34,11 @@ __all__ = [
     "apply",
     "config_of",
     "is_patched",
+    "load_pretrained",
     "patched",
     "profile",
     "remove",
+    "save_pretrained",
     "set_config",
     "set_keep_ratio",
     "supported",

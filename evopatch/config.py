@@ -41,7 +41,8 @@ class EvoConfig:
     Args:
         keep_ratio: Share of the patch tokens that are slow, in (0, 1]. One number is the mean over the runs
             (see `schedule`); a sequence gives one keep ratio per run. 1.0 is exactly the original forward.
-        start: First block that selects, counted from 0. None: the first third of the depth is left alone.
+        start: First block that selects, counted from 0, or the share of the depth, below 1, that is left alone.
+            None: the first third.
         selection: `"stage"` selects once per run of blocks and keeps the compact set through the run,
             `"layer"` selects again before every block (the paper's section 3.4: layer-to-stage training).
         stages: Number of runs over the blocks from `start` on, or the first block of each run.
@@ -53,18 +54,22 @@ class EvoConfig:
             class attention (the paper's equations 5 and 6). `"none"`: fast tokens are carried unchanged.
         tradeoff: Weight of a block's own class attention when it is accumulated over depth (the paper's
             equation 4), in [0, 1]; a sequence gives one per block.
+        importance: How much a token's importance counts against its novelty when matched representatives choose the
+            slow tokens: the exponent of its accumulated class attention, at least 0. Classifiers read what the class
+            token attends to; dense features are wanted everywhere (see `dense`).
 
     Raises:
         ConfigError: If a value is outside its range.
     """
 
     keep_ratio: float | Sequence[float] = 0.5
-    start: int | None = None
+    start: int | float | None = None
     selection: Selection = "stage"
     stages: int | Sequence[int] = 2
     schedule: Schedule = "taper"
     representative: Representative = "matched"
     tradeoff: float | Sequence[float] = 0.5
+    importance: float = 0.7
 
     def __post_init__(self) -> None:
         for field in ("keep_ratio", "stages", "tradeoff"):
@@ -79,7 +84,10 @@ class EvoConfig:
             if getattr(self, field) not in get_args(allowed):
                 expected = ", ".join(map(repr, get_args(allowed)))
                 raise ConfigError(f"{field}={getattr(self, field)!r}: expected one of {expected}")
-        if self.start is not None:
+        _check_number("importance", self.importance, expected="[0, 10]", valid=lambda v: 0.0 <= v <= 10.0)
+        if isinstance(self.start, float):
+            _check_number("start", self.start, expected="(0, 1) as a share of the depth", valid=lambda v: 0.0 < v < 1.0)
+        elif self.start is not None:
             _check_block("start", self.start)
         if isinstance(self.stages, int):
             if isinstance(self.stages, bool) or self.stages < 1:
@@ -101,6 +109,16 @@ class EvoConfig:
     def paper(cls, keep_ratio: float | Sequence[float] = 0.5) -> EvoConfig:
         """The paper's setting (section 4.1): one representative, keep ratio constant; of 12 blocks, runs at 4 and 8."""
         return cls(keep_ratio=keep_ratio, schedule="constant", representative="single", tradeoff=0.5)
+
+    @classmethod
+    def dense(cls, keep_ratio: float | Sequence[float] = (0.75, 0.52, 0.28)) -> EvoConfig:
+        """For dense features: segmentation, depth, saliency, retrieval of patches, and DINOv2 in general.
+
+        Every patch token's own value is wanted, not only what the class token reads, so tokens are chosen nearly by
+        novelty alone, and in three equal runs over the last three quarters of the depth. Costs a third selection and
+        does less well than the default for classifiers.
+        """
+        return cls(keep_ratio=keep_ratio, start=0.25, stages=3, schedule="constant", importance=0.15)
 
     def resolve(self, depth: int) -> tuple[BlockPlan, ...]:
         """One plan per block of a model with `depth` blocks.
@@ -133,7 +151,7 @@ class EvoConfig:
         if depth < 2:
             raise ConfigError(f"a model with {depth} block(s): expected at least 2, one to rank the tokens by")
         if isinstance(self.stages, int):
-            start = max(1, depth // 3) if self.start is None else self.start
+            start = self._start(depth)
             # A shallow model has fewer blocks left than the default number of runs asks for.
             growth = 1 if self.schedule == "taper" else 0
             firsts = _run_starts(start, depth, min(self.stages, depth - start), growth) or [start]
@@ -144,6 +162,11 @@ class EvoConfig:
                 f"a run starts at block {firsts[-1]}, beyond the model's {depth} blocks (0 to {depth - 1})"
             )
         return firsts
+
+    def _start(self, depth: int) -> int:
+        if self.start is None:
+            return max(1, depth // 3)
+        return max(1, round(self.start * depth)) if isinstance(self.start, float) else self.start
 
     def _keep_ratios(self, firsts: list[int]) -> list[float]:
         runs = len(firsts)

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from .errors import UnsupportedInputError
 
-IMPORTANCE_EXPONENT = 0.7
-
 
 class Partition(NamedTuple):
     """Who goes through the blocks for whom, for every token of the sequence, prefix tokens included.
@@ -139,18 +137,19 @@ def select_top(g: Tensor, keep: int, prefix: int, representative: bool) -> Parti
     return _with_prefix(group, weight, slow, None, keep + representative, prefix)
 
 
-def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int) -> Partition:
+def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance: float) -> Partition:
     """Matched representatives: every fast token joins the slow token most similar to it.
 
     What would be lost if token `i` were fast is its importance times how little of it a *more important* token
-    already says: `g_i ** 0.7 * (1 - max_{j: g_j > g_i} <f_i, f_j>)`, with `f` the normalised metric. The `K` tokens of
-    largest loss are slow. A group's row is the mean of its members weighted by `sqrt(g)`.
+    already says: `g_i ** importance * (1 - max_{j: g_j > g_i} <f_i, f_j>)`, with `f` the normalised metric. The `K`
+    tokens of largest loss are slow. A group's row is the mean of its members weighted by `sqrt(g)`.
 
     Args:
         g: `(B, N)` float32.
         metric: `(B, N, C)`, what the tokens are compared by.
         keep: `K`, less than `N`.
         prefix: `P`.
+        importance: The exponent, at least 0.
     """
     batch, patches = g.shape
     unit = F.normalize(metric.detach(), dim=-1)
@@ -158,7 +157,7 @@ def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int) -> Partiti
     lowest = torch.finfo(similarity.dtype).min
     more_important = g.unsqueeze(1) > g.unsqueeze(2)
     redundancy = similarity.masked_fill(~more_important, lowest).amax(dim=-1).float()
-    loss = g.pow(IMPORTANCE_EXPONENT) * (1.0 - redundancy)
+    loss = g.pow(importance) * (1.0 - redundancy)
     index = loss.topk(keep, dim=1, sorted=False).indices
     slow = torch.zeros_like(g).scatter(1, index, 1.0).bool()
     # Rows of the similarity against the slow columns only: the arg max is the row of the compact set.

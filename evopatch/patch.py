@@ -61,7 +61,7 @@ def remove(model: Model) -> Model:
     Raises:
         NotPatchedError: If nothing in the model is patched.
     """
-    for host in _patched_hosts(model).values():
+    for host in patched_hosts(model).values():
         for module in list(host.modules()):  # also blocks that were wrapped since, such as by checkpoint wrappers
             _remove_pre_hook(module, module.__dict__.get("_evo_pre_hook"))
             for key in [key for key in module.__dict__ if key.startswith("_evo_")]:
@@ -111,7 +111,7 @@ def config_of(model: nn.Module) -> EvoConfig:
     Raises:
         NotPatchedError: If nothing in the model is patched.
     """
-    patch: Patch = next(iter(_patched_hosts(model).values()))._evo_patch
+    patch: Patch = next(iter(patched_hosts(model).values()))._evo_patch
     return patch.config
 
 
@@ -128,7 +128,7 @@ def set_keep_ratio(model: nn.Module, keep_ratio: float | Sequence[float]) -> Non
     """
     changes = [
         (host._evo_patch, dataclasses.replace(host._evo_patch.config, keep_ratio=keep_ratio))
-        for host in _patched_hosts(model).values()
+        for host in patched_hosts(model).values()
     ]
     _set_configs(changes)
 
@@ -140,13 +140,13 @@ def set_config(model: nn.Module, config: EvoConfig) -> None:
         ConfigError: If the configuration doesn't fit the model; the old one stays then.
         NotPatchedError: If nothing in the model is patched.
     """
-    _set_configs([(host._evo_patch, _checked(config)) for host in _patched_hosts(model).values()])
+    _set_configs([(host._evo_patch, _checked(config)) for host in patched_hosts(model).values()])
 
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """On leaving, every host has its configuration and every module its mode again; inside, all are in eval mode."""
-    configs = [(host._evo_patch, host._evo_patch.config) for host in _patched_hosts(model).values()]
+    configs = [(host._evo_patch, host._evo_patch.config) for host in patched_hosts(model).values()]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -203,7 +203,7 @@ def only_host(model: nn.Module) -> tuple[str, Any]:
         NotPatchedError: If there is none.
         UnsupportedModelError: If there are several.
     """
-    hosts = _patched_hosts(model)
+    hosts = patched_hosts(model)
     if len(hosts) > 1:
         raise UnsupportedModelError(
             f"{type(model).__name__} holds {len(hosts)} patched hosts, {', '.join(map(repr, hosts))}: expected one. "
@@ -269,7 +269,7 @@ def _set_configs(changes: list[tuple[Patch, EvoConfig]]) -> None:
         patch.set_config(config)
 
 
-def _patched_hosts(model: nn.Module) -> dict[str, Any]:
+def patched_hosts(model: nn.Module) -> dict[str, Any]:
     """By name: the modules that hold a patch, but not its blocks, which share it."""
     hosts = {n: m for n, m in model.named_modules() if "_evo_patch" in m.__dict__ and "_evo_name" not in m.__dict__}
     if not hosts:

@@ -113,7 +113,7 @@ class Stream:
     def __init__(self, patch: Patch, depth: int, compact: bool) -> None:
         # Taken once: a checkpointed block is recomputed in backward, maybe after the settings changed.
         self.name, self.spec, self.plans, self.active = patch.name, patch.spec, patch.plans, patch.active
-        self.representative = patch.config.representative
+        self.representative, self.importance = patch.config.representative, patch.config.importance
         self.depth = depth
         self.compact = compact
         self.g: dict[int, Tensor] = {}
@@ -182,7 +182,7 @@ class Stream:
         if self.representative != "matched":
             return ops.select_top(g, keep, prefix, self.representative == "single")
         metric = block._evo_code.metric[block.training](block, x.detach(), tuple(inputs.values()), None)
-        return ops.select_matched(g, metric[:, prefix:], keep, prefix)
+        return ops.select_matched(g, metric[:, prefix:], keep, prefix, self.importance)
 
     def _block(
         self, index: int, x: Tensor, inputs: dict[str, Any], partition: ops.Partition | None, run: Run

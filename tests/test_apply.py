@@ -9,7 +9,7 @@ import timm
 import torch
 from timm.layers import Attention, set_fused_attn
 from torch import nn
-from variants import VARIANTS, build, images
+from variants import build, images
 
 import evopatch
 from evopatch import EvoConfig, graph
@@ -84,7 +84,7 @@ def test_fast_tokens_stay_in_their_place_without_a_representative():
     assert torch.equal(changed, selection)
 
 
-@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"relpos", "relpos_class", "relpos_shared"}))
+@pytest.mark.parametrize("name", sorted(set(TIMM_VARIANTS) - {"relpos", "relpos_class", "relpos_shared"}))
 @torch.no_grad()
 def test_unfused_attention_gives_the_same(name):
     fused, x = evopatch.apply(build(name)), images()

@@ -26,6 +26,19 @@ def test_paper():
     assert marks(EvoConfig.paper(0.7), "selects", depth=24) == [8, 16]
 
 
+def test_dense():
+    plan = EvoConfig.dense()
+    assert ratios(plan) == [1.0] * 3 + [0.75] * 3 + [0.52] * 3 + [0.28] * 3
+    assert marks(plan, "selects") == [3, 6, 9]
+    assert marks(plan, "selects", depth=24) == [6, 12, 18]
+    assert plan.importance < EvoConfig().importance
+
+
+@pytest.mark.parametrize(("start", "first"), [(0.25, 3), (0.01, 1), (0.5, 6), (2, 2), (None, 4)])
+def test_start_as_a_block_or_a_share_of_the_depth(start, first):
+    assert marks(EvoConfig(start=start), "selects")[0] == first
+
+
 @pytest.mark.parametrize("mean", [0.1, 0.35, 0.5, 0.8, 0.95, 1.0])
 @pytest.mark.parametrize("stages", [1, 2, 3, [4, 5], [3, 5, 9, 10]])
 @pytest.mark.parametrize("depth", [11, 12, 24])
@@ -84,6 +97,8 @@ def test_any_depth(depth, stages):
         ({"representative": "mean"}, "representative='mean'"),
         ({"schedule": "cosine"}, "schedule='cosine'"),
         ({"start": 0}, "start=0: expected a block index of at least 1"),
+        ({"start": 1.5}, r"start=1.5: expected a number in \(0, 1\)"),
+        ({"importance": -1}, "importance=-1"),
         ({"stages": 0}, "stages=0"),
         ({"stages": []}, "stages="),
         ({"stages": 2.0}, "stages=2.0"),
@@ -113,7 +128,8 @@ def test_settings_that_do_not_fit_the_depth(settings, depth, message):
 
 
 @pytest.mark.parametrize(
-    "config", [EvoConfig(), EvoConfig.paper(0.7), EvoConfig([0.6, 0.3], stages=[3, 7], tradeoff=[0.5] * 12)]
+    "config",
+    [EvoConfig(), EvoConfig.paper(0.7), EvoConfig.dense(), EvoConfig([0.6, 0.3], stages=[3, 7], tradeoff=[0.5] * 12)],
 )
 def test_json_round_trip(config):
     assert EvoConfig.from_json(config.to_json()) == config

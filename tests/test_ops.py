@@ -23,7 +23,7 @@ def top(values, count):
     return set(sorted(range(len(values)), key=lambda i: -values[i])[:count])
 
 
-def matched_reference(g, metric, keep):
+def matched_reference(g, metric, keep, importance=0.7):
     """Slow set and, for every token, the slow token that it follows."""
     patches = len(g)
     unit = [m / m.norm() for m in metric]
@@ -31,19 +31,20 @@ def matched_reference(g, metric, keep):
     loss = []
     for i in range(patches):
         better = [similarity[i][j] for j in range(patches) if g[j] > g[i]]
-        loss.append(float(g[i]) ** ops.IMPORTANCE_EXPONENT * (1 - max(better)) if better else math.inf)
+        loss.append(float(g[i]) ** importance * (1 - max(better)) if better else math.inf)
     slow = sorted(top(loss, keep))
     leader = [i if i in slow else max(slow, key=lambda j: similarity[i][j]) for i in range(patches)]
     return set(slow), leader
 
 
+@pytest.mark.parametrize("importance", [0.7, 0.15, 0.0])
 @pytest.mark.parametrize("keep", [1, 4, 10])
-def test_select_matched(tensors, keep):
+def test_select_matched(tensors, keep, importance):
     _, g, metric = tensors
-    partition = ops.select_matched(g, metric, keep, P)
+    partition = ops.select_matched(g, metric, keep, P, importance)
     assert partition.rows == P + keep
     for b in range(B):
-        slow, leader = matched_reference(g[b], metric[b], keep)
+        slow, leader = matched_reference(g[b], metric[b], keep, importance)
         assert set(partition.slow[b].nonzero().flatten().tolist()) == slow
         group = partition.group[b].tolist()
         assert group[:P] == list(range(P))
@@ -79,7 +80,7 @@ def test_select_top(tensors, keep, representative):
 
 def partitions(g, metric, keep=4):
     return {
-        "matched": ops.select_matched(g, metric, keep, P),
+        "matched": ops.select_matched(g, metric, keep, P, 0.7),
         "single": ops.select_top(g, keep, P, True),
         "none": ops.select_top(g, keep, P, False),
     }
@@ -214,7 +215,33 @@ def test_num_slow_needs_two_patches(patches):
 
 def test_equal_importance_is_no_error():
     """A blank image: every token alike, every score alike."""
-    partition = ops.select_matched(torch.ones(1, N), torch.ones(1, N, C), 4, P)
+    partition = ops.select_matched(torch.ones(1, N), torch.ones(1, N, C), 4, P, 0.7)
     assert partition.slow.sum() == 4
     assert torch.isfinite(partition.weight).all()
     assert torch.isfinite(ops.select_top(torch.zeros(1, N), 4, P, True).weight).all()
+
+
+@pytest.mark.parametrize("representative", ["matched", "single", "none"])
+def test_spread_attention(tensors, representative):
+    _, g, metric = tensors
+    partition = {
+        "matched": lambda: ops.select_matched(g, metric, 4, P, 0.7),
+        "single": lambda: ops.select_top(g, 4, P, True),
+        "none": lambda: ops.select_top(g, 4, P, False),
+    }[representative]()
+    rows = partition.rows
+    weights = torch.randn(B, H, rows, rows, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    spread = ops.spread_attention(weights, partition)
+    assert spread.shape == (B, H, P + N, P + N)
+    for b in range(B):
+        group = partition.group[b].tolist()
+        for h in range(H):
+            for i in range(P + N):
+                for j in range(P + N):
+                    expected = 0.0
+                    if rows not in (group[i], group[j]):
+                        expected = weights[b, h, group[i], group[j]] * partition.weight[b, j]
+                    assert spread[b, h, i, j].item() == pytest.approx(float(expected), abs=1e-6)
+    stands = partition.group < rows
+    torch.testing.assert_close(spread.sum(-1), stands.float()[:, None].expand(-1, H, -1))
+    assert stands.all() == (representative != "none")

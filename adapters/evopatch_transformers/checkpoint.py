@@ -1,0 +1,48 @@
+"""Checkpoint folders of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from evopatch.errors import CheckpointError
+
+
+def owns(model: nn.Module) -> bool:
+    """Whether this library can save the model."""
+    return isinstance(model, PreTrainedModel)
+
+
+def save(model: Any, folder: Path) -> None:
+    """As `from_pretrained` reads it."""
+    model.save_pretrained(folder)
+
+
+def load(folder: Path, **kwargs: Any) -> nn.Module:
+    """The unpatched model, of the class that saved it.
+
+    Raises:
+        CheckpointError: If the folder's config names no class of transformers, or the weights don't fit.
+    """
+    try:
+        names = AutoConfig.from_pretrained(folder).architectures or []
+        cls = getattr(transformers, names[0]) if names else None
+    except Exception as error:
+        raise CheckpointError(f"{folder} holds no checkpoint of transformers: {error}") from error
+    if cls is None:
+        raise CheckpointError(f"{folder}: its config.json names no class of transformers under 'architectures'")
+    try:
+        model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
+    except Exception as error:
+        raise CheckpointError(f"{folder} can't be loaded into {cls.__name__}: {error}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{folder}: weights for {cls.__name__} are missing: {missing[:3]} ({len(missing)} in all)"
+        )
+    loaded: nn.Module = model
+    return loaded
