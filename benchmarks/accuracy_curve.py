@@ -11,7 +11,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import timm.data
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,7 +21,7 @@ from evopatch import EvoConfig
 from evopatch.cli import progress_bar
 from evopatch.data import open_images
 from evopatch.evaluate import evaluate
-from evopatch.models import create_model
+from evopatch.models import Preprocessing, open_classifier
 
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.31, 0.25)
 HALF = (0.5, 0.5, 0.5)
@@ -40,9 +39,10 @@ COLOURS = {"matched": "tab:green", "single": "tab:orange", "none": "tab:grey"}
 
 def run(folder: Path, weights: str, device: str) -> list[dict]:
     name, preprocessing = MODELS[weights]
-    model = evopatch.apply(create_model(name, folder / weights / "model.safetensors").to(device))
-    options = timm.data.resolve_data_config({"crop_pct": 1.0, **preprocessing}, model=model)
-    images = open_images(folder / "imagenet_val_1300.parquet", timm.data.create_transform(**options))
+    options = Preprocessing(crop_pct=1.0, **preprocessing)
+    classifier = open_classifier(name, folder / weights / "model.safetensors", preprocessing=options)
+    model = evopatch.apply(classifier.model.to(device))
+    images = open_images(folder / "imagenet_val_1300.parquet", classifier.transform)
     configs = [dataclasses.replace(base, keep_ratio=ratio) for base in BASES.values() for ratio in RATIOS]
     with progress_bar(f"{name}, {len(configs)} settings", len(images)) as advance:
         results = evaluate(model, DataLoader(images, batch_size=50), configs, (3, 224, 224), on_batch=advance)

@@ -93,7 +93,12 @@ def _floats(text: str | None) -> tuple[float, ...] | None:
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Option(help="A timm name, such as deit_tiny_patch16_224.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A timm name, such as deit_tiny_patch16_224, or a transformers model: a folder, or a hub name."
+        ),
+    ],
     data: Annotated[Path, typer.Option(help="A .parquet file with `image` and `label`, or an ImageFolder directory.")],
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights in timm's layout. Default: timm's pretrained ones.")
@@ -128,32 +133,27 @@ def evaluate(
 
         evopatch evaluate --model deit_tiny_patch16_224 --data val/ --keep-ratio 0.7 --keep-ratio 0.5
     """
-    import timm.data
     import torch
     from torch.utils.data import DataLoader, Subset
 
     from .data import open_images
     from .evaluate import evaluate as run
-    from .models import create_model
+    from .models import Preprocessing, open_classifier
     from .patch import apply
 
     if json_out is not None and not json_out.parent.is_dir():
         raise DataError(f"{json_out.parent}: no such folder for the results; create it or give another --json")
     configs = _configs(keep_ratio, representative, paper, selection, schedule, start, stages)
-    network = create_model(model, checkpoint, num_classes, image_size).to(device, getattr(torch, dtype.value))
+    preprocessing = Preprocessing(_floats(mean), _floats(std), crop_pct, image_size)
+    classifier = open_classifier(model, checkpoint, num_classes, preprocessing)
+    network = classifier.model.to(device, getattr(torch, dtype.value))
     apply(network, config=configs[0])
-    override = {"mean": _floats(mean), "std": _floats(std), "crop_pct": crop_pct}
-    if image_size is not None:
-        override["input_size"] = (3, image_size, image_size)
-    options = timm.data.resolve_data_config(
-        {k: v for k, v in override.items() if v is not None}, model=network, use_test_size=False
-    )
-    dataset: Any = open_images(data, timm.data.create_transform(**options, is_training=False))
+    dataset: Any = open_images(data, classifier.transform)
     if rows is not None:
         dataset = Subset(dataset, _rows(rows, len(dataset)))
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
     with progress_bar(f"{model}, {len(configs)} setting(s)", len(dataset)) as advance:
-        results = run(network, loader, configs, tuple(options["input_size"]), on_batch=advance)
+        results = run(network, loader, configs, classifier.input_size, on_batch=advance)
     table = Table(title=f"{model}, {results[0].images} images, {dtype.value}, no training")
     table.add_column("representative", no_wrap=True)
     table.add_column("keep\nratio", justify="right")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,8 @@ def evaluate(
 
 def _logits(model: nn.Module, batch: Tensor, config: EvoConfig) -> Tensor:
     set_config(model, config)
-    logits: Tensor = model(batch)
+    output: Any = model(batch)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits.float().cpu()
 
 

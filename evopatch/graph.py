@@ -13,6 +13,7 @@ import operator
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -132,9 +133,10 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        # Hooks of a module that is traced through would run now, on proxies, instead of at every forward.
+        # Hooks of a module that is traced through, or a forward that accelerate set on it, would run now, on proxies,
+        # instead of at every forward.
         if not self.is_leaf_module(m, self.path_of_module(m)):
-            forward = m.forward
+            forward = MethodType(host_class(m).forward, m)
         return super().call_module(m, forward, args, kwargs)
 
 

@@ -1,44 +1,129 @@
-"""Models by name for the command line: timm's own names, weights from the hub or from a file."""
+"""Classifiers by name for the command line, with their preprocessing: timm's names, and transformers' folders."""
 
 from __future__ import annotations
 
 import difflib
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from .errors import CheckpointError, UnsupportedModelError
+from .errors import CheckpointError, ConfigError, UnsupportedModelError
 
 
-def create_model(
-    name: str, checkpoint: Path | None = None, num_classes: int | None = None, image_size: int | None = None
-) -> nn.Module:
-    """A timm model with pretrained weights, in eval mode.
+class Classifier(NamedTuple):
+    """A model in eval mode and what turns a PIL image into its input."""
+
+    model: nn.Module
+    transform: Callable[[Any], Tensor]
+    input_size: tuple[int, int, int]
+    """`(channels, height, width)`."""
+
+
+class Preprocessing(NamedTuple):
+    """What to change in the model's own preprocessing; None leaves it."""
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    image_size: int | None = None
+
+
+_OWN = Preprocessing()
+
+
+def open_classifier(
+    name: str,
+    checkpoint: Path | None = None,
+    num_classes: int | None = None,
+    preprocessing: Preprocessing = _OWN,
+) -> Classifier:
+    """A classifier with pretrained weights.
 
     Args:
-        name: As `timm.create_model` takes it, also `hf-hub:owner/name` and `local-dir:folder`.
-        checkpoint: Weights in timm's layout (safetensors or a torch file); None: timm's pretrained weights.
-        num_classes: Of a checkpoint with another head than the model's default.
-        image_size: In pixels, if not the model's own; position embeddings are resized.
+        name: A timm name, also `hf-hub:owner/name` and `local-dir:folder`, a folder that transformers or timm (or
+            `evopatch.save_pretrained`) wrote, or `owner/name` of a transformers model on the Hugging Face hub.
+        checkpoint: For timm names: weights in timm's layout.
+        num_classes: For a checkpoint with another head than the model's default.
+        preprocessing: Changes to the model's own.
 
     Raises:
-        UnsupportedModelError: If timm knows no such model; names similar ones.
+        UnsupportedModelError: If there is no such model; names similar ones.
         CheckpointError: If the weights are missing, unreadable, don't fit, or can't be downloaded.
+        ConfigError: If an argument isn't for this kind of model.
     """
-    import timm
+    library, source = _library_and_source(name)
+    if library == "timm":
+        return _timm_classifier(source, checkpoint, num_classes, preprocessing)
+    only_timm = {"--checkpoint": checkpoint, "--num-classes": num_classes, "--crop-pct": preprocessing.crop_pct}
+    only_timm["--image-size"] = preprocessing.image_size
+    if given := [option for option, value in only_timm.items() if value is not None]:
+        raise ConfigError(f"{', '.join(given)}: only for timm models; '{name}' is a transformers model with its own")
+    return _transformers_classifier(source, preprocessing)
 
-    remote = ":" in name
-    if not remote and not timm.is_model(name):
+
+def _library_and_source(name: str) -> tuple[str, str]:
+    config = Path(name) / "config.json"
+    if config.is_file():
+        try:
+            values = json.loads(config.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{config} is damaged or no JSON: {error}") from error
+        return ("timm", f"local-dir:{name}") if "architecture" in values else ("transformers", name)
+    if Path(name).is_dir():
+        raise CheckpointError(f"{name} is a folder without config.json: expected one that transformers or timm wrote")
+    return "transformers" if "/" in name and ":" not in name else "timm", name
+
+
+def _transformers_classifier(name: str, preprocessing: Preprocessing) -> Classifier:
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    try:
+        # Resampling by PIL, as models are trained and evaluated with; that of tensors differs by rounding.
+        processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil")
+        loaded: Any = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"no image classifier could be loaded from '{name}': {_first_lines(error)}. Expected a folder, or a name "
+            "on the Hugging Face hub, with config.json, weights and preprocessor_config.json"
+        ) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise CheckpointError(f"'{name}' holds no trained classifier: missing {sorted(info['missing_keys'])[:3]}")
+    own = {"image_mean": preprocessing.mean, "image_std": preprocessing.std}
+    changed = {key: list(value) for key, value in own.items() if value is not None}
+
+    def transform(image: Any) -> Tensor:
+        return cast(Tensor, processor(images=image, return_tensors="pt", **changed)["pixel_values"][0])
+
+    from PIL import Image
+
+    channels, height, width = transform(Image.new("RGB", (640, 480))).shape
+    return Classifier(model.eval(), transform, (channels, height, width))
+
+
+def _timm_classifier(
+    name: str, checkpoint: Path | None, num_classes: int | None, preprocessing: Preprocessing
+) -> Classifier:
+    import timm
+    import timm.data
+
+    if ":" not in name and not timm.is_model(name):
         known = timm.list_models()
         similar = difflib.get_close_matches(name.split(".")[0], known, n=3, cutoff=0.6)
         hint = f"did you mean {' or '.join(similar)}?" if similar else "`evopatch list` shows the names."
         raise UnsupportedModelError(f"timm has no model named '{name}': {hint}")
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     model = _pretrained(name, options) if checkpoint is None else _from_file(name, checkpoint, options)
-    if image_size is not None:
-        cast(Any, model).set_input_size(img_size=(image_size, image_size))
-    return model.eval()
+    override: dict[str, Any] = {k: v for k, v in preprocessing._asdict().items() if v is not None}
+    if (size := override.pop("image_size", None)) is not None:
+        cast(Any, model).set_input_size(img_size=(size, size))
+        override["input_size"] = (3, size, size)
+    data = timm.data.resolve_data_config(override, model=model, use_test_size=False)
+    transform = timm.data.create_transform(**data, is_training=False)
+    return Classifier(model.eval(), transform, tuple(data["input_size"]))
 
 
 def _from_file(name: str, checkpoint: Path, options: dict[str, Any]) -> nn.Module:

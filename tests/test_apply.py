@@ -9,7 +9,7 @@ import timm
 import torch
 from timm.layers import Attention, set_fused_attn
 from torch import nn
-from variants import build, images
+from variants import TIMM_VARIANTS, build, images
 
 import evopatch
 from evopatch import EvoConfig, graph

@@ -1,15 +1,14 @@
 """The figures of benchmarks/accuracy.md on real weights and images, without training."""
 
 import pytest
-import timm
-import timm.data
+import transformers_weights
 from torch.utils.data import DataLoader
 
 import evopatch
 from evopatch import EvoConfig
 from evopatch.data import open_images
 from evopatch.evaluate import evaluate
-from evopatch.models import create_model
+from evopatch.models import Preprocessing, open_classifier
 
 # Both models are evaluated once, so their tests share a process.
 pytestmark = pytest.mark.xdist_group("real weights")
@@ -19,22 +18,25 @@ HALF = (0.5, 0.5, 0.5)
 LOW = EvoConfig(keep_ratio=(0.58, 0.4, 0.22), stages=(3, 5, 8))
 
 
-def run(folder, name, weights, configs, **preprocessing):
-    model = evopatch.apply(create_model(name, folder / weights / "model.safetensors"))
-    options = timm.data.resolve_data_config({"crop_pct": 1.0, **preprocessing}, model=model)
-    images = open_images(folder / "imagenet_val_1300.parquet", timm.data.create_transform(**options))
-    return evaluate(model, DataLoader(images, batch_size=50), configs, (3, 224, 224))
+def run(folder, classifier, configs):
+    images = open_images(folder / "imagenet_val_1300.parquet", classifier.transform)
+    return evaluate(evopatch.apply(classifier.model), DataLoader(images, batch_size=50), configs, classifier.input_size)
+
+
+def run_timm(folder, name, weights, configs, **preprocessing):
+    options = Preprocessing(crop_pct=1.0, **preprocessing)
+    return run(folder, open_classifier(name, folder / weights / "model.safetensors", preprocessing=options), configs)
 
 
 @pytest.fixture(scope="module")
 def deit(real_data):
     configs = [EvoConfig(), EvoConfig.paper(), LOW]
-    return run(real_data, "deit_tiny_patch16_224", "deit_tiny", configs)
+    return run_timm(real_data, "deit_tiny_patch16_224", "deit_tiny", configs)
 
 
 @pytest.fixture(scope="module")
 def vit(real_data):
-    return run(real_data, "vit_tiny_patch16_224", "vit_tiny", [EvoConfig(), LOW], mean=HALF, std=HALF)
+    return run_timm(real_data, "vit_tiny_patch16_224", "vit_tiny", [EvoConfig(), LOW], mean=HALF, std=HALF)
 
 
 def test_unpatched(deit, vit):
@@ -59,6 +61,15 @@ def test_vit_default(vit):
 def test_deit_paper(deit):
     assert deit[2].top1 == pytest.approx(76.3, abs=0.6)
     assert deit[2].blocks_flops <= 0.65
+
+
+def test_deit_through_transformers_gives_the_same_figures(deit, real_data, tmp_path):
+    transformers_weights.main(real_data / "deit_tiny" / "model.safetensors", tmp_path)
+    results = run(real_data, open_classifier(str(tmp_path)), [result.config for result in deit[1:3]])
+    for ours, theirs in zip(results, deit[:3], strict=True):
+        assert ours.top1 == pytest.approx(theirs.top1, abs=0.1)
+        assert ours.flops == pytest.approx(theirs.flops, abs=0.001)
+        assert ours.kl == pytest.approx(theirs.kl, abs=0.001)
 
 
 def test_low_flops(deit, vit):
