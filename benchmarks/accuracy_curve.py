@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 import evopatch
 from evopatch import EvoConfig
-from evopatch.cli import progress_bar
 from evopatch.data import open_images
 from evopatch.evaluate import evaluate
 from evopatch.models import Preprocessing, open_classifier
+from evopatch.progress import progress_bar
 
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.31, 0.25)
 HALF = (0.5, 0.5, 0.5)

@@ -11,9 +11,11 @@ from .errors import (
     DataError,
     EvoPatchError,
     NotPatchedError,
+    TrainingError,
     UnsupportedInputError,
     UnsupportedModelError,
 )
+from .finetune import FinetuneConfig, FinetuneResult, finetune
 from .patch import apply, config_of, is_patched, patched, remove, set_config, set_keep_ratio, supported, token_selection
 from .profile import Profile, profile
 
@@ -27,12 +29,16 @@ __all__ = [
     "DataError",
     "EvoConfig",
     "EvoPatchError",
+    "FinetuneConfig",
+    "FinetuneResult",
     "NotPatchedError",
     "Profile",
+    "TrainingError",
     "UnsupportedInputError",
     "UnsupportedModelError",
     "apply",
     "config_of",
+    "finetune",
     "is_patched",
     "load_pretrained",
     "patched",

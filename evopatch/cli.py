@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +10,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .config import EvoConfig
 from .errors import ConfigError, DataError, EvoPatchError, UnsupportedModelError
+from .progress import errors, progress_bar
 
 app = typer.Typer(
     help="Slow-fast token evolution for the vision transformers you already have.",
@@ -26,7 +24,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 console = Console()
-errors = Console(stderr=True)
 
 
 class RepresentativeName(str, Enum):
@@ -60,15 +57,6 @@ def main() -> None:
 def _fail(error: object, code: int) -> None:
     errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     raise SystemExit(code)
-
-
-@contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Any]:
-    """A bar that yields its own advance function."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda done=1: progress.advance(task, done)
 
 
 def parse_ratios(text: str) -> float | tuple[float, ...]:

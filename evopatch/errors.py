@@ -37,5 +37,9 @@ class CheckpointError(EvoPatchError, ValueError):
     """A checkpoint file is missing, unreadable or doesn't fit the model."""
 
 
+class TrainingError(EvoPatchError, RuntimeError):
+    """Training can't go on, such as after a loss that is no finite number."""
+
+
 class DataError(EvoPatchError, ValueError):
     """An evaluation data set is missing, empty or of an unknown layout."""

@@ -102,9 +102,13 @@ def evaluate(
 
 def _logits(model: nn.Module, batch: Tensor, config: EvoConfig) -> Tensor:
     set_config(model, config)
-    output: Any = model(batch)
+    return logits_of(model(batch)).float().cpu()
+
+
+def logits_of(output: Any) -> Tensor:
+    """`(B, classes)`, of what a timm or a transformers classifier returns."""
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits.float().cpu()
+    return logits
 
 
 def _sums(logits: Tensor, unpatched: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,128 @@
+"""evopatch.finetune: labels, self-distillation, both libraries."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from variants import build, call, images
+
+import evopatch
+from evopatch import ConfigError, DataError, EvoConfig, FinetuneConfig, stream
+
+FAST = FinetuneConfig(epochs=6, batch_size=8, learning_rate=1e-3, warmup_epochs=0)
+
+
+class Images(Dataset):
+    """Random images whose brightness is their class; as tuples, mappings, or without labels."""
+
+    def __init__(self, kind, count=32, seed=0):
+        self.labels = torch.arange(count) % 7
+        self.images = images(count, seed=seed) + self.labels[:, None, None, None] - 3
+        self.kind = kind
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        image, label = self.images[index], self.labels[index]
+        return {"tuple": (image, label), "mapping": {"pixel_values": image, "labels": label}, "none": image}[self.kind]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("vit", "tuple"), ("hf_vit", "mapping"), ("gap", "mapping")])
+def test_labels(name, kind):
+    model = evopatch.apply(build(name))
+    before = copy.deepcopy(model.state_dict())
+    result = evopatch.finetune(model, Images(kind), Images(kind, seed=9), FAST, progress=False)
+    assert len(result.losses) == 6
+    assert result.losses[-1] < 0.7 * result.losses[0]
+    assert result.after.top1 > result.before.top1 + 15
+    assert result.unpatched.kl == 0
+    assert result.images_per_second > 0
+    assert not model.training
+    assert evopatch.config_of(model) == EvoConfig()
+    assert all(not torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["vit", "hf_vit"])
+def test_without_labels_the_unpatched_model_teaches(name):
+    model = evopatch.apply(build(name), config=EvoConfig.paper(0.3))
+    x = Images("none").images
+    with torch.no_grad():
+        target = call(evopatch.remove(copy.deepcopy(model)), x)
+        apart = (call(model, x) - target).square().mean()
+    result = evopatch.finetune(model, Images("none"), config=FAST, progress=False)
+    assert result.before is result.after is result.unpatched is None
+    with torch.no_grad():
+        assert (call(model, x) - target).square().mean() < 0.5 * apart
+
+
+def test_the_same_seed_gives_the_same_weights():
+    def run(seed):
+        model = evopatch.apply(build("vit"))
+        evopatch.finetune(
+            model, Images("tuple"), config=FinetuneConfig(epochs=1, batch_size=8, seed=seed), progress=False
+        )
+        return torch.cat([p.flatten() for p in model.parameters()])
+
+    first = run(0)
+    assert torch.equal(run(0), first)
+    assert not torch.equal(run(1), first)
+
+
+def test_layer_to_stage(monkeypatch):
+    selections = []
+    original = stream.Patch.set_config
+
+    def recording(self, config):
+        selections.append(config.selection)
+        original(self, config)
+
+    model = evopatch.apply(build("vit"))
+    monkeypatch.setattr(stream.Patch, "set_config", recording)
+    config = FinetuneConfig(epochs=6, batch_size=32, layer_to_stage=True)
+    evopatch.finetune(model, Images("tuple"), config=config, progress=False)
+    assert selections == ["layer"] * 4 + ["stage"] * 3
+    assert evopatch.config_of(model).selection == "stage"
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step():
+    data = Images("tuple")
+    data.images[20] = float("nan")
+    model = evopatch.apply(build("vit"))
+    config = FinetuneConfig(epochs=2, batch_size=16, layer_to_stage=True)
+    with pytest.raises(evopatch.TrainingError, match=r"label loss is nan at step [01] \(epoch 0, learning rate"):
+        evopatch.finetune(model, data, config=config, progress=False)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert evopatch.config_of(model) == EvoConfig()
+
+
+def test_bad_input():
+    model = build("vit")
+    with pytest.raises(evopatch.NotPatchedError):
+        evopatch.finetune(model, Images("tuple"))
+    evopatch.apply(model)
+    with pytest.raises(DataError, match="no images to train on"):
+        evopatch.finetune(model, Images("tuple", count=0))
+    with pytest.raises(DataError, match="objective='labels', but the training data have none"):
+        evopatch.finetune(model, Images("none"), config=FinetuneConfig(objective="labels"))
+    with pytest.raises(DataError, match="evaluation data have no labels"):
+        evopatch.finetune(model, Images("none"), Images("none"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs=0: expected a whole number of at least 1"),
+        ({"batch_size": 1.5}, "batch_size=1.5"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0: expected a number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"weight_decay": -1}, "weight_decay=-1"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
+        ({"objective": "hard"}, "objective='hard': expected one of 'auto', 'labels', 'distillation'"),
+        ({"mixed_precision": "fp8"}, "mixed_precision='fp8'"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        FinetuneConfig(**settings)
