@@ -234,6 +234,7 @@ def _hosts(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
         raise UnsupportedModelError(
             f"found nothing to patch in {type(model).__name__} ({type(model).__module__}): no adapter serves it or any "
             f"of its submodules. Served classes: {served or 'none, as no library with an adapter is imported'}"
+            + "".join(f". The adapter for {name} can't be used: {why}" for name, why in registry.failures().items())
         )
     return hosts
 

@@ -29,9 +29,25 @@ def _load(target: str) -> Adapter:
 
 def adapters() -> list[Adapter]:
     """Adapters for the libraries that are imported already: a model of another library can't be at hand."""
-    targets = [t for library, built_in in _BUILT_IN.items() if library in sys.modules for t in built_in]
-    targets += [e.value for e in entry_points(group=_GROUP) if e.name in sys.modules]
-    return [_load(target) for target in targets]
+    loaded = []
+    for library, targets in _BUILT_IN.items():
+        # A program may well use one library with evopatch, and have the other in a version that has no adapter.
+        if library in sys.modules and library not in failures():
+            loaded += [_load(target) for target in targets]
+    return loaded + [_load(e.value) for e in entry_points(group=_GROUP) if e.name in sys.modules]
+
+
+def failures() -> dict[str, str]:
+    """Imported libraries whose built-in adapters can't be used, and why: their version is another one, as a rule."""
+    reasons = {}
+    for library, targets in _BUILT_IN.items():
+        if library in sys.modules:
+            try:
+                for target in targets:
+                    _load(target)
+            except ImportError as error:
+                reasons[library] = str(error)
+    return reasons
 
 
 def find(module: nn.Module, among: list[Adapter] | None = None) -> Adapter | None:

@@ -41,6 +41,23 @@ def test_unknown_model():
         evopatch.apply("deit_tiny_patch16_224")
 
 
+def test_a_library_in_a_version_without_adapter(monkeypatch):
+    import transformers
+
+    from evopatch import registry
+
+    def failing(target):
+        if "transformers" in target:
+            raise ImportError("cannot import name 'ViTModel'")
+        return load(target)
+
+    load = registry._load
+    monkeypatch.setattr(registry, "_load", failing)
+    with pytest.raises(evopatch.UnsupportedModelError, match="adapter for transformers can't be used: cannot import"):
+        evopatch.apply(transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=2)))
+    assert evopatch.is_patched(evopatch.apply(build("vit")))
+
+
 def test_already_patched():
     model, x = evopatch.apply(build("vit")), images()
     expected = model(x)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from timm.data import ImageNetInfo
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 VIT_KEYS = {
@@ -70,7 +71,10 @@ def deit_tiny(file: Path) -> ViTForImageClassification:
 
 def main(file: str, folder: str) -> None:
     """Write the model and the preprocessing of the validation images: bicubic to 224 pixels, no crop."""
-    deit_tiny(Path(file)).save_pretrained(folder)
+    model = deit_tiny(Path(file))
+    names = ImageNetInfo()
+    model.config.id2label = {i: names.index_to_description(i).split(",")[0] for i in range(1000)}
+    model.save_pretrained(folder)
     processor = ViTImageProcessor(
         size={"height": 224, "width": 224},
         resample=3,
