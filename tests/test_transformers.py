@@ -262,6 +262,20 @@ def test_other_implementations_never_get_a_bias():
     assert len(calls) == 6
 
 
+@torch.no_grad()
+def test_flex_attention_checks_the_mask_that_transformers_makes_for_it():
+    model, x = build("hf_vit", attn_implementation="flex_attention"), images()
+    original = call(model, x)
+    evopatch.apply(model)
+    torch.testing.assert_close(call(model, x), call(evopatch.apply(build("hf_vit")), x), atol=2e-5, rtol=2e-5)
+    keep = torch.ones(2, 26, dtype=torch.long)
+    keep[1, -2:] = 0
+    with pytest.raises(RuntimeError, match="attention mask that masks tokens"):
+        model(x, attention_mask=keep)
+    evopatch.set_keep_ratio(model, 1.0)
+    assert torch.equal(call(model, x), original)
+
+
 @pytest.mark.parametrize("name", ["hf_vit", "hf_vit_eager", "hf_dinov2", "hf_clip", "hf_dinov3"])
 @torch.no_grad()
 def test_attention_masks_are_refused(name):

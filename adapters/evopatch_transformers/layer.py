@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from evopatch import graph
 from evopatch.adapter import Swap, named_blocks
@@ -32,7 +33,7 @@ class SlowFastLayer(Swapped):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | BlockMask | None = None,
         *,
         evo_stream: Stream | None = None,
         **kwargs: Any,
@@ -44,7 +45,7 @@ class SlowFastLayer(Swapped):
             unpatched: Tensor = own(self, hidden_states, attention_mask, **kwargs)
             return unpatched
         if attention_mask is not None and evo_stream.active:
-            if not torch.compiler.is_exporting():
+            if not torch.compiler.is_exporting() and not isinstance(attention_mask, BlockMask):
                 evo_stream.refuse("attention_mask", self._evo_index)
             if self._evo_index == 0:
                 _assert_nothing_masked(attention_mask)
@@ -65,9 +66,12 @@ class SlowFastLayer(Swapped):
             self._evo_code = graph.generate(view, self._evo_name, self._evo_patch.spec.trace)
 
 
-def _assert_nothing_masked(mask: Tensor) -> None:
-    # While exporting, transformers makes a mask even where nothing is masked. Its values aren't known yet, so the
-    # exported program checks them.
+def _assert_nothing_masked(mask: Tensor | BlockMask) -> None:
+    # While exporting, and always for flex attention, transformers makes a mask even where nothing is masked. Whether
+    # something is gets checked when the values are there, without waiting for them.
+    if isinstance(mask, BlockMask):
+        batch, _, queries, keys = mask.shape
+        mask = create_mask(mask.mask_mod, batch, None, queries, keys, device=mask.kv_num_blocks.device)
     nothing = mask.all() if mask.dtype == torch.bool else (mask == 0).all()
     torch._assert_async(nothing, "a patched model can't be given an attention mask that masks tokens")
 
