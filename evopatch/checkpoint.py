@@ -19,6 +19,7 @@ from .patch import apply, patched_hosts
 
 FILE_NAME = "evopatch.json"
 FORMAT = 1
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 
 
 class _Library(Protocol):
@@ -58,8 +59,12 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
     written = {"format": FORMAT, "evopatch": _version(), "library": name, "hosts": hosts}
     with tempfile.TemporaryDirectory(prefix=".evopatch-", dir=folder) as temporary:
         library.save(model, Path(temporary))
-        for file in sorted(Path(temporary).iterdir()):
-            os.replace(file, folder / file.name)
+        names = sorted(file.name for file in Path(temporary).iterdir())
+        for file_name in names:
+            os.replace(Path(temporary, file_name), folder / file_name)
+        # Of an earlier model in more or fewer files: libraries would read them instead.
+        for stale in (file for pattern in _WEIGHTS for file in folder.glob(pattern) if file.name not in names):
+            stale.unlink()
         last = Path(temporary, FILE_NAME)
         last.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         os.replace(last, folder / FILE_NAME)

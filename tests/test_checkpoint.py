@@ -109,6 +109,19 @@ def test_an_earlier_checkpoint_survives_a_failed_save(tmp_path, monkeypatch):
     assert torch.equal(call(evopatch.load_pretrained(tmp_path), x), expected)
 
 
+@torch.no_grad()
+def test_weights_in_other_files_are_replaced(tmp_path):
+    old, model, x = build("hf_vit"), evopatch.apply(build("hf_vit"), config=CONFIG), images()
+    model.classifier.weight.mul_(2)
+    evopatch.save_pretrained(model, tmp_path)
+    expected = call(model, x)
+    for shard in ("10KB", "1GB"):
+        old.save_pretrained(tmp_path, max_shard_size=shard)
+        evopatch.save_pretrained(model, tmp_path)
+        assert sorted(os.listdir(tmp_path)) == ["config.json", "evopatch.json", "model.safetensors"]
+        assert torch.equal(call(evopatch.load_pretrained(tmp_path), x), expected)
+
+
 def saved(tmp_path):
     evopatch.save_pretrained(evopatch.apply(build("hf_vit")), tmp_path)
     return tmp_path / "evopatch.json"
