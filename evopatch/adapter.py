@@ -81,14 +81,23 @@ def named_blocks(host: nn.Module, patch: Patch) -> list[tuple[str, nn.Module]]:
     container: Any = host.get_submodule(patch.spec.blocks)
     for index, block in enumerate(container):
         name = ".".join(filter(None, (patch.name, patch.spec.blocks, str(index))))
-        # Accelerate's dispatched blocks have one, which calls their class's (see `swap`).
-        if "forward" in block.__dict__ and "_old_forward" not in block.__dict__:
-            raise UnsupportedModelError(
-                f"{name} ({type(block).__name__}) has a forward of its own beside its class's: expected a plain "
-                "block, since the patch works by its class. Undo what replaced it, and do it again after apply"
-            )
+        check_forward(block, name)
         blocks.append((name, block))
     return blocks
+
+
+def check_forward(module: nn.Module, name: str) -> None:
+    """The patch works by a module's class.
+
+    Raises:
+        UnsupportedModelError: If the module's forward was replaced on the module itself.
+    """
+    # Accelerate's dispatched modules have one, which calls their class's (see `swap`).
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) has a forward of its own beside its class's: expected a plain "
+            "module, since the patch works by its class. Undo what replaced it, and do it again after apply"
+        )
 
 
 def _check_hooks(block: nn.Module, name: str) -> None:

@@ -31,6 +31,8 @@ class AttentionTap:
         self.readout = readout
         self.partition = partition
         self.observe = observe
+        self.used = False
+        """Whether an attention core called."""
         self._observed: list[Tensor] = []
 
     def class_attention(self) -> Tensor:
@@ -76,6 +78,7 @@ class AttentionTap:
         Returns:
             What to add to the logits of the compact set, broadcastable to `(B, H, M, M)`, or None.
         """
+        self.used = True
         bias = self._bias(bias, query)
         if self.observe:
             self._observe(query, key, ops.default_scale(query) if scale is None else scale, bias)
@@ -83,6 +86,7 @@ class AttentionTap:
 
     def softmax(self, logits: Tensor, dim: int = -1, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Tensor:
         """Stands where a block takes the softmax of its `(B, H, M, M)` attention logits."""
+        self.used = True
         bias = self._bias(None, logits)
         if bias is not None:
             logits = logits + bias

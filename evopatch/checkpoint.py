@@ -85,6 +85,8 @@ def load_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         CheckpointError: If `evopatch.json` is missing, damaged, of something else, or of a newer format, or if its
             hosts aren't in the model.
     """
+    if Path(path).is_file():
+        raise CheckpointError(f"{path} is a file: expected a folder written by evopatch.save_pretrained")
     folder = Path(path) if Path(path).is_dir() else _download(str(path))
     file = folder / FILE_NAME
     name, hosts = _read(file)

@@ -166,7 +166,7 @@ class EvoConfig:
     def _start(self, depth: int) -> int:
         if self.start is None:
             return max(1, depth // 3)
-        return max(1, round(self.start * depth)) if isinstance(self.start, float) else self.start
+        return min(max(1, round(self.start * depth)), depth - 1) if isinstance(self.start, float) else self.start
 
     def _keep_ratios(self, firsts: list[int]) -> list[float]:
         runs = len(firsts)

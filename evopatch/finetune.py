@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from .config import EvoConfig
 from .errors import ConfigError, DataError, TrainingError
 from .evaluate import Evaluation, evaluate, logits_of
-from .patch import config_of, remove, set_config
-from .progress import progress_bar
+from .patch import config_of, patched_hosts, remove, set_config
 
 Objective = Literal["auto", "labels", "distillation"]
 
@@ -45,7 +44,6 @@ class FinetuneConfig:
         layer_to_stage: Select before every block for the first two thirds of the epochs, then once per run (the
             paper's section 3.4). The model's own selection holds after it.
         gradient_clip: Largest norm of the gradient.
-        mixed_precision: `"no"`, `"bf16"` or `"fp16"`, accelerate's.
         seed: Of the order of the images.
 
     Raises:
@@ -62,7 +60,6 @@ class FinetuneConfig:
     label_smoothing: float = 0.1
     layer_to_stage: bool = False
     gradient_clip: float = 1.0
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,9 +75,9 @@ class FinetuneConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected a number of at least 0")
         if not _is_number(self.label_smoothing) or not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing={self.label_smoothing!r}: expected a number in [0, 1)")
-        for name, allowed in (("objective", get_args(Objective)), ("mixed_precision", ("no", "bf16", "fp16"))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, allowed))}")
+        if self.objective not in get_args(Objective):
+            expected = ", ".join(map(repr, get_args(Objective)))
+            raise ConfigError(f"objective={self.objective!r}: expected one of {expected}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def finetune(
     config: FinetuneConfig = FinetuneConfig(),
     progress: bool = True,
 ) -> FinetuneResult:
-    """Train a patched classifier in place, on the devices that accelerate finds.
+    """Train a patched classifier in place, on the devices and in the precision that accelerate is configured for.
 
     Args:
         model: A patched classifier of timm or transformers.
@@ -121,57 +118,63 @@ def finetune(
 
     Raises:
         NotPatchedError: If nothing in the model is patched.
-        DataError: If the training data are empty, or the objective needs labels and they have none.
-        TrainingError: If the loss is no longer a finite number; the model keeps the weights before that step.
+        ConfigError: If parts of the model are patched with different settings.
+        DataError: If the training data are empty, of another kind, or the objective needs labels and they have none.
+        TrainingError: If loss or gradient are no longer finite; the model keeps the weights before that step.
     """
     from accelerate import Accelerator
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
 
+    from .progress import progress_bar
+
+    if len({host._evo_patch.config for host in patched_hosts(model).values()}) > 1:
+        raise ConfigError("parts of the model are patched with different settings: expected one for all")
     patch_config = config_of(model)
-    if len(cast(Any, train_data)) == 0:
-        raise DataError("no images to train on")
-    labelled = _parts(cast(Any, train_data)[0])[1] is not None
-    distil = config.objective == "distillation" or (config.objective == "auto" and not labelled)
-    if not distil and not labelled:
-        raise DataError("objective='labels', but the training data have none: use objective='distillation'")
+    distil = _distils(train_data, config.objective)
     unpatched, before = _evaluations(model, eval_data, config.batch_size)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = Accelerator()
     teacher = remove(copy.deepcopy(model)).eval().requires_grad_(False).to(accelerator.device) if distil else None
     generator = torch.Generator().manual_seed(config.seed)
-    loader: Any = DataLoader(train_data, config.batch_size, shuffle=True, generator=generator)
+    loader: Any = DataLoader(train_data, config.batch_size, shuffle=True, generator=generator, collate_fn=_collate)
     optimizer: Any = create_optimizer_v2(model, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay)
+    attributes = set(vars(model))
     trained, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    # Steps, not epochs: short runs warm up within the first one.
-    total = config.epochs * len(loader)
+    # By steps, not epochs: a short run warms up within its first epoch.
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="cosine",
         num_epochs=config.epochs,
         warmup_epochs=config.warmup_epochs,
-        warmup_lr=0.0,
+        warmup_lr=config.learning_rate / 10,
         step_on_epochs=False,
         updates_per_epoch=len(loader),
     )
+    kind, total = "distillation" if distil else "label", config.epochs * len(loader)
     losses: list[float] = []
     seen, step, begin = 0, 0, time.perf_counter()
+
+    def check(what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {what} is {value} at step {step} (epoch {step // len(loader)}, learning rate "
+                f"{optimizer.param_groups[0]['lr']:.3g}): use a smaller learning rate, or float32. The model has the "
+                "weights from before this step"
+            )
+
     try:
         with progress_bar("fine-tuning", total, disable=not progress or not accelerator.is_main_process) as advance:
             for epoch in range(config.epochs):
                 set_config(model, _of_epoch(patch_config, config, epoch))
                 trained.train()
                 summed = torch.zeros((), device=accelerator.device)
-                for batch in loader:
-                    images, labels = _parts(batch)
+                for images, labels in loader:
                     loss = _loss(trained, teacher, images, labels, config)
-                    if not math.isfinite(loss.item()):
-                        raise TrainingError(
-                            f"the {'distillation' if distil else 'label'} loss is {loss.item()} at step {step} (epoch "
-                            f"{epoch}, learning rate {optimizer.param_groups[0]['lr']:.3g}): use a smaller learning "
-                            "rate, or mixed_precision='no'. The model has the weights from before this step"
-                        )
+                    check(f"{kind} loss", loss.item())
                     accelerator.backward(loss)
-                    accelerator.clip_grad_norm_(trained.parameters(), config.gradient_clip)
+                    norm = accelerator.clip_grad_norm_(trained.parameters(), config.gradient_clip)
+                    if norm is not None and accelerator.scaler is None:  # a scaler leaves such steps out by itself
+                        check(f"norm of the {kind} loss's gradient", float(norm))
                     optimizer.step()
                     optimizer.zero_grad()
                     step += 1
@@ -181,11 +184,24 @@ def finetune(
                     advance(1, f"epoch {epoch + 1}/{config.epochs}, loss {loss.item():.4f}")
                 losses.append((accelerator.reduce(summed, "mean") / len(loader)).item())
     finally:
+        for name in set(vars(model)) - attributes:  # what accelerate set, such as a forward in mixed precision
+            delattr(model, name)
         set_config(model, patch_config)
         model.eval()
     seconds = time.perf_counter() - begin
     _, after = _evaluations(model, eval_data, config.batch_size)
     return FinetuneResult(tuple(losses), seen / seconds, unpatched, before, after)
+
+
+def _distils(data: Any, objective: Objective) -> bool:
+    if not hasattr(data, "__len__"):
+        raise DataError(f"{type(data).__name__} has no length: expected a data set with one, indexed by position")
+    if len(data) == 0:
+        raise DataError("no images to train on")
+    _, label = _parts(data[0])
+    if label is None and objective == "labels":
+        raise DataError("objective='labels', but the training data have none: use objective='distillation'")
+    return objective == "distillation" or (objective == "auto" and label is None)
 
 
 def _of_epoch(patch_config: EvoConfig, config: FinetuneConfig, epoch: int) -> EvoConfig:
@@ -197,6 +213,7 @@ def _of_epoch(patch_config: EvoConfig, config: FinetuneConfig, epoch: int) -> Ev
 def _loss(
     model: nn.Module, teacher: nn.Module | None, images: Tensor, labels: Tensor | None, config: FinetuneConfig
 ) -> Tensor:
+    images = images.to(next(model.parameters()).dtype)
     logits = logits_of(model(images)).float()
     if teacher is None:
         assert labels is not None
@@ -204,17 +221,29 @@ def _loss(
     with torch.no_grad():
         target = logits_of(teacher(images)).float()
     t = config.temperature
-    return (
-        t
-        * t
-        * F.kl_div((logits / t).log_softmax(1), (target / t).log_softmax(1), reduction="batchmean", log_target=True)
-    )
+    own, wanted = (logits / t).log_softmax(1), (target / t).log_softmax(1)
+    return t * t * F.kl_div(own, wanted, reduction="batchmean", log_target=True)
 
 
-def _parts(item: Any) -> tuple[Tensor, Tensor | None]:
+def _parts(item: Any) -> tuple[Tensor, Any]:
     if isinstance(item, Mapping):
-        return item["pixel_values"], item.get("labels", item.get("label"))
-    return (item[0], item[1]) if isinstance(item, (tuple, list)) else (item, None)
+        image, label = item.get("pixel_values"), item.get("labels", item.get("label"))
+    elif isinstance(item, (tuple, list)):
+        image, label = item[0], item[1] if len(item) > 1 else None
+    else:
+        image, label = item, None
+    if not isinstance(image, Tensor):
+        found = f"a mapping with {sorted(item)}" if isinstance(item, Mapping) else type(image).__name__
+        raise DataError(
+            f"an item of the data is {found}: expected a tensor (3, height, width), alone, as (image, label), or as "
+            "'pixel_values' of a mapping. Give the data set a transform that makes one"
+        )
+    return image, label
+
+
+def _collate(items: list[Any]) -> tuple[Tensor, Tensor | None]:
+    images, labels = zip(*(_parts(item) for item in items), strict=True)
+    return torch.stack(images), None if labels[0] is None else torch.tensor([int(label) for label in labels])
 
 
 def _evaluations(
@@ -224,8 +253,7 @@ def _evaluations(
         return None, None
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in DataLoader(data, batch_size):
-            images, labels = _parts(batch)
+        for images, labels in DataLoader(data, batch_size, collate_fn=_collate):
             if labels is None:
                 raise DataError(
                     "the evaluation data have no labels: expected (image, label) or a mapping with 'labels'"

@@ -15,7 +15,7 @@ from .adapter import Adapter, Swap
 from .config import EvoConfig
 from .errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModelError
 from .stream import Patch, Stream
-from .swap import Swapped, restore, swap
+from .swap import Swapped, is_last, restore, swap
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,8 +60,16 @@ def remove(model: Model) -> Model:
 
     Raises:
         NotPatchedError: If nothing in the model is patched.
+        UnsupportedModelError: If something else changed a patched module's class since; the model stays as it is.
     """
-    for host in patched_hosts(model).values():
+    hosts = patched_hosts(model)
+    for name, module in model.named_modules():
+        if isinstance(module, Swapped) and not is_last(type(module)):
+            raise UnsupportedModelError(
+                f"'{name or type(module).__name__}' got another class after evopatch.apply, {type(module)}: undo that "
+                "first, such as torch's parametrizations or fully_shard"
+            )
+    for host in hosts.values():
         for module in list(host.modules()):  # also blocks that were wrapped since, such as by checkpoint wrappers
             _remove_pre_hook(module, module.__dict__.get("_evo_pre_hook"))
             for key in [key for key in module.__dict__ if key.startswith("_evo_")]:

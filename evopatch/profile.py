@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .config import EvoConfig
 from .ops import num_slow
@@ -81,6 +80,8 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
 
 @torch.no_grad()
 def _count(model: nn.Module, image: torch.Tensor, container: str) -> tuple[int, list[int]]:
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, a quarter of a second
+
     with FlopCounterMode(display=False) as counter:
         model(image)
     counts = counter.get_flop_counts()

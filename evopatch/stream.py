@@ -118,7 +118,9 @@ class Stream:
         self.compact = compact
         self.g: dict[int, Tensor] = {}
         self.partitions: dict[int, ops.Partition] = {}
-        self._entry: tuple[Tensor, Tensor] | None = None
+        # By the run's first block, as a recomputed block may belong to another run than the last one that began.
+        self._entries: dict[int, tuple[Tensor, Tensor]] = {}
+        self._first: dict[int, int] = {}
         if patch.streams is not None:
             patch.streams.append(self)
 
@@ -149,17 +151,17 @@ class Stream:
         if not self.compact:
             entry = ops.merge(x, partition)
             return ops.distribute(x, self._block(index, entry, named, partition, run) - entry, partition)
+        first = self._first[index] = index if plan.selects else self._first[index - 1]
         if plan.selects:
             compact = ops.merge(x, partition)
-            self._entry = (x, compact)
+            self._entries[index] = (x, compact)
         else:
             compact = x
         compact = self._block(index, compact, named, partition, run)
         # Pruned models (timm's prune_intermediate_layers) end before their last run does.
         if not plan.ends and index + 1 < self.depth:
             return compact
-        assert self._entry is not None
-        full, entry = (tokens.to(compact.device) for tokens in self._entry)
+        full, entry = (tokens.to(compact.device) for tokens in self._entries[first])
         return ops.distribute(full, compact - entry, partition)
 
     def refuse(self, name: str, index: int) -> None:
@@ -193,6 +195,11 @@ class Stream:
                 inputs[name] = _merge_positions(inputs[name], partition, spec.prefix)
         tap = AttentionTap(spec.prefix, spec.readout, partition, observe=plan.tradeoff is not None)
         out = run(x, inputs, tap)
+        if not tap.used:
+            raise BypassError(
+                f"block {index} of '{self.name or 'model'}' ran without its patched attention: it was replaced, or its "
+                "forward was. Use evopatch.remove(model) before such changes, and evopatch.apply after them"
+            )
         if plan.tradeoff is not None:
             attention = tap.class_attention()
             if partition is None:

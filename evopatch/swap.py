@@ -47,6 +47,11 @@ def swap(module: nn.Module, mixin: type[Swapped]) -> None:
     _rebind(module)
 
 
+def is_last(cls: type) -> bool:
+    """Whether nothing changed the class of a swapped module after `swap`."""
+    return "_evo_host_class" in cls.__dict__
+
+
 def restore(module: nn.Module) -> None:
     """The inverse of `swap`."""
     module.__class__ = host_class(module)

@@ -58,6 +58,19 @@ def test_a_library_in_a_version_without_adapter(monkeypatch):
     assert evopatch.is_patched(evopatch.apply(build("vit")))
 
 
+def test_a_class_changed_after_apply_is_not_undone():
+    from torch.nn.utils import parametrize
+
+    model, x = evopatch.apply(build("vit")), images()
+    parametrize.register_parametrization(model, "pos_embed", nn.Identity())
+    expected = model(x)
+    with pytest.raises(evopatch.UnsupportedModelError, match="'ParametrizedVisionTransformer' got another class"):
+        evopatch.remove(model)
+    assert torch.equal(model(x), expected)
+    parametrize.remove_parametrizations(model, "pos_embed")
+    assert type(evopatch.remove(model)) is type(build("vit"))
+
+
 def test_already_patched():
     model, x = evopatch.apply(build("vit")), images()
     expected = model(x)

@@ -122,6 +122,28 @@ def test_weights_in_other_files_are_replaced(tmp_path):
         assert torch.equal(call(evopatch.load_pretrained(tmp_path), x), expected)
 
 
+@pytest.mark.parametrize("name", ["timm", "vit"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_floating_point_type_is_kept(name, dtype, tmp_path):
+    evopatch.save_pretrained(evopatch.apply(MODELS[name]().to(dtype)), tmp_path)
+    assert next(evopatch.load_pretrained(tmp_path).parameters()).dtype == dtype
+    assert next(evopatch.load_pretrained(tmp_path, dtype=torch.float32).parameters()).dtype == torch.float32
+
+
+class OwnViT(transformers.ViTForImageClassification):
+    pass
+
+
+def test_transformers_models_that_would_load_differently(tmp_path):
+    with pytest.raises(CheckpointError, match="OwnViT .* is no class of transformers"):
+        evopatch.save_pretrained(evopatch.apply(OwnViT(build("hf_vit").config)), tmp_path)
+    model = evopatch.apply(build("hf_vit"))
+    model.vit.layers[1].mlp.activation_fn = nn.ReLU()
+    with pytest.raises(CheckpointError, match=r"'vit.layers.1.mlp.activation_fn .* here"):
+        evopatch.save_pretrained(model, tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
 def saved(tmp_path):
     evopatch.save_pretrained(evopatch.apply(build("hf_vit")), tmp_path)
     return tmp_path / "evopatch.json"
@@ -181,10 +203,12 @@ def test_what_cannot_be_saved(tmp_path):
         evopatch.save_pretrained(nn.Sequential(evopatch.apply(build("hf_vit"))), tmp_path / "c")
     model = evopatch.apply(timm_model())
     model.blocks[3].norm1.eps = 1e-3
-    with pytest.raises(CheckpointError, match=r"another model .*'blocks.3.norm1"):
+    with pytest.raises(CheckpointError, match=r"another model .*'blocks.3.norm1 .*timm.create_model"):
         evopatch.save_pretrained(model, tmp_path / "d")
     assert not (tmp_path / "d").exists() or not os.listdir(tmp_path / "d")
     (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        evopatch.load_pretrained(tmp_path / "file")
     with pytest.raises(CheckpointError, match="is a file"):
         evopatch.save_pretrained(evopatch.apply(timm_model()), tmp_path / "file")
 

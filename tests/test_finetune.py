@@ -103,6 +103,84 @@ def test_a_loss_that_is_no_number_stops_before_the_step():
     assert evopatch.config_of(model) == EvoConfig()
 
 
+def test_a_gradient_that_is_no_number_stops_before_the_step():
+    model = evopatch.apply(build("vit"))
+    calls = []
+
+    def hook(gradient):
+        calls.append(gradient)
+        return gradient * float("nan") if len(calls) == 2 else gradient
+
+    model.head.weight.register_hook(hook)
+    with pytest.raises(evopatch.TrainingError, match=r"norm of the label loss's gradient is nan at step 1"):
+        evopatch.finetune(model, Images("tuple"), config=FAST, progress=False)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["no", "bf16"])
+@torch.no_grad()
+def test_nothing_is_left_on_the_model(kind, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", kind)
+    model, x = evopatch.apply(build("vit")), images()
+    attributes = set(vars(model))
+    with torch.enable_grad():
+        evopatch.finetune(model, Images("tuple"), config=FinetuneConfig(epochs=1), progress=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert set(vars(model)) == attributes
+    twin = evopatch.apply(build("vit"))
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(model(x), twin(x))
+    assert not torch.equal(model(x), evopatch.apply(build("vit"))(x))
+
+
+def test_a_single_step_trains():
+    model = evopatch.apply(build("vit"))
+    before = copy.deepcopy(model.state_dict())
+    evopatch.finetune(model, Images("tuple"), config=FinetuneConfig(epochs=1, batch_size=32), progress=False)
+    assert not torch.equal(model.head.weight, before["head.weight"])
+
+
+def test_a_model_in_bfloat16_and_images_in_tuples():
+    model = evopatch.apply(build("vit").bfloat16(), keep_ratio=0.3)
+    data = torch.utils.data.TensorDataset(Images("none").images)
+    result = evopatch.finetune(model, data, config=FAST, progress=False)
+    assert len(result.losses) == 6
+    assert model.head.weight.dtype == torch.bfloat16
+
+
+class Other(Dataset):
+    def __init__(self, item):
+        self.item = item
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.item
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Other({"image": 1, "label": 2}), r"a mapping with \['image', 'label'\]: expected a tensor"),
+        (Other(("picture", 1)), "an item of the data is str"),
+        (iter([]), "has no length"),
+    ],
+)
+def test_data_of_another_kind(data, message):
+    with pytest.raises(DataError, match=message):
+        evopatch.finetune(evopatch.apply(build("vit")), data)
+
+
+def test_parts_with_different_settings_are_refused():
+    both = torch.nn.ModuleList([evopatch.apply(build("vit"), 0.9), evopatch.apply(build("gap"), 0.4)])
+    with pytest.raises(ConfigError, match="different settings"):
+        evopatch.finetune(both, Images("tuple"))
+
+
 def test_bad_input():
     model = build("vit")
     with pytest.raises(evopatch.NotPatchedError):
@@ -126,7 +204,6 @@ def test_bad_input():
         ({"weight_decay": -1}, "weight_decay=-1"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
         ({"objective": "hard"}, "objective='hard': expected one of 'auto', 'labels', 'distillation'"),
-        ({"mixed_precision": "fp8"}, "mixed_precision='fp8'"),
     ],
 )
 def test_bad_settings(settings, message):

@@ -121,6 +121,76 @@ def test_deit_tiny_gives_the_same_as_timm(real_data, config):
     assert moved(ours(x).logits, unpatched) > 0.05
 
 
+@pytest.mark.parametrize("config", [EvoConfig(), EvoConfig.paper()], ids=["matched", "paper"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_wrapped_in_torchs_checkpoints_after_apply(config, reentrant):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+
+    def gradients(model):
+        model.zero_grad()
+        call(model, images().requires_grad_()).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    model = evopatch.apply(build("hf_vit").train(), config=config)
+    expected = gradients(model)
+    kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    for i, layer in enumerate(list(model.vit.layers)):
+        model.vit.layers[i] = checkpoint_wrapper(layer, kind)
+    for ours, theirs in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+    evopatch.remove(model)
+    assert moved(gradients(model)[0], expected[0]) > 1e-4
+
+
+def test_layers_under_composable_checkpoints_after_apply():
+    from torch.distributed._composable import checkpoint
+
+    def gradients(model):
+        call(model, images()).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = gradients(evopatch.apply(build("hf_vit").train()))
+    model = evopatch.apply(build("hf_vit").train())
+    for layer in model.vit.layers:
+        checkpoint(layer)
+    for ours, theirs in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["hf_vit", "hf_dinov2", "hf_clip", "hf_dinov3"])
+@torch.no_grad()
+def test_causal_attention_is_refused(name):
+    model, x = evopatch.apply(build(name)), images()
+    with pytest.raises(evopatch.UnsupportedInputError, match="is_causal was passed"):
+        model(x, is_causal=True)
+    evopatch.set_keep_ratio(model, 1.0)
+    assert torch.equal(call(model, x, is_causal=True), call(evopatch.remove(model), x, is_causal=True))
+
+
+@pytest.mark.parametrize("index", [1, 5])
+@torch.no_grad()
+def test_attention_replaced_after_apply_is_refused(index):
+    model, x = evopatch.apply(build("hf_vit")), images()
+    model.vit.layers[index].attention = build("hf_vit").vit.layers[index].attention
+    with pytest.raises(evopatch.BypassError, match=f"block {index} of 'vit' ran without its patched attention"):
+        model(x)
+
+
+def test_attention_with_a_forward_of_its_own_is_refused():
+    model = build("hf_vit")
+    attention = model.vit.layers[2].attention
+    attention.forward = lambda *args, **kwargs: type(attention).forward(attention, *args, **kwargs)
+    with pytest.raises(evopatch.UnsupportedModelError, match=r"vit\.layers\.2\.attention .* forward of its own"):
+        evopatch.apply(model)
+
+
+@torch.no_grad()
+def test_hidden_states_asked_for_by_a_pre_hook():
+    model, x = evopatch.apply(build("hf_vit_model")), images()
+    model.register_forward_pre_hook(lambda m, a, k: (a, {**k, "output_hidden_states": True}), with_kwargs=True)
+    assert {h.shape[1] for h in model(x).hidden_states} == {26}
+
+
 # What transformers records between the layers
 
 

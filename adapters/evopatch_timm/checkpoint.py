@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from safetensors import safe_open
 from timm.models import save_for_hf
 from torch import nn
 
 from evopatch.errors import CheckpointError
+from evopatch.structure import check_rebuilt
 from evopatch.swap import host_class
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 def owns(model: nn.Module) -> bool:
@@ -29,35 +34,23 @@ def save(model: nn.Module, folder: Path) -> None:
         rebuilt: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=False, device="meta")
     except Exception as error:
         raise CheckpointError(f"timm can't build {type(model).__name__} again from what it saves: {error}") from error
-    here, there = _structure(model), _structure(rebuilt)
-    different = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-    if different:
-        name = different[0]
-        raise CheckpointError(
-            f"timm would build another model from what it saves: '{name}' is {here.get(name)} here and "
-            f"{there.get(name)} there ({len(different)} differences). Make the model by timm.create_model with all its "
-            "arguments, which timm records, instead of changing it afterwards"
-        )
+    advice = "Make the model by timm.create_model with all its arguments, which timm records"
+    check_rebuilt(model, rebuilt, advice)
 
 
 def load(folder: Path, **kwargs: Any) -> nn.Module:
-    """The unpatched model.
+    """The unpatched model, of the floating-point type it was saved in unless `dtype` says otherwise.
 
     Raises:
         CheckpointError: If the folder holds none, or the weights don't fit.
     """
     try:
+        with safe_open(folder / "model.safetensors", "pt") as tensors:
+            names = tensors.keys()
+            types = {_DTYPES.get(tensors.get_slice(name).get_dtype()) for name in names} - {None}
+        if len(types) == 1:
+            kwargs.setdefault("dtype", types.pop())
         model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
     except Exception as error:
         raise CheckpointError(f"{folder} can't be loaded by timm: {error}") from error
     return model
-
-
-def _structure(model: nn.Module) -> dict[str, object]:
-    """Tensors' shapes, and modules' classes with their settings; dropout doesn't count."""
-    found: dict[str, object] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, module in model.named_modules():
-        cls = host_class(module)
-        if "Drop" not in cls.__name__ and cls is not nn.Identity:
-            found[f"{name} (module)"] = (cls.__name__, module.extra_repr())
-    return found

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from evopatch.errors import CheckpointError
+from evopatch.structure import check_rebuilt
 
 
 def owns(model: nn.Module) -> bool:
@@ -18,8 +20,21 @@ def owns(model: nn.Module) -> bool:
 
 
 def save(model: Any, folder: Path) -> None:
-    """As `from_pretrained` reads it."""
+    """As `from_pretrained` reads it.
+
+    Raises:
+        CheckpointError: If transformers would build another model from it.
+    """
+    cls = type(model)
+    if getattr(transformers, cls.__name__, None) is not cls:
+        raise CheckpointError(
+            f"{cls.__name__} ({cls.__module__}) is no class of transformers, which builds a saved model by its class's "
+            "name: save the part that is one, or model.state_dict()"
+        )
     model.save_pretrained(folder)
+    with torch.device("meta"):
+        rebuilt = cls(AutoConfig.from_pretrained(folder))
+    check_rebuilt(model, rebuilt, "Make such changes through the model's config")
 
 
 def load(folder: Path, **kwargs: Any) -> nn.Module:

@@ -98,9 +98,9 @@ class _Interface:
         eager = sys.modules[self._module._evo_host_class.__module__].eager_attention_forward
         function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         output, weights = function(module, query, key, value, bias, **kwargs, **self._kwargs)
-        if weights is None or not self._weights_wanted():
-            return output, None
-        return output, weights if partition is None else ops.spread_attention(weights, partition)
+        if weights is None or partition is None:
+            return output, weights
+        return output, ops.spread_attention(weights, partition) if self._weights_wanted() else None
 
     def _weights_wanted(self) -> bool:
         return bool(self._kwargs.get("output_attentions", getattr(self._module.config, "output_attentions", False)))

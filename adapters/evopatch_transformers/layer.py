@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from evopatch import graph
-from evopatch.adapter import Swap, named_blocks
+from evopatch.adapter import Swap, check_forward, named_blocks
 from evopatch.attention import AttentionTap
 from evopatch.errors import BypassError, UnsupportedModelError
 from evopatch.stream import Patch, Stream
@@ -28,6 +28,7 @@ class SlowFastLayer(Swapped):
     _evo_name: str
     _evo_index: int
     _evo_attention: str
+    training: bool
     _evo_code: graph.BlockCode | None
 
     def forward(
@@ -44,6 +45,10 @@ class SlowFastLayer(Swapped):
             self._evo_patch.refuse_bypass(self._evo_name)
             unpatched: Tensor = own(self, hidden_states, attention_mask, **kwargs)
             return unpatched
+        if kwargs.get("is_causal"):
+            evo_stream.refuse("is_causal", self._evo_index)
+        if kwargs.get("output_hidden_states"):  # also asked for by a pre-hook that ran after ours
+            evo_stream.compact = False
         if attention_mask is not None and evo_stream.active:
             if not torch.compiler.is_exporting() and not isinstance(attention_mask, BlockMask):
                 evo_stream.refuse("attention_mask", self._evo_index)
@@ -93,6 +98,7 @@ def plan(host: nn.Module, patch: Patch) -> list[Swap]:
             )
         attention_path = inner[-1]
         attention, attention_name = layer.get_submodule(attention_path), f"{name}.{attention_path}"
+        check_forward(attention, attention_name)
         code = graph.generate(interface.traceable(layer, attention_path), name, trace)
         own = {"_evo_patch": patch, "_evo_name": name, "_evo_index": index, "_evo_attention": attention_path}
         swaps.append(Swap(layer, SlowFastLayer, {**own, "_evo_code": code}))
@@ -119,6 +125,10 @@ def start_stream(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     # Hidden states are recorded between the layers, and a checkpointed layer may depend on its arguments only: in both
     # cases layers take and return the full grid.
     recorded = kwargs.get("output_hidden_states", getattr(host.config, "output_hidden_states", False))
-    checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    # A wrapper around a layer, such as torch's checkpoint_wrapper, is taken for a checkpoint.
+    checkpointed = any(
+        not isinstance(layer, SlowFastLayer) or (layer.training and getattr(layer, "gradient_checkpointing", False))
+        for layer in layers
+    )
     stream = Stream(patch, patch.depth, compact=not recorded and not checkpointed)
     return args, {**kwargs, "evo_stream": stream}
