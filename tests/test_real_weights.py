@@ -10,9 +10,6 @@ from evopatch.data import open_images
 from evopatch.evaluate import evaluate
 from evopatch.models import Preprocessing, open_classifier
 
-# Both models are evaluated once, so their tests share a process.
-pytestmark = pytest.mark.xdist_group("real weights")
-
 HALF = (0.5, 0.5, 0.5)
 # For few FLOPs it pays to start earlier.
 LOW = EvoConfig(keep_ratio=(0.58, 0.4, 0.22), stages=(3, 5, 8))
@@ -28,52 +25,35 @@ def run_timm(folder, name, weights, configs, **preprocessing):
     return run(folder, open_classifier(name, folder / weights / "model.safetensors", preprocessing=options), configs)
 
 
-@pytest.fixture(scope="module")
-def deit(real_data):
+def test_deit(real_data, tmp_path):
     configs = [EvoConfig(), EvoConfig.paper(), LOW]
-    return run_timm(real_data, "deit_tiny_patch16_224", "deit_tiny", configs)
-
-
-@pytest.fixture(scope="module")
-def vit(real_data):
-    return run_timm(real_data, "vit_tiny_patch16_224", "vit_tiny", [EvoConfig(), LOW], mean=HALF, std=HALF)
-
-
-def test_unpatched(deit, vit):
-    assert deit[0].top1 == pytest.approx(80.15, abs=0.1)
-    assert deit[0].top5 == pytest.approx(94.62, abs=0.1)
-    assert vit[0].top1 == pytest.approx(82.46, abs=0.1)
-    assert deit[0].kl == vit[0].kl == 0.0
-
-
-def test_deit_default(deit):
-    assert deit[1].flops <= 0.65
-    assert deit[1].top1 >= 79.7
-    assert deit[1].kl <= 0.025
-
-
-def test_vit_default(vit):
-    assert vit[1].flops <= 0.65
-    assert vit[1].top1 >= 80.8
-    assert vit[1].kl <= 0.046
-
-
-def test_deit_paper(deit):
-    assert deit[2].top1 == pytest.approx(76.3, abs=0.6)
-    assert deit[2].blocks_flops <= 0.65
-
-
-def test_deit_through_transformers_gives_the_same_figures(deit, real_data, tmp_path):
+    unpatched, default, paper, low = run_timm(real_data, "deit_tiny_patch16_224", "deit_tiny", configs)
+    assert unpatched.top1 == pytest.approx(80.15, abs=0.1)
+    assert unpatched.top5 == pytest.approx(94.62, abs=0.1)
+    assert unpatched.kl == 0.0
+    assert default.flops <= 0.65
+    assert default.top1 >= 79.7
+    assert default.kl <= 0.025
+    assert paper.top1 == pytest.approx(76.3, abs=0.6)
+    assert paper.blocks_flops <= 0.65
+    assert low.flops <= 0.53
+    assert low.kl <= 0.085
+    # The same figures through transformers.
     transformers_weights.main(real_data / "deit_tiny" / "model.safetensors", tmp_path)
-    results = run(real_data, open_classifier(str(tmp_path)), [result.config for result in deit[1:3]])
-    for ours, theirs in zip(results, deit[:3], strict=True):
+    results = run(real_data, open_classifier(str(tmp_path)), configs[:2])
+    for ours, theirs in zip(results, (unpatched, default, paper), strict=True):
         assert ours.top1 == pytest.approx(theirs.top1, abs=0.1)
         assert ours.flops == pytest.approx(theirs.flops, abs=0.001)
         assert ours.kl == pytest.approx(theirs.kl, abs=0.001)
 
 
-def test_low_flops(deit, vit):
-    assert deit[3].flops <= 0.53
-    assert deit[3].kl <= 0.085
-    assert vit[2].flops <= 0.53
-    assert vit[2].kl <= 0.13
+def test_vit(real_data):
+    configs = [EvoConfig(), LOW]
+    unpatched, default, low = run_timm(real_data, "vit_tiny_patch16_224", "vit_tiny", configs, mean=HALF, std=HALF)
+    assert unpatched.top1 == pytest.approx(82.46, abs=0.1)
+    assert unpatched.kl == 0.0
+    assert default.flops <= 0.65
+    assert default.top1 >= 80.8
+    assert default.kl <= 0.046
+    assert low.flops <= 0.53
+    assert low.kl <= 0.13
