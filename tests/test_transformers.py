@@ -1,6 +1,7 @@
 """What users of transformers do with a patched model beyond the contract matrix."""
 
 import copy
+import pickle
 
 import accelerate
 import pytest
@@ -305,6 +306,21 @@ def test_the_attention_implementation_can_change_after_apply():
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(x).logits, sdpa, atol=2e-5, rtol=2e-5)
     assert len(model(x, output_attentions=True).attentions) == 6
+
+
+class OwnAttention(transformers.models.vit.modeling_vit.ViTAttention):
+    """What users do: a subclass, in a module of their own."""
+
+
+@torch.no_grad()
+def test_a_subclass_of_an_attention_class():
+    model, x = build("hf_vit_eager"), images()
+    expected = evopatch.apply(copy.deepcopy(model))(x).logits
+    for layer in model.vit.layers:
+        layer.attention.__class__ = OwnAttention
+    evopatch.apply(model)
+    assert torch.equal(model(x).logits, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x).logits, expected)
 
 
 @torch.no_grad()

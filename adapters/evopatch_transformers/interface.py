@@ -7,6 +7,7 @@ passes it the keyword arguments that its model was called with. `TappedAttention
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evopatch import graph, ops
 from evopatch.attention import AttentionTap
+from evopatch.errors import AttentionNotFoundError
 from evopatch.swap import Swapped, host_class
 
 CORE_NAMES = frozenset({"ALL_ATTENTION_FUNCTIONS"})
@@ -54,6 +56,7 @@ class TappedAttention(Swapped):
 
     _evo_name: str
     _evo_trace: graph.TraceSpec
+    _evo_eager: Callable[..., Any]
     _evo_code: graph.BlockCode | None
     training: bool
 
@@ -78,6 +81,18 @@ def generate(attention: nn.Module, name: str, trace: graph.TraceSpec) -> graph.B
     return graph.generate(traceable(attention), name, trace)
 
 
+def eager_function(attention: nn.Module) -> Callable[..., Any]:
+    """The eager attention of the module that defines an attention class, or the class that it is derived from."""
+    for cls in host_class(attention).__mro__:
+        function: Callable[..., Any] | None = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise AttentionNotFoundError(
+        f"{type(attention).__name__} ({type(attention).__module__}): expected an eager_attention_forward where the "
+        "class or one of its bases is defined, as in transformers"
+    )
+
+
 class _Interface:
     """What the generated code of an attention module calls, for one call."""
 
@@ -95,8 +110,7 @@ class _Interface:
         implementation = module.config._attn_implementation
         if bias is not None and implementation not in _TAKE_A_BIAS:
             implementation = "sdpa"
-        eager = sys.modules[self._module._evo_host_class.__module__].eager_attention_forward
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, module._evo_eager)
         output, weights = function(module, query, key, value, bias, **kwargs, **self._kwargs)
         if weights is None or partition is None:
             return output, weights

@@ -28,8 +28,8 @@ class SlowFastLayer(Swapped):
     _evo_name: str
     _evo_index: int
     _evo_attention: str
-    training: bool
     _evo_code: graph.BlockCode | None
+    training: bool
 
     def forward(
         self,
@@ -102,7 +102,7 @@ def plan(host: nn.Module, patch: Patch) -> list[Swap]:
         code = graph.generate(interface.traceable(layer, attention_path), name, trace)
         own = {"_evo_patch": patch, "_evo_name": name, "_evo_index": index, "_evo_attention": attention_path}
         swaps.append(Swap(layer, SlowFastLayer, {**own, "_evo_code": code}))
-        tapped = {"_evo_name": attention_name, "_evo_trace": trace}
+        tapped = {"_evo_name": attention_name, "_evo_trace": trace, "_evo_eager": interface.eager_function(attention)}
         attention_code = interface.generate(attention, attention_name, trace)
         swaps.append(Swap(attention, interface.TappedAttention, {**tapped, "_evo_code": attention_code}))
     return swaps
