@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from torch import Tensor, nn
 
@@ -56,12 +60,37 @@ def open_classifier(
     """
     library, source = _library_and_source(name)
     if library == "timm":
-        return _timm_classifier(source, checkpoint, num_classes, preprocessing)
+        with _no_retries():
+            return _timm_classifier(source, checkpoint, num_classes, preprocessing)
     only_timm = {"--checkpoint": checkpoint, "--num-classes": num_classes, "--crop-pct": preprocessing.crop_pct}
     only_timm["--image-size"] = preprocessing.image_size
     if given := [option for option, value in only_timm.items() if value is not None]:
         raise ConfigError(f"{', '.join(given)}: only for timm models; '{name}' is a transformers model with its own")
-    return _transformers_classifier(source, preprocessing)
+    with _no_retries():
+        return _transformers_classifier(source, preprocessing)
+
+
+@contextmanager
+def _no_retries() -> Iterator[None]:
+    """Where the hub's name can't be resolved, look in the cache only, instead of asking again for minutes."""
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or not _hub_is_known(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _hub_is_known(endpoint: str) -> bool:
+    if getproxies():
+        return True  # a proxy resolves names by itself
+    try:
+        socket.getaddrinfo(urlsplit(endpoint).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _library_and_source(name: str) -> tuple[str, str]:
@@ -86,8 +115,8 @@ def _transformers_classifier(name: str, preprocessing: Preprocessing) -> Classif
         loaded: Any = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
     except Exception as error:
         raise CheckpointError(
-            f"no image classifier could be loaded from '{name}': {_first_lines(error)}. Expected a folder, or a name "
-            "on the Hugging Face hub, with config.json, weights and preprocessor_config.json"
+            f"no image classifier could be loaded from '{name}': {_first_lines(error)}. Without network give "
+            "a local folder with config.json, weights and preprocessor_config.json; with it, a name on its hub"
         ) from error
     model, info = loaded
     if info["missing_keys"]:

@@ -157,6 +157,29 @@ def test_bad_usage_is_one_message(evopatch, files, arguments, code, message, mon
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("model", ["google/vit-base-patch16-224", "deit_tiny_patch16_224"])
+def test_an_unreachable_hub_is_one_message_at_once(evopatch, files, model, monkeypatch):
+    import socket
+
+    asked = []
+
+    def unknown(host, *args, **kwargs):
+        asked.append(host)
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    run = evopatch("evaluate", "--model", model, "--data", files / "images")
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert "Retrying" not in run.stderr
+    assert model in run.stderr
+    assert len(asked) == 1
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
 @pytest.mark.parametrize("command", [(), ("evaluate",), ("demo",), ("list",)])
 def test_help(command):
     run = subprocess.run([sys.executable, "-m", "evopatch", *command, "--help"], capture_output=True, text=True)
