@@ -207,6 +207,11 @@ def test_onnx_runtime_equals_eager(name, representative, tmp_path):
     assert moved(result, original) > 1e-3
 
 
+def smallest(parameter):
+    """A gradient below it is rounding. A key bias shifts all logits of a query alike: its true gradient is zero."""
+    return 1e-2 if parameter.endswith("k_proj.bias") else 1e-3
+
+
 def gradients(model, x):
     model.zero_grad()
     torch.manual_seed(0)  # RelPosMlp has dropout
@@ -233,7 +238,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, representative, select
     checkpointed = gradients(model, x)
     assert plain.keys() == checkpointed.keys() == original.keys()
     for parameter, gradient in plain.items():
-        scale = gradient.abs().max().item() + 1e-2
+        scale = gradient.abs().max().item() + smallest(parameter)
         torch.testing.assert_close(checkpointed[parameter], gradient, atol=2e-4 * scale, rtol=1e-3)
     assert max(moved(plain[p], original[p]) for p in plain) > 1e-3
 
@@ -254,7 +259,7 @@ def test_reentrant_checkpointing_changes_no_gradient(name):
     finally:
         set_reentrant_ckpt(False)
     for parameter, gradient in plain.items():
-        scale = gradient.abs().max().item() + 1e-2
+        scale = gradient.abs().max().item() + smallest(parameter)
         torch.testing.assert_close(checkpointed[parameter], gradient, atol=2e-4 * scale, rtol=1e-3)
 
 
@@ -273,7 +278,7 @@ def test_two_forwards_before_one_backward(name, checkpointing):
         losses.append(call(model, x).square().sum())
     sum(losses).backward()
     for parameter, gradient in separate.items():
-        scale = gradient.abs().max().item() + 1e-2
+        scale = gradient.abs().max().item() + smallest(parameter)
         together = model.get_parameter(parameter).grad
         torch.testing.assert_close(together, gradient, atol=2e-4 * scale, rtol=1e-3)
     assert any(g.abs().max() > 1e-3 for g in separate.values())
