@@ -41,5 +41,22 @@ class TrainingError(EvoPatchError, RuntimeError):
     """Training can't go on, such as after a loss that is no finite number."""
 
 
+class TrainingInterruptedError(KeyboardInterrupt):
+    """A training run was asked to stop, by Ctrl-C or SIGTERM, and saved what it had."""
+
+
 class DataError(EvoPatchError, ValueError):
-    """An evaluation data set is missing, empty or of an unknown layout."""
+    """A data set is missing, empty, of an unknown layout, or too many of its images can't be read."""
+
+
+class UnreadableImageError(DataError):
+    """One image of a data set is damaged.
+
+    Args:
+        name: Which one, such as its path.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, name: str, reason: object) -> None:
+        super().__init__(f"{name} can't be read as an image: {reason}")
+        self.name = name

@@ -23,12 +23,13 @@ class Evaluation:
 
     config: EvoConfig
     images: int
-    top1: float
-    top5: float
+    top1: float | None
+    """None where the data have no labels."""
+    top5: float | None
     agreement: float
-    """Share of the images whose predicted class is the unpatched model's."""
+    """Share of the images whose predicted class is that of the model it is compared with, usually itself unpatched."""
     kl: float
-    """Mean of KL(unpatched || patched)."""
+    """Mean of KL(unpatched || patched), to the same."""
     flops: float
     """Whole model, relative to unpatched."""
     blocks_flops: float
@@ -45,22 +46,24 @@ UNPATCHED = EvoConfig(keep_ratio=1.0)
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Tensor | None]],
     configs: Sequence[EvoConfig],
     input_size: tuple[int, int, int],
     on_batch: Callable[[int], None] = lambda images: None,
+    original: nn.Module | None = None,
 ) -> list[Evaluation]:
     """Run every configuration, and the unpatched model, on the same batches.
 
     Args:
         model: A patched classifier; keeps its configuration and mode.
-        batches: Of images `(B, 3, height, width)`, normalised, and labels `(B,)`.
+        batches: Of images `(B, 3, height, width)`, normalised, and labels `(B,)` or None.
         configs: What to evaluate.
         input_size: `(3, height, width)`, to count the FLOPs for.
         on_batch: Called with the number of images after each batch.
+        original: What to compare with instead of the model itself, unpatched: such as that model before training.
 
     Returns:
-        One result per configuration, the unpatched model's before them.
+        One result per configuration, the unpatched (or original) model's before them.
 
     Raises:
         DataError: If there are no batches, or a label is outside the model's classes.
@@ -68,17 +71,25 @@ def evaluate(
     configs = [UNPATCHED, *configs]
     parameter = next(model.parameters())
     sums = torch.zeros(len(configs), 4, dtype=torch.float64)
-    images = 0
+    images, labelled = 0, True
+    if original is not None:
+        original = original.to(parameter.device)
     with restored(model):
         for batch, labels in batches:
+            if not len(batch):
+                continue
             batch = batch.to(parameter.device, parameter.dtype)
             logits = [_logits(model, batch, config) for config in configs]
-            outside = (labels < 0) | (labels >= logits[0].shape[1])
-            if outside.any():
-                raise DataError(f"label {int(labels[outside][0])} for a model with {logits[0].shape[1]} classes")
-            sums += torch.stack([_sums(own, logits[0], labels) for own in logits])
-            images += len(labels)
-            on_batch(len(labels))
+            if original is not None:
+                logits[0] = logits_of(original(batch)).float().cpu()
+            labelled = labels is not None
+            if labels is None:
+                labels = torch.full((len(batch),), -1)
+            else:
+                _check_labels(labels, logits[0].shape[1])
+            sums += torch.stack([_sums(own, logits[0], labels.cpu()) for own in logits])
+            images += len(batch)
+            on_batch(len(batch))
         if not images:
             raise DataError("no images to evaluate on")
         flops = []
@@ -89,8 +100,8 @@ def evaluate(
         Evaluation(
             config=config,
             images=images,
-            top1=100 * total[0].item() / images,
-            top5=100 * total[1].item() / images,
+            top1=100 * total[0].item() / images if labelled else None,
+            top5=100 * total[1].item() / images if labelled else None,
             agreement=100 * total[2].item() / images,
             kl=total[3].item() / images,
             flops=counted.ratio,
@@ -109,6 +120,12 @@ def logits_of(output: Any) -> Tensor:
     """`(B, classes)`, of what a timm or a transformers classifier returns."""
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    outside = (labels < 0) | (labels >= classes)
+    if outside.any():
+        raise DataError(f"label {int(labels[outside][0])} for a model with {classes} classes")
 
 
 def _sums(logits: Tensor, unpatched: Tensor, labels: Tensor) -> Tensor:

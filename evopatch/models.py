@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
+import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, ConfigError, UnsupportedModelError
+from .hub import no_retries
 
 
 class Classifier(NamedTuple):
@@ -24,6 +22,10 @@ class Classifier(NamedTuple):
     transform: Callable[[Any], Tensor]
     input_size: tuple[int, int, int]
     """`(channels, height, width)`."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    """How images are resized: `"bicubic"`, `"bilinear"` ..."""
 
 
 class Preprocessing(NamedTuple):
@@ -43,6 +45,7 @@ def open_classifier(
     checkpoint: Path | None = None,
     num_classes: int | None = None,
     preprocessing: Preprocessing = _OWN,
+    pretrained: bool = True,
 ) -> Classifier:
     """A classifier with pretrained weights.
 
@@ -52,6 +55,7 @@ def open_classifier(
         checkpoint: For timm names: weights in timm's layout.
         num_classes: For a checkpoint with another head than the model's default.
         preprocessing: Changes to the model's own.
+        pretrained: False for random weights, of a timm model.
 
     Raises:
         UnsupportedModelError: If there is no such model; names similar ones.
@@ -60,37 +64,18 @@ def open_classifier(
     """
     library, source = _library_and_source(name)
     if library == "timm":
-        with _no_retries():
-            return _timm_classifier(source, checkpoint, num_classes, preprocessing)
-    only_timm = {"--checkpoint": checkpoint, "--num-classes": num_classes, "--crop-pct": preprocessing.crop_pct}
-    only_timm["--image-size"] = preprocessing.image_size
+        with no_retries():
+            return _timm_classifier(source, checkpoint, num_classes, preprocessing, pretrained)
+    only_timm: dict[str, Any] = {
+        "--checkpoint": checkpoint,
+        "--num-classes": num_classes,
+        "--crop-pct": preprocessing.crop_pct,
+    }
+    only_timm |= {"--image-size": preprocessing.image_size, "--no-pretrained": None if pretrained else False}
     if given := [option for option, value in only_timm.items() if value is not None]:
         raise ConfigError(f"{', '.join(given)}: only for timm models; '{name}' is a transformers model with its own")
-    with _no_retries():
+    with no_retries():
         return _transformers_classifier(source, preprocessing)
-
-
-@contextmanager
-def _no_retries() -> Iterator[None]:
-    """Where the hub's name can't be resolved, look in the cache only, instead of asking again for minutes."""
-    from huggingface_hub import constants
-
-    offline = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = offline or not _hub_is_known(constants.ENDPOINT)
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-
-
-def _hub_is_known(endpoint: str) -> bool:
-    if getproxies():
-        return True  # a proxy resolves names by itself
-    try:
-        socket.getaddrinfo(urlsplit(endpoint).hostname, 443)
-    except OSError:
-        return False
-    return True
 
 
 def _library_and_source(name: str) -> tuple[str, str]:
@@ -130,11 +115,19 @@ def _transformers_classifier(name: str, preprocessing: Preprocessing) -> Classif
     from PIL import Image
 
     channels, height, width = transform(Image.new("RGB", (640, 480))).shape
-    return Classifier(model.eval(), transform, (channels, height, width))
+    normalises = getattr(processor, "do_normalize", True)
+    return Classifier(
+        model.eval(),
+        transform,
+        (channels, height, width),
+        mean=preprocessing.mean or (tuple(processor.image_mean) if normalises else (0.0,) * 3),
+        std=preprocessing.std or (tuple(processor.image_std) if normalises else (1.0,) * 3),
+        interpolation=Image.Resampling(getattr(processor, "resample", None) or Image.Resampling.BICUBIC).name.lower(),
+    )
 
 
 def _timm_classifier(
-    name: str, checkpoint: Path | None, num_classes: int | None, preprocessing: Preprocessing
+    name: str, checkpoint: Path | None, num_classes: int | None, preprocessing: Preprocessing, pretrained: bool
 ) -> Classifier:
     import timm
     import timm.data
@@ -145,14 +138,61 @@ def _timm_classifier(
         hint = f"did you mean {' or '.join(similar)}?" if similar else "`evopatch list` shows the names."
         raise UnsupportedModelError(f"timm has no model named '{name}': {hint}")
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    model = _pretrained(name, options) if checkpoint is None else _from_file(name, checkpoint, options)
+    if checkpoint is not None:
+        model = _from_file(name, checkpoint, options)
+    else:
+        model = _pretrained(name, options) if pretrained else timm.create_model(name, pretrained=False, **options)
     override: dict[str, Any] = {k: v for k, v in preprocessing._asdict().items() if v is not None}
     if (size := override.pop("image_size", None)) is not None:
         cast(Any, model).set_input_size(img_size=(size, size))
         override["input_size"] = (3, size, size)
     data = timm.data.resolve_data_config(override, model=model, use_test_size=False)
     transform = timm.data.create_transform(**data, is_training=False)
-    return Classifier(model.eval(), transform, tuple(data["input_size"]))
+    size, mean, std = tuple(data["input_size"]), tuple(data["mean"]), tuple(data["std"])
+    return Classifier(model.eval(), transform, size, mean, std, data["interpolation"])
+
+
+class Renormalised(nn.Module):
+    """A classifier behind another one's normalisation.
+
+    Args:
+        classifier: The one to run.
+        mean: What its input was normalised with.
+        std: The same.
+    """
+
+    def __init__(self, classifier: Classifier, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.model = classifier.model.requires_grad_(False)
+        # x * std + mean are pixels again; both steps as one.
+        scale = torch.tensor(std) / torch.tensor(classifier.std)
+        shift = (torch.tensor(mean) - torch.tensor(classifier.mean)) / torch.tensor(classifier.std)
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", scale.view(-1, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Any:
+        """`(B, 3, height, width)`."""
+        return self.model(images * self.scale + self.shift)
+
+
+def reset_head(model: Any, classes: int) -> None:
+    """Give a classifier a new, random head for another number of classes."""
+    if hasattr(model, "reset_classifier"):
+        model.reset_classifier(classes)
+        return
+    for name in ("classifier", "cls_classifier", "distillation_classifier"):
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear):
+            setattr(model, name, nn.Linear(head.in_features, classes))
+    model.config.num_labels = classes
+    model.num_labels = classes
+
+
+def count_classes(model: Any) -> int:
+    """How many classes a classifier of timm or transformers has."""
+    return int(model.num_classes if hasattr(model, "num_classes") else model.config.num_labels)
 
 
 def _from_file(name: str, checkpoint: Path, options: dict[str, Any]) -> nn.Module:
@@ -179,7 +219,7 @@ def _pretrained(name: str, options: dict[str, Any]) -> nn.Module:
     except Exception as error:
         raise CheckpointError(
             f"no pretrained weights for {name} could be had: {_first_lines(error)}. Without network give a file with "
-            "--checkpoint"
+            "--checkpoint, or --no-pretrained to train from scratch; `--data digits` needs no network either"
         ) from error
     return model
 

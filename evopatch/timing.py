@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .config import EvoConfig
+from .evaluate import logits_of
 from .patch import config_of, restored, set_config
 
 
@@ -35,16 +38,38 @@ def compare_speed(model: nn.Module, batch: Tensor, rounds: int = 5, warm_up: int
         rounds: Timed forwards of each side.
         warm_up: Forwards of each side before.
     """
+    with restored(model):
+        return _alternate(model, batch, lambda: model(batch), rounds, warm_up)
+
+
+def compare_training_speed(model: nn.Module, batch: Tensor, rounds: int = 5, warm_up: int = 1) -> Speed:
+    """The same for forward and backward in train mode, on a copy of a classifier.
+
+    Args:
+        model: A patched classifier of timm or transformers.
+        batch: Images `(B, 3, height, width)` on the model's device.
+        rounds: Timed steps of each side.
+        warm_up: Steps of each side before.
+    """
+    trained = copy.deepcopy(model).train().requires_grad_(True)
+
+    def step() -> None:
+        logits_of(trained(batch)).float().logsumexp(1).sum().backward()
+        trained.zero_grad()
+
+    return _alternate(trained, batch, step, rounds, warm_up)
+
+
+def _alternate(model: nn.Module, batch: Tensor, call: Callable[[], object], rounds: int, warm_up: int) -> Speed:
     config = config_of(model)
     unpatched = EvoConfig(keep_ratio=1.0)
     seconds: dict[EvoConfig, list[float]] = {config: [], unpatched: []}
-    with restored(model):
-        for step in range(warm_up + rounds):
-            for side, times in seconds.items():
-                set_config(model, side)
-                elapsed = _forward_seconds(model, batch)
-                if step >= warm_up:
-                    times.append(elapsed)
+    for step in range(warm_up + rounds):
+        for side, times in seconds.items():
+            set_config(model, side)
+            elapsed = _seconds(call, batch)
+            if step >= warm_up:
+                times.append(elapsed)
     pairs = zip(seconds[unpatched], seconds[config], strict=True)
     return Speed(
         patched=len(batch) / statistics.median(seconds[config]),
@@ -53,10 +78,10 @@ def compare_speed(model: nn.Module, batch: Tensor, rounds: int = 5, warm_up: int
     )
 
 
-def _forward_seconds(model: nn.Module, batch: Tensor) -> float:
+def _seconds(call: Callable[[], object], batch: Tensor) -> float:
     _synchronise(batch)
     begin = time.perf_counter()
-    model(batch)
+    call()
     _synchronise(batch)
     return time.perf_counter() - begin
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from evopatch import demo
-from evopatch.cli import console, main, progress_bar
+from evopatch.cli import console, main
+from evopatch.progress import progress_bar
 
 
 class Run(NamedTuple):

@@ -8,7 +8,8 @@ from torch.utils.data import Dataset
 from variants import build, call, images
 
 import evopatch
-from evopatch import ConfigError, DataError, EvoConfig, FinetuneConfig, stream
+from evopatch import ConfigError, DataError, EvoConfig, FinetuneConfig
+from evopatch.training.student import Student
 
 FAST = FinetuneConfig(epochs=6, batch_size=8, learning_rate=1e-3, warmup_epochs=0)
 
@@ -76,20 +77,36 @@ def test_the_same_seed_gives_the_same_weights():
     assert not torch.equal(run(1), first)
 
 
-def test_layer_to_stage(monkeypatch):
-    selections = []
-    original = stream.Patch.set_config
+def settings_of_epochs(monkeypatch, config, keep_ratio=0.5):
+    """The model's settings in every epoch's first forward, and afterwards; one step is an epoch."""
+    seen = []
+    original = Student.forward
 
-    def recording(self, config):
-        selections.append(config.selection)
-        original(self, config)
+    def recording(self, images):
+        seen.append(evopatch.config_of(self.model))
+        return original(self, images)
 
-    model = evopatch.apply(build("vit"))
-    monkeypatch.setattr(stream.Patch, "set_config", recording)
-    config = FinetuneConfig(epochs=6, batch_size=32, layer_to_stage=True)
+    monkeypatch.setattr(Student, "forward", recording)
+    model = evopatch.apply(build("vit"), keep_ratio=keep_ratio)
     evopatch.finetune(model, Images("tuple"), config=config, progress=False)
-    assert selections == ["layer"] * 4 + ["stage"] * 3
-    assert evopatch.config_of(model).selection == "stage"
+    return seen, evopatch.config_of(model)
+
+
+def test_layer_to_stage(monkeypatch):
+    seen, after = settings_of_epochs(monkeypatch, FinetuneConfig(epochs=6, batch_size=32, layer_to_stage=True))
+    assert [config.selection for config in seen] == ["layer"] * 4 + ["stage"] * 2
+    assert after == EvoConfig()
+
+
+@pytest.mark.parametrize(
+    ("keep_ratio", "expected"),
+    [(0.5, [1.0, 0.75, 0.5, 0.5]), ((0.6, 0.2), [(1.0, 1.0), (0.8, 0.6), (0.6, 0.2), (0.6, 0.2)])],
+)
+def test_the_keep_ratio_warms_up(keep_ratio, expected, monkeypatch):
+    config = FinetuneConfig(epochs=4, batch_size=32, keep_ratio_warmup_epochs=2)
+    seen, after = settings_of_epochs(monkeypatch, config, keep_ratio)
+    assert [config.keep_ratio for config in seen] == [pytest.approx(ratio) for ratio in expected]
+    assert after == EvoConfig(keep_ratio=keep_ratio)
 
 
 def test_a_loss_that_is_no_number_stops_before_the_step():
@@ -112,7 +129,7 @@ def test_a_gradient_that_is_no_number_stops_before_the_step():
         return gradient * float("nan") if len(calls) == 2 else gradient
 
     model.head.weight.register_hook(hook)
-    with pytest.raises(evopatch.TrainingError, match=r"norm of the label loss's gradient is nan at step 1"):
+    with pytest.raises(evopatch.TrainingError, match=r"norm of the gradient of the label loss is nan at step 1"):
         evopatch.finetune(model, Images("tuple"), config=FAST, progress=False)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -190,8 +207,8 @@ def test_bad_input():
         evopatch.finetune(model, Images("tuple", count=0))
     with pytest.raises(DataError, match="objective='labels', but the training data have none"):
         evopatch.finetune(model, Images("none"), config=FinetuneConfig(objective="labels"))
-    with pytest.raises(DataError, match="evaluation data have no labels"):
-        evopatch.finetune(model, Images("none"), Images("none"))
+    with pytest.raises(DataError, match="label_weight=0.5, but the training data have no labels"):
+        evopatch.finetune(model, Images("none"), config=FinetuneConfig(label_weight=0.5))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""The `evopatch` command."""
+
+from __future__ import annotations
+
+import typer
+from rich.markup import escape
+
+from ..errors import ConfigError, EvoPatchError, TrainingInterruptedError
+from ..progress import errors
+from . import demo, evaluate, finetune, listing
+from .tables import console
+
+__all__ = ["app", "console", "main"]
+
+app = typer.Typer(
+    help="Slow-fast token evolution for the vision transformers you already have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command()(finetune.finetune)
+app.command()(evaluate.evaluate)
+app.command(name="list")(listing.list_models)
+app.command()(demo.demo)
+
+
+def main() -> None:
+    """Run the command; an error is one message, not a stack trace. Exit codes: 0 done, 2 bad usage, 1 failed."""
+    try:
+        app()
+    except ConfigError as error:
+        _fail(error, 2)
+    except (EvoPatchError, TrainingInterruptedError) as error:
+        _fail(error, 1)
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; pip install 'evopatch[all]' brings what the commands need", 1)
+
+
+def _fail(error: object, code: int) -> None:
+    errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    raise SystemExit(code)

@@ -1,0 +1,32 @@
+"""`evopatch demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import DataError
+from ..progress import progress_bar
+from .options import ConfigFile
+from .tables import console
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the picture of the token selection goes.")] = Path(
+        "evopatch-demo.png"
+    ),
+    config: ConfigFile = None,
+) -> None:
+    """Train a small ViT on scikit-learn's handwritten digits, patch it, compare. No network, a few minutes.
+
+    evopatch demo
+    """
+    import matplotlib  # noqa: F401, before minutes of training
+
+    from ..demo import run
+
+    if not out.parent.is_dir():
+        raise DataError(f"{out.parent}: no such folder for the picture; create it or give another --out")
+    run(out, console, progress_bar)

@@ -1,0 +1,107 @@
+"""`evopatch evaluate`."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import DataError
+from ..progress import errors, progress_bar
+from . import options
+from .options import RepresentativeName
+from .tables import QUALITY, console, quality, ratio_text, table_of
+
+
+class Precision(str, Enum):
+    """The model's floating-point type."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def evaluate(
+    model: options.Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A .parquet or .arrow file with `image` and `label`, an ImageFolder directory, a data set's name on "
+            "the Hugging Face hub, or digits."
+        ),
+    ],
+    config: options.ConfigFile = None,
+    checkpoint: options.Checkpoint = None,
+    num_classes: options.NumClasses = None,
+    keep_ratio: Annotated[
+        list[str] | None,
+        typer.Option(help="Mean share of slow tokens, or one per run (0.6,0.35). Repeat for several. Default 0.5."),
+    ] = None,
+    representative: Annotated[
+        list[RepresentativeName] | None, typer.Option(help="Repeat for several. Default matched.")
+    ] = None,
+    paper: options.Paper = False,
+    selection: options.Selection = "stage",
+    schedule: options.Schedule = None,
+    start: options.Start = None,
+    stages: options.Stages = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    crop_pct: options.CropPct = None,
+    image_size: options.ImageSize = None,
+    rows: Annotated[str | None, typer.Option(help="Only these images, as in 650: or 0:100.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 50,
+    workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
+    dtype: Annotated[Precision, typer.Option()] = Precision.float32,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+) -> None:
+    """Top-1, top-5, agreement with and KL to the unpatched model, and FLOPs, without training.
+
+    The model's own preprocessing is used unless overridden.
+
+        evopatch evaluate --model deit_tiny_patch16_224 --data val/ --keep-ratio 0.7 --keep-ratio 0.5
+    """
+    import torch
+    from torch.utils.data import DataLoader, Subset
+
+    from ..data import open_evaluation
+    from ..evaluate import evaluate as run
+    from ..models import Preprocessing, open_classifier
+    from ..patch import apply
+    from ..training.items import Items, collate
+
+    if json_out is not None and not json_out.parent.is_dir():
+        raise DataError(f"{json_out.parent}: no such folder for the results; create it or give another --json")
+    names = None if representative is None else [name.value for name in representative]
+    configs = options.patch_configs(keep_ratio or ["0.5"], names, paper, selection, schedule, start, stages)
+    preprocessing = Preprocessing(options.parse_channels(mean), options.parse_channels(std), crop_pct, image_size)
+    classifier = open_classifier(model, checkpoint, num_classes, preprocessing)
+    network = classifier.model.to(device, getattr(torch, dtype.value))
+    apply(network, config=configs[0])
+    dataset: Any = open_evaluation(data, classifier.transform)
+    if rows is not None:
+        dataset = Subset(dataset, options.parse_rows(rows, len(dataset)))
+    loader = DataLoader(Items(dataset), batch_size=batch_size, num_workers=workers, collate_fn=collate)
+    unreadable: list[str] = []
+
+    def batches() -> Any:
+        for batch in loader:
+            unreadable.extend(batch.unreadable)
+            yield batch.images, batch.labels
+
+    with progress_bar(f"{model}, {len(configs)} setting(s)", len(dataset)) as advance:
+        results = run(network, batches(), configs, classifier.input_size, on_batch=advance)
+    if unreadable:
+        errors.print(f"{len(unreadable)} unreadable image(s) left out: {', '.join(unreadable[:5])}", highlight=False)
+    title = f"{model}, {results[0].images} images, {dtype.value}, no training"
+    table = table_of(title, ("representative",), ("keep\nratio", *QUALITY))
+    for result in results:
+        kind = ("unpatched", "") if result is results[0] else (result.config.representative, ratio_text(result.config))
+        table.add_row(*kind, *quality(result))
+    console.print(table)
+    if json_out is not None:
+        json_out.write_text(json.dumps([result.to_dict() for result in results], indent=2) + "\n")

@@ -1,0 +1,143 @@
+"""Options that commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..config import EvoConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class RepresentativeName(str, Enum):
+    """What stands in for the fast tokens."""
+
+    matched = "matched"
+    single = "single"
+    none = "none"
+
+
+def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path} can't be read as TOML: {error}") from None
+    options = {parameter.name: parameter for parameter in ctx.command.params}
+    known = sorted(str(name) for name in options if name not in ("config", "help"))
+    if unknown := sorted(set(values) - set(known)):
+        raise typer.BadParameter(f"{path} has the unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
+    ctx.default_map = dict(ctx.default_map or {}) | _strings(values, options)
+    return path
+
+
+def _strings(values: Mapping[str, Any], options: Mapping[Any, Any]) -> dict[str, Any]:
+    # As if typed on the command line, so that every value is checked and converted like one.
+    def text(value: Any) -> Any:
+        return value if isinstance(value, bool) else str(value)
+
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        repeated = getattr(options[name], "multiple", False)
+        if isinstance(value, list):
+            found[name] = [text(v) for v in value] if repeated else ",".join(map(str, value))
+        else:
+            found[name] = [text(value)] if repeated else text(value)
+    return found
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="A TOML file with any of these options, named with underscores. What is given on the command line wins.",
+        is_eager=True,
+        callback=_read_config,
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option(help="A timm name, such as deit_tiny_patch16_224, or a transformers model: a folder, or a hub name."),
+]
+Checkpoint = Annotated[Path | None, typer.Option(help="Weights in timm's layout. Default: timm's pretrained ones.")]
+NumClasses = Annotated[int | None, typer.Option(help="Classes of the checkpoint's head.")]
+Paper = Annotated[bool, typer.Option("--paper", help="The paper's setting: single, constant keep ratio.")]
+Selection = Annotated[str, typer.Option(help="stage or layer.")]
+Schedule = Annotated[str | None, typer.Option(help="taper or constant.")]
+Start = Annotated[int | None, typer.Option(help="First selecting block.")]
+Stages = Annotated[str | None, typer.Option(help="Number of runs, or the first block of each (4,8).")]
+Mean = Annotated[str | None, typer.Option(help="Normalisation mean, one number or three.")]
+Std = Annotated[str | None, typer.Option(help="Normalisation standard deviation, one number or three.")]
+CropPct = Annotated[float | None, typer.Option(help="Share of the image kept by the centre crop.")]
+ImageSize = Annotated[int | None, typer.Option(help="Input size in pixels. Default: the model's.")]
+
+
+def parse_ratios(text: str) -> float | tuple[float, ...]:
+    """`0.5`, or one per run as in `0.6,0.35`."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"'{text}': expected a number, or numbers separated by commas") from None
+    return values[0] if len(values) == 1 else values
+
+
+def parse_channels(text: str | None) -> tuple[float, ...] | None:
+    """One number for all channels, or three."""
+    if text is None:
+        return None
+    value = parse_ratios(text)
+    if not isinstance(value, tuple):
+        return (value,) * 3
+    if len(value) != 3:
+        raise typer.BadParameter(f"'{text}': expected one number or three")
+    return value
+
+
+def parse_rows(text: str, total: int) -> range:
+    """`FIRST:LAST`, either of them may be left out."""
+    first, separator, last = text.partition(":")
+    if not separator:
+        raise typer.BadParameter(f"rows {text}: expected FIRST:LAST, either of them may be left out")
+    begin, end = _integers([first or "0", last or str(total)], text)
+    return range(total)[begin:end]
+
+
+def patch_configs(
+    keep_ratios: list[str],
+    representatives: list[str] | None,
+    paper: bool,
+    selection: str,
+    schedule: str | None,
+    start: int | None,
+    stages: str | None,
+) -> list[EvoConfig]:
+    """Every representative with every keep ratio."""
+    base: dict[str, Any] = EvoConfig.paper().to_dict() if paper else EvoConfig().to_dict()
+    base.update(selection=selection, start=start)
+    if schedule is not None:
+        base["schedule"] = schedule
+    if stages is not None:
+        firsts = _integers(stages.split(","), stages)
+        base["stages"] = firsts[0] if len(firsts) == 1 else firsts
+    names = representatives or [base["representative"]]
+    ratios = [parse_ratios(text) for text in keep_ratios]
+    return [
+        EvoConfig.from_dict({**base, "representative": name, "keep_ratio": ratio}) for name in names for ratio in ratios
+    ]
+
+
+def _integers(parts: list[str], text: str) -> list[int]:
+    try:
+        return [int(part) for part in parts]
+    except ValueError:
+        raise typer.BadParameter(f"'{text}': expected whole numbers") from None

@@ -1,0 +1,42 @@
+"""What commands print."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from ..config import EvoConfig
+from ..evaluate import Evaluation
+
+console = Console()
+
+
+def table_of(title: str, first: tuple[str, ...], columns: tuple[str, ...]) -> Table:
+    """A table with some columns of text first and columns of numbers after them."""
+    table = Table(title=title)
+    for column in first:
+        table.add_column(column, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def percent(value: float | None) -> str:
+    """With two places; a dash where there is none."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def quality(result: Evaluation) -> tuple[str, ...]:
+    """FLOPs, FLOPs of the blocks, top-1, top-5, agreement, KL."""
+    flops = (f"{result.flops:.3f}", f"{result.blocks_flops:.3f}")
+    return (*flops, percent(result.top1), percent(result.top5), percent(result.agreement), f"{result.kl:.4f}")
+
+
+QUALITY = ("FLOPs", "FLOPs of\nblocks", "top-1\n%", "top-5\n%", "agree\n%", "KL")
+"""The columns of `quality`."""
+
+
+def ratio_text(config: EvoConfig) -> str:
+    """The keep ratio, or one per run."""
+    ratio = config.keep_ratio
+    return ", ".join(f"{r:g}" for r in ratio) if isinstance(ratio, tuple) else f"{ratio:g}"

@@ -1,0 +1,1 @@
+"""Fine-tuning of patched models: settings, objectives, the loop, checkpoints, logs."""

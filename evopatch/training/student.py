@@ -1,0 +1,118 @@
+"""The patched model as it is trained: its outputs by name, and the heads that only training needs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..evaluate import logits_of
+from ..patch import only_host, restored
+
+
+class Outputs(NamedTuple):
+    """Of one forward."""
+
+    logits: Tensor
+    """`(B, classes)`, what the model decides by. Of the class head alone where the two heads are trained apart."""
+    distillation: Tensor
+    """`(B, classes)` of the distillation head; `logits` where there is none, or they are not trained apart."""
+    assisted: Tensor | None
+    """`(B, classes)` of the second head on the class token."""
+
+
+class Student(nn.Module):
+    """A classifier of timm or transformers and, for training only, a second head.
+
+    Args:
+        model: The classifier.
+        image: `(3, height, width)`, any of the data: one forward tells the number of classes and the width.
+        assisted: Have a second head on the class token.
+        two_heads: Give the logits of the class head and of the distillation head apart, where the model has both.
+
+    Raises:
+        ConfigError: If there is no class token for the second head, or it is what the model reads already.
+    """
+
+    def __init__(self, model: nn.Module, image: Tensor, assisted: bool = False, two_heads: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.two_heads = two_heads
+        if assisted:
+            _check_class_token(model)
+        logits, width = _probe(model, image)
+        self.classes = logits.shape[1]
+        self.assistant: nn.Module | None = None
+        if assisted:
+            # In float32 as norms and heads are best trained in, whatever the model's own type.
+            self.assistant = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.classes)).to(logits.device)
+
+    def no_weight_decay(self) -> set[str]:
+        """The model's own, for timm's optimizer factory."""
+        own = getattr(self.model, "no_weight_decay", set)
+        return {f"model.{name}" for name in own()}
+
+    def forward(self, images: Tensor) -> Outputs:
+        """`(B, 3, height, width)`."""
+        last: list[Tensor] = []
+        hook: Any = None
+        if self.assistant is not None:
+            hook = _last_block(self.model).register_forward_hook(lambda module, args, out: last.append(out))
+        if self.two_heads:
+            _set_distilled_training(self.model, True)
+        try:
+            output = self.model(images.to(next(self.model.parameters()).dtype))
+        finally:
+            _set_distilled_training(self.model, False)
+            if hook is not None:
+                hook.remove()
+        logits, distillation = _heads(output) if self.two_heads else (logits_of(output),) * 2
+        assisted = None if self.assistant is None else self.assistant(last[0][:, 0].float())
+        return Outputs(logits, distillation, assisted)
+
+
+def _heads(output: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(output, tuple):  # timm's
+        return output[0], output[1]
+    if "distillation_logits" in output:  # transformers'
+        return output.cls_logits, output.distillation_logits
+    logits = logits_of(output)
+    return logits, logits
+
+
+def _set_distilled_training(model: Any, enable: bool) -> None:
+    # timm's distilled models average their heads otherwise, also in training.
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(enable)
+
+
+def _last_block(model: nn.Module) -> nn.Module:
+    _, host = only_host(model)
+    block: nn.Module = list(host.get_submodule(host._evo_patch.spec.blocks))[-1]
+    return block
+
+
+@torch.no_grad()
+def _probe(model: nn.Module, image: Tensor) -> tuple[Tensor, int]:
+    last: list[Tensor] = []
+    hook = _last_block(model).register_forward_hook(lambda module, args, out: last.append(out))
+    parameter = next(model.parameters())
+    try:
+        with restored(model):
+            logits = logits_of(model(image.unsqueeze(0).to(parameter.device, parameter.dtype)))
+    finally:
+        hook.remove()
+    return logits, last[0].shape[-1]
+
+
+def _check_class_token(model: nn.Module) -> None:
+    name, host = only_host(model)
+    spec = host._evo_patch.spec
+    if spec.prefix == 0 or spec.readout > 0:
+        found = "has no class token" if spec.prefix == 0 else "reads its class token"
+        raise ConfigError(
+            f"assisted_weight: '{name or type(host).__name__}' {found}; expected a model that reads pooled patches "
+            "beside a class token. Leave assisted_weight at 0"
+        )
