@@ -12,6 +12,8 @@ from .errors import (
     EvoPatchError,
     NotPatchedError,
     TrainingError,
+    TrainingInterruptedError,
+    UnreadableImageError,
     UnsupportedInputError,
     UnsupportedModelError,
 )
@@ -34,6 +36,8 @@ __all__ = [
     "NotPatchedError",
     "Profile",
     "TrainingError",
+    "TrainingInterruptedError",
+    "UnreadableImageError",
     "UnsupportedInputError",
     "UnsupportedModelError",
     "apply",

@@ -19,6 +19,7 @@ from .timing import Speed, compare_speed, compare_training_speed
 from .training import checkpoint
 from .training.config import FinetuneConfig
 from .training.items import Batch, Items, collate
+from .training.randomness import preserved
 
 if TYPE_CHECKING:
     from .training.run import Run
@@ -103,13 +104,27 @@ def finetune(
         TrainingError: If loss or gradient are no longer finite; the model keeps the weights before that step.
         TrainingInterruptedError: After Ctrl-C or SIGTERM where there is an output folder; a KeyboardInterrupt.
     """
+    _check_patch(model)
+    folder = None if output is None else Path(output)
+    _check_output(folder, resume)
+    with preserved():
+        return _finetune(model, train_data, eval_data, config, teacher, folder, resume, progress)
+
+
+def _finetune(
+    model: nn.Module,
+    train_data: Dataset[Any],
+    eval_data: Dataset[Any] | None,
+    config: FinetuneConfig,
+    teacher: nn.Module | str | None,
+    folder: Path | None,
+    resume: bool,
+    progress: bool,
+) -> FinetuneResult:
     from .progress import progress_bar
     from .training.objective import Objective
     from .training.run import Run
 
-    _check_patch(model)
-    folder = None if output is None else Path(output)
-    _check_output(folder, resume)
     items = Items(train_data, config.seed)
     if len(items) == 0:
         raise DataError("no images to train on")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 from rich.markup import escape
 
-from ..errors import ConfigError, EvoPatchError, TrainingInterruptedError
+from ..errors import ConfigError, EvoPatchError
 from ..progress import errors
 from . import demo, evaluate, finetune, listing
 from .tables import console
@@ -31,7 +31,7 @@ def main() -> None:
         app()
     except ConfigError as error:
         _fail(error, 2)
-    except (EvoPatchError, TrainingInterruptedError) as error:
+    except EvoPatchError as error:
         _fail(error, 1)
     except ModuleNotFoundError as error:
         _fail(f"{error}; pip install 'evopatch[all]' brings what the commands need", 1)

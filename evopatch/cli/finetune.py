@@ -12,9 +12,10 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import typer
 from rich.markup import escape
 
-from ..errors import ConfigError, TrainingInterruptedError
+from ..errors import ConfigError, TrainingError, TrainingInterruptedError
 from ..finetune import TIMED_BATCH, FinetuneConfig, FinetuneResult
 from ..progress import errors
+from ..training import checkpoint as checkpoints
 from ..training.config import described
 from . import options
 from .options import RepresentativeName
@@ -142,8 +143,10 @@ def finetune(
     from ..finetune import finetune as run
     from ..models import Preprocessing, count_classes, open_classifier, reset_head
     from ..patch import apply
+    from ..training.randomness import seed_everything
 
     finetune_config = FinetuneConfig(**training)
+    seed_everything(finetune_config.seed)  # random weights and heads
     representatives = None if representative is None else [representative.value]
     patch_config = options.patch_configs([keep_ratio], representatives, paper, selection, schedule, start, stages)[0]
     folder = output or Path(f"evopatch-finetune-{re.sub(r'[^A-Za-z0-9_.-]+', '-', model).strip('-')}")
@@ -181,7 +184,7 @@ def finetune(
         )
     except TrainingInterruptedError as error:
         how = f"evopatch finetune --config {folder / SETTINGS} --resume"
-        raise TrainingInterruptedError(f"{str(error).split('. Call again')[0]}. To go on: {how}") from None
+        raise TrainingError(f"{str(error).split('. Call again')[0]}. To go on: {how}") from None
     if not PartialState().is_main_process:
         return
     save_pretrained(classifier.model, folder / "model")
@@ -235,7 +238,8 @@ def _save_settings(folder: Path, ctx: typer.Context) -> None:
     import tomli_w
     from accelerate import PartialState
 
-    if not PartialState().is_main_process:
+    # A run that is resumed, or refused since there is one already, keeps its own.
+    if not PartialState().is_main_process or checkpoints.steps(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     values = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DataError, UnreadableImageError
+from .randomness import seed_everything
 
 
 class Item(NamedTuple):
@@ -75,19 +75,6 @@ class Items(Dataset[Item]):
             if self._seed is None:
                 return Item(None, None, tuple(unreadable))
         raise DataError(f"no image can be read: {unreadable[0]}")
-
-
-def seed_everything(*parts: int) -> None:
-    """Seed Python's, NumPy's and torch's generators with one number made of all parts."""
-    import numpy as np
-
-    # Python's generator takes a string of any length and mixes it well; the others get theirs from it.
-    random.seed(" ".join(map(str, parts)))
-    np.random.seed(random.getrandbits(32))
-    seed = random.getrandbits(63)
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized() and not torch.cuda._is_in_bad_fork():
-        torch.cuda.manual_seed_all(seed)
 
 
 def parts(item: Any) -> tuple[Tensor, int | None]:

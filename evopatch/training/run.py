@@ -26,9 +26,10 @@ from ..patch import config_of, patched_hosts, set_config
 from . import checkpoint, log
 from .config import FinetuneConfig
 from .interrupt import Request, deferred
-from .items import Batch, Items, collate, seed_everything
+from .items import Batch, Items, collate
 from .meter import Meter
 from .objective import Objective, hits
+from .randomness import seed_everything
 from .student import Student
 
 UNREADABLE_LIMIT = 0.01
@@ -140,18 +141,26 @@ class Run:
                 f"{self.accelerator.num_processes} processes: give a smaller batch_size"
             )
         self.steps = config.epochs * self.steps_per_epoch
-        # By steps, not epochs: a short run warms up within its first epoch.
-        self._scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=config.scheduler,
-            num_epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,
-            warmup_lr=config.learning_rate / 10,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps_per_epoch,
-        )
-        if self._scheduler is None:
-            raise ConfigError(f"scheduler='{config.scheduler}': expected a name of timm's, such as 'cosine'")
+        self._scheduler = self._make_scheduler(optimizer)
+
+    def _make_scheduler(self, optimizer: Any) -> Any:
+        config = self.config
+        try:
+            # By steps, not epochs: a short run warms up within its first epoch.
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                sched=config.scheduler,
+                num_epochs=config.epochs,
+                warmup_epochs=config.warmup_epochs,
+                warmup_lr=config.learning_rate / 10,
+                step_on_epochs=False,
+                updates_per_epoch=self.steps_per_epoch,
+            )
+        except (ValueError, AssertionError) as error:
+            raise ConfigError(f"scheduler='{config.scheduler}': {error}") from error
+        if scheduler is None:
+            raise ConfigError(f"scheduler='{config.scheduler}': expected one of timm's, such as 'cosine' or 'constant'")
+        return scheduler
 
     def _check_teacher(self, classes: int, image: Tensor) -> None:
         if self.teacher is None:
@@ -353,7 +362,7 @@ class Run:
         self._begin = time.perf_counter()
 
     def _note_unreadable(self, names: tuple[str, ...]) -> None:
-        new = [name for name in names if name not in self.progress.unreadable]
+        new = [name for name in dict.fromkeys(names) if name not in self.progress.unreadable]
         if new:
             self.progress.unreadable.extend(new)
             self._event("unreadable", images=new)

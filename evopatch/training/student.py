@@ -76,7 +76,7 @@ class Student(nn.Module):
 def _heads(output: Any) -> tuple[Tensor, Tensor]:
     if isinstance(output, tuple):  # timm's
         return output[0], output[1]
-    if "distillation_logits" in output:  # transformers'
+    if hasattr(output, "distillation_logits"):  # transformers'
         return output.cls_logits, output.distillation_logits
     logits = logits_of(output)
     return logits, logits
@@ -110,8 +110,9 @@ def _probe(model: nn.Module, image: Tensor) -> tuple[Tensor, int]:
 def _check_class_token(model: nn.Module) -> None:
     name, host = only_host(model)
     spec = host._evo_patch.spec
-    if spec.prefix == 0 or spec.readout > 0:
-        found = "has no class token" if spec.prefix == 0 else "reads its class token"
+    has_class_token = any(path.split(".")[-1] == "cls_token" for path, _ in host.named_parameters())
+    if not has_class_token or spec.readout > 0:
+        found = "reads its class token" if spec.readout > 0 else "has no class token"
         raise ConfigError(
             f"assisted_weight: '{name or type(host).__name__}' {found}; expected a model that reads pooled patches "
             "beside a class token. Leave assisted_weight at 0"

@@ -1,0 +1,165 @@
+"""Images by name: every kind of source, splits, damaged images."""
+
+import io
+import pickle
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from evopatch import DataError, UnreadableImageError
+from evopatch.data import open_evaluation, open_images, open_part
+from evopatch.training.items import Items, collate
+
+
+def encoded(brightness):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), (brightness, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def brightness(image):
+    return image.getpixel((0, 0))[0]
+
+
+def save(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(value))
+
+
+ROWS = [{"image": {"bytes": encoded(i), "path": f"{i}.png"}, "label": i % 3} for i in range(6)]
+
+
+@pytest.fixture
+def sources(tmp_path):
+    for i in range(6):
+        save(tmp_path / "classes" / f"class{i % 3}" / f"{i}.png", i)
+        save(tmp_path / "flat" / f"{i}.png", i)
+        save(tmp_path / "parts" / "train" / f"class{i % 3}" / f"{i}.png", i)
+        save(tmp_path / "parts" / "val" / f"class{i % 3}" / f"{i}.png", i + 100)
+    table = pa.Table.from_pylist(ROWS)
+    pq.write_table(table, tmp_path / "table.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "table.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c", "d"])})
+    data = datasets.Dataset.from_list(ROWS, features=features)
+    data.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "dictionary")
+    data.to_parquet(tmp_path / "with_names.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [("classes", 3), ("parts", 3), ("table.parquet", None), ("table.arrow", None), ("saved", 4), ("dictionary", 4),
+     ("with_names.parquet", 4)],
+)  # fmt: skip
+def test_labelled_sources(name, classes, sources):
+    images = open_images(sources / name)
+    assert len(images) == 6
+    assert images.classes == classes
+    assert sorted((brightness(image), label) for image, label in images) == [(i, i % 3) for i in range(6)]
+    again = pickle.loads(pickle.dumps(images))
+    assert [label for _, label in again] == [label for _, label in images]
+
+
+def test_a_folder_of_images_has_no_labels(sources):
+    assert [(brightness(image), label) for image, label in open_images(sources / "flat")] == [
+        (i, None) for i in range(6)
+    ]
+
+
+def test_digits():
+    train, test = open_part("digits", "train"), open_part("digits", "eval")
+    assert (len(train), len(test), train.classes) == (1347, 450, 10)
+    image, label = train[0]
+    assert image.size == (8, 8)
+    assert 0 <= label < 10
+    assert {image.tobytes() for image, _ in train}.isdisjoint({image.tobytes() for image, _ in test})
+
+
+def test_the_part_for_evaluation(sources):
+    assert sorted(brightness(image) for image, _ in open_evaluation(sources / "parts")) == list(range(100, 106))
+    assert len(open_evaluation(sources / "dictionary")) == 1
+    assert len(open_evaluation(sources / "table.parquet")) == 6
+    for name in ("classes", "flat", "table.parquet", "saved"):
+        assert open_part(sources / name, "eval") is None
+
+
+def test_the_transform_is_applied(sources):
+    assert open_images(sources / "flat", brightness)[3] == (3, None)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", encoded(1)[:40]])
+def test_a_damaged_image_is_named(content, sources):
+    (sources / "flat" / "3.png").write_bytes(content)
+    with pytest.raises(UnreadableImageError, match=r"flat/3.png can't be read as an image"):
+        open_images(sources / "flat")[3]
+
+
+def test_a_damaged_row_is_named(tmp_path):
+    rows = [*ROWS, {"image": {"bytes": b"broken", "path": "x.png"}, "label": 0}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "table.parquet")
+    with pytest.raises(UnreadableImageError, match=r"table.parquet row 6 \(x.png\) can't be read"):
+        open_images(tmp_path / "table.parquet")[6]
+
+
+def test_a_name_on_a_hub_that_cannot_be_reached(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        DataError, match=r"owner/pictures: no such file or folder, and no data set of that name"
+    ) as found:
+        open_images("owner/pictures")
+    assert "'digits'" in str(found.value)
+    assert "--data" in str(found.value)
+    assert "--checkpoint" in str(found.value)
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+def test_other_layouts(tmp_path):
+    (tmp_path / "empty").mkdir()
+    pq.write_table(pa.table({"picture": [1]}), tmp_path / "other.parquet")
+    (tmp_path / "bad.arrow").write_bytes(b"nothing")
+    for name, message in (
+        ("empty", "expected images, or one subfolder"),
+        ("other.parquet", r"found the columns \['picture'\]"),
+        ("bad.arrow", "can't be read as an arrow"),
+        ("nowhere.parquet", "no such file or folder"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_images(tmp_path / name)
+
+
+class Broken(torch.utils.data.Dataset):
+    """Ten images, some of which can't be read."""
+
+    def __init__(self, *broken):
+        self.broken = broken
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise OSError("truncated")
+        return torch.full((3, 2, 2), float(index)), index
+
+
+def test_in_training_the_next_readable_image_stands_in():
+    items = Items(Broken(3, 4, 9), seed=0)
+    assert [items[i].label for i in range(10)] == [0, 1, 2, 5, 5, 5, 6, 7, 8, 0]
+    assert items[3].unreadable == ("item 3 (truncated)", "item 4 (truncated)")
+    with pytest.raises(DataError, match="no image can be read: item 2"):
+        Items(Broken(*range(10)), seed=0)[2]
+
+
+def test_in_evaluation_unreadable_images_are_left_out():
+    items = Items(Broken(3))
+    batch = collate([items[i] for i in range(10)])
+    assert batch.images.shape == (9, 3, 2, 2)
+    assert batch.labels.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert batch.unreadable == ("item 3 (truncated)",)
+    assert len(collate([items[3]]).images) == 0

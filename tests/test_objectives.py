@@ -1,0 +1,344 @@
+"""What a run is asked for, against formulas written out; and what of the model it trains."""
+
+import copy
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_finetune import FAST, Images
+from torch.utils.data import Dataset
+from variants import build, call, images
+
+import evopatch
+from evopatch import ConfigError, DataError, EvoConfig, FinetuneConfig
+from evopatch.training.objective import Objective
+from evopatch.training.student import Outputs, Student
+
+torch.manual_seed(0)
+S, D, A, T = (torch.randn(4, 7) for _ in range(4))
+Y = torch.tensor([0, 3, 6, 2])
+
+
+def total(config, outputs, targets=Y, teacher=T, distils=True):
+    return sum(Objective(config, distils).terms(outputs, targets, teacher).values()).item()
+
+
+def kl(p, q):
+    return sum((a.exp() * (a - b)).sum().item() for a, b in zip(p.log_softmax(1), q.log_softmax(1), strict=True)) / len(
+        p
+    )
+
+
+def entropy(logits, target, smoothing=0.0):
+    wanted = F.one_hot(target, 7) * (1 - smoothing) + smoothing / 7
+    return -(wanted * logits.log_softmax(1)).sum(1).mean().item()
+
+
+def test_equations():
+    plain = Outputs(S, S, None)
+    apart = Outputs(S, D, None)
+    assert total(FinetuneConfig(), plain, distils=False) == pytest.approx(entropy(S, Y, 0.1))
+    assert total(FinetuneConfig(), plain) == pytest.approx(kl(T, S))
+    assert total(FinetuneConfig(temperature=3.0), plain) == pytest.approx(9 * kl(T / 3, S / 3), rel=1e-5)
+    assert total(FinetuneConfig(distillation="hard"), plain) == pytest.approx(entropy(S, T.argmax(1)))
+    both = FinetuneConfig(distillation="hard", label_weight=0.25)
+    assert total(both, apart) == pytest.approx(0.25 * entropy(S, Y, 0.1) + 0.75 * entropy(D, T.argmax(1)))
+    assisted = FinetuneConfig(assisted_weight=0.5)
+    assert total(assisted, Outputs(S, S, A), distils=False) == pytest.approx(
+        0.5 * entropy(S, Y, 0.1) + 0.5 * entropy(A, Y, 0.1)
+    )
+    mixed = torch.rand(4, 7).softmax(1)
+    assert total(FinetuneConfig(), plain, targets=mixed, distils=False) == pytest.approx(
+        -(mixed * S.log_softmax(1)).sum(1).mean().item()
+    )
+
+
+@pytest.mark.parametrize("name", ["deit_distilled", "hf_deit_teacher"])
+def test_two_heads_learn_apart(name):
+    model = evopatch.apply(build(name))
+    x = images(4)
+    outputs = Student(model, x[0], two_heads=True).train()(x)
+    assert not torch.equal(outputs.logits, outputs.distillation)
+    model.eval()
+    with torch.no_grad():
+        outputs = Student(model, x[0]).eval()(x)
+        assert torch.equal(outputs.logits, call(model, x))
+    assert outputs.distillation is outputs.logits
+    config = FinetuneConfig(epochs=1, batch_size=8, objective="distillation", distillation="hard", label_weight=0.5)
+    evopatch.finetune(model, Images("tuple"), config=config, progress=False)
+    assert call(model.train(), x).shape == (4, 7), "still trained apart"
+
+
+def test_one_head_gives_its_logits_twice():
+    model = evopatch.apply(build("vit"))
+    outputs = Student(model, images(1)[0], two_heads=True)(images(2))
+    assert outputs.logits is outputs.distillation
+
+
+def test_the_assisted_loss():
+    model = evopatch.apply(build("vit", global_pool="avg"))
+    before = set(model.state_dict())
+    student = Student(model, images(1)[0], assisted=True)
+    last = []
+    hook = model.blocks[-1].register_forward_hook(lambda module, args, out: last.append(out))
+    outputs = student(images(2))
+    hook.remove()
+    assert torch.equal(outputs.assisted, student.assistant(last[0][:, 0]))
+    plain = copy.deepcopy(model)
+    evopatch.finetune(plain, Images("tuple"), config=FAST, progress=False)
+    evopatch.finetune(model, Images("tuple"), config=replace(FAST, assisted_weight=0.5), progress=False)
+    assert set(model.state_dict()) == before
+    assert not torch.equal(model.cls_token, plain.cls_token)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("gap", "has no class token"), ("reg_gap", "has no class token"), ("hf_vit", "reads its class token")],
+)
+def test_models_that_the_assisted_loss_is_not_for(name, message):
+    model = evopatch.apply(build(name))
+    with pytest.raises(ConfigError, match=message):
+        evopatch.finetune(model, Images("tuple"), config=FinetuneConfig(assisted_weight=0.5), progress=False)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_another_teacher():
+    teacher = build("vit")
+    torch.manual_seed(5)
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    teacher.train()
+    model, x = evopatch.apply(build("vit")), Images("none").images
+
+    @torch.no_grad()
+    def divergence():
+        return kl(teacher.eval()(x), model.eval()(x))
+
+    before = divergence()
+    teacher.train()
+    config = FinetuneConfig(epochs=20, batch_size=8, learning_rate=1e-3)
+    evopatch.finetune(model, Images("tuple"), config=config, teacher=teacher, progress=False)
+    assert teacher.training
+    assert divergence() < 0.3 * before
+
+
+def test_teachers_that_do_not_fit():
+    model = evopatch.apply(build("vit"))
+    for teacher, message in (
+        (build("vit", num_classes=5), "the teacher has 5 classes and the model 7"),
+        (model, "the teacher is the model itself"),
+        ("no_such_model", "timm has no model named 'no_such_model'"),
+    ):
+        with pytest.raises(evopatch.EvoPatchError, match=message):
+            evopatch.finetune(model, Images("none"), teacher=teacher, progress=False)
+    with pytest.raises(ConfigError, match="objective='labels' with a teacher"):
+        evopatch.finetune(
+            model, Images("tuple"), config=FinetuneConfig(objective="labels"), teacher=build("vit"), progress=False
+        )
+
+
+def trained(**settings):
+    model = evopatch.apply(build("vit"))
+    before = copy.deepcopy(model.state_dict())
+    config = FinetuneConfig(**{"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "warmup_epochs": 0} | settings)
+    evopatch.finetune(model, Images("tuple"), config=config, progress=False)
+    assert all(p.requires_grad for p in model.parameters())
+    return {key: not torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items()}, model
+
+
+def test_what_is_trained():
+    changed, _ = trained()
+    assert all(changed.values())
+    changed, model = trained(trainable="norms")
+    assert changed == {name: p.ndim <= 1 for name, p in model.named_parameters()}
+    changed, _ = trained(trainable="blocks")
+    assert changed == {name: name.startswith("blocks.") for name in changed}
+
+
+def test_frozen_parameters_stay_frozen():
+    model = evopatch.apply(build("vit"))
+    model.pos_embed.requires_grad_(False)
+    before = model.pos_embed.clone()
+    evopatch.finetune(model, Images("tuple"), config=FAST, progress=False)
+    assert torch.equal(model.pos_embed, before)
+    assert not model.pos_embed.requires_grad
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="no parameter of the model is left to train"):
+        evopatch.finetune(model, Images("tuple"), config=FAST, progress=False)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_accumulation_is_a_larger_batch():
+    _, whole = trained(batch_size=16, epochs=3, learning_rate=1e-4)
+    _, parts = trained(batch_size=8, accumulation_steps=2, epochs=3, learning_rate=1e-4)
+    _, other = trained(batch_size=8, epochs=3, learning_rate=1e-4)
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=0, atol=1e-5)
+    assert (weights(other) - weights(whole)).abs().max() > 1e-4
+
+
+class Noisy(Dataset):
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        return torch.randn(3, 40, 40), index % 7
+
+
+def test_workers_do_not_change_the_result():
+    def run(**settings):
+        model = evopatch.apply(build("vit"))
+        config = FinetuneConfig(epochs=2, batch_size=8, mixup=0.8, cutmix=1.0, **settings)
+        evopatch.finetune(model, Noisy(), config=config, progress=False)
+        return weights(model)
+
+    alone = run()
+    assert torch.equal(run(workers=2), alone)
+    assert not torch.equal(run(seed=1), alone)
+
+
+def test_the_callers_random_numbers_go_on():
+    model = evopatch.apply(build("vit"))
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    evopatch.finetune(model, Noisy(), config=FAST, progress=False)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_mixup_and_average():
+    _, plain = trained()
+    _, mixed = trained(mixup=0.8)
+    assert not torch.equal(weights(plain), weights(mixed))
+    # An average over all steps so far is nearer to the beginning than the last step is.
+    start = weights(evopatch.apply(build("vit")))
+    _, plain = trained(epochs=3)
+    _, average = trained(epochs=3, ema_decay=0.99)
+    assert 0 < (weights(average) - start).norm() < (weights(plain) - start).norm()
+
+
+def test_mixup_of_an_odd_batch():
+    with pytest.raises(ConfigError, match="batch_size=7: Mixup and CutMix mix pairs"):
+        FinetuneConfig(batch_size=7, mixup=0.2)
+    with pytest.raises(ConfigError, match="5 training images: Mixup and CutMix need an even batch"):
+        evopatch.finetune(evopatch.apply(build("vit")), Images("tuple", count=5), config=FinetuneConfig(mixup=0.2))
+
+
+class Damaged(Images):
+    def __init__(self, broken, count):
+        super().__init__("tuple", count)
+        self.broken = broken
+
+    def __getitem__(self, index):
+        if index < self.broken:
+            raise OSError("image file is truncated")
+        return super().__getitem__(index)
+
+
+def test_unreadable_images_are_counted_and_named(tmp_path):
+    model = evopatch.apply(build("vit"))
+    config = FinetuneConfig(epochs=2, batch_size=50)
+    result = evopatch.finetune(model, Damaged(1, 100), Damaged(2, 12), config=config, output=tmp_path, progress=False)
+    assert result.unreadable == ("item 0 (image file is truncated)",)
+    assert result.after.images == 10
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines if line.get("event") == "unreadable"] == [list(result.unreadable)]
+
+
+def test_too_many_unreadable_images():
+    with pytest.raises(
+        DataError, match=r"2 of 100 training images can't be read, more than 1%: item [01] \(image file"
+    ):
+        evopatch.finetune(
+            evopatch.apply(build("vit")), Damaged(2, 100), config=FinetuneConfig(batch_size=100), progress=False
+        )
+
+
+def test_a_bad_loss_leaves_the_last_checkpoint(tmp_path):
+    model = evopatch.apply(build("vit"))
+    calls = []
+
+    def hook(gradient):
+        calls.append(gradient)
+        return gradient * math.nan if len(calls) == 6 else gradient
+
+    model.head.weight.register_hook(hook)
+    config = FinetuneConfig(epochs=3, batch_size=8)
+    message = rf"at step 5 \(epoch 1, learning rate .*The last checkpoint, of step 4, is in {tmp_path}"
+    with pytest.raises(evopatch.TrainingError, match=message):
+        evopatch.finetune(model, Images("tuple"), config=config, output=tmp_path, progress=False)
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["event"] == "failed"
+
+
+def test_an_output_folder_that_is_in_use(tmp_path):
+    model = evopatch.apply(build("vit"))
+    evopatch.finetune(model, Images("tuple"), config=FAST, output=tmp_path, progress=False)
+    with pytest.raises(evopatch.CheckpointError, match="holds the checkpoints of a run: give resume=True"):
+        evopatch.finetune(model, Images("tuple"), config=FAST, output=tmp_path, progress=False)
+    with pytest.raises(ConfigError, match="resume=True without an output folder"):
+        evopatch.finetune(model, Images("tuple"), config=FAST, resume=True, progress=False)
+
+
+def test_the_log_and_the_result(tmp_path):
+    model = evopatch.apply(build("vit"))
+    config = FinetuneConfig(epochs=2, batch_size=8, log_every=2)
+    result = evopatch.finetune(model, Images("tuple"), Images("tuple", seed=4), config, output=tmp_path, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+    assert [line["event"] for line in lines if "event" in line] == ["begin", "checkpoint", "checkpoint", "end"]
+    logged = [line["loss"] for line in lines if "loss" in line]
+    assert sum(result.losses) / 2 == pytest.approx(sum(logged) / 4)
+    assert {"accuracy", "learning_rate", "gradient_norm", "images_per_second"} <= set(lines[1])
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert json.loads((tmp_path / "result.json").read_text())["after"]["kl"] == result.after.kl
+    assert (result.steps, result.seconds > 0) == (8, True)
+    for speed in (result.speed, result.training_speed):
+        assert speed.patched > 0
+        assert speed.unpatched > 0
+
+
+def test_agreement_after_training_is_with_the_model_before():
+    model = evopatch.apply(build("vit"))
+    original = copy.deepcopy(evopatch.remove(copy.deepcopy(model)))
+    data = Images("tuple", seed=4)
+    result = evopatch.finetune(model, Images("tuple"), data, FAST, progress=False)
+    with torch.no_grad():
+        own, theirs = model(data.images), original(data.images)
+    assert result.after.agreement == pytest.approx(100 * (own.argmax(1) == theirs.argmax(1)).float().mean().item())
+    expected = F.kl_div(own.log_softmax(1), theirs.log_softmax(1), reduction="batchmean", log_target=True).item()
+    assert result.after.kl == pytest.approx(expected, rel=1e-4)
+
+
+def test_evaluation_without_labels():
+    model = evopatch.apply(build("vit"), keep_ratio=0.3)
+    result = evopatch.finetune(model, Images("none"), Images("none", seed=4), FAST, progress=False)
+    assert result.before.top1 is result.after.top1 is None
+    assert result.before.kl > 0
+    with pytest.raises(DataError, match="no images to evaluate on"):
+        evopatch.finetune(model, Images("none"), Images("none", count=0), FAST, progress=False)
+
+
+def test_names_that_timm_does_not_know():
+    for settings, message in (({"optimizer": "best"}, "optimizer='best'"), ({"scheduler": "up"}, "scheduler='up'")):
+        model = evopatch.apply(build("vit"))
+        with pytest.raises(ConfigError, match=message):
+            evopatch.finetune(model, Images("tuple"), config=FinetuneConfig(**settings), progress=False)
+
+
+def test_settings_as_plain_values():
+    config = FinetuneConfig(epochs=3, mixup=0.8, ema_decay=0.99)
+    assert FinetuneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ConfigError, match=r"unknown settings \['lr'\]"):
+        FinetuneConfig.from_dict({"lr": 1})
+
+
+def test_the_settings_of_an_epoch():
+    paper = EvoConfig.paper()
+    config = FinetuneConfig(epochs=3, layer_to_stage=True)
+    assert [config.of_epoch(paper, epoch).selection for epoch in range(3)] == ["layer", "layer", "stage"]
+    assert FinetuneConfig(epochs=3).of_epoch(paper, 0) == paper
