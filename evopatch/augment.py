@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -34,7 +35,7 @@ def training_transform(classifier: Classifier, augmentation: Augmentation) -> Ca
     from timm.data import create_transform
 
     try:
-        return create_transform(  # type: ignore[no-any-return]
+        transform: Callable[[Any], Tensor] = create_transform(
             classifier.input_size,
             is_training=True,
             scale=augmentation.scale,
@@ -48,3 +49,17 @@ def training_transform(classifier: Classifier, augmentation: Augmentation) -> Ca
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise ConfigError(f"{augmentation}: timm can't make a transform of it: {error}") from error
+    _keep_a_bit(transform)
+    return transform
+
+
+def _keep_a_bit(transform: Any) -> None:
+    # At full strength timm's policies posterize to 0 bits, a black image, which Pillow refuses since version 13.
+    for policy in transform.transforms:
+        for op in getattr(policy, "ops", None) or sum(getattr(policy, "policy", []), []):
+            if op.name.startswith("Posterize"):
+                op.aug_fn = partial(_posterize, op.aug_fn)
+
+
+def _posterize(function: Callable[..., Any], image: Any, bits: int, **kwargs: Any) -> Any:
+    return function(image, max(bits, 1), **kwargs)

@@ -8,11 +8,11 @@ import time
 
 import pytest
 import timm
-import tomllib
 import torch
 from test_cli import encoded, evopatch  # noqa: F401
 
 from evopatch import EvoConfig, config_of, load_pretrained
+from evopatch.cli.options import tomllib
 
 SMALL = ("--model", "vit_tiny_patch16_224", "--no-pretrained", "--image-size", "32")
 
@@ -174,3 +174,18 @@ def test_interrupt_and_go_on(tmp_path):
     assert "160 steps" in words(resumed.stdout)
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if "loss" in json.loads(line)]
     assert steps == list(range(1, 161))
+
+
+def test_two_processes_are_one_run(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "evopatch"]
+    options = ["--epochs", "2", "--batch-size", "16", "--rows", ":128", "--eval-rows", ":16", "--output", "run"]
+    run = subprocess.run(
+        [*launch, "finetune", *SMALL, *options], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert events[0]["settings"]["processes"] == 2
+    assert [line["step"] for line in events if line.get("event") == "end"] == [8]  # 128 images in batches of 2 x 16
+    assert words(run.stdout).count("patched, trained") == 1
+    assert "destroy_process_group" not in run.stderr
+    load_pretrained(tmp_path / "run" / "model")

@@ -77,6 +77,17 @@ def test_the_same_seed_gives_the_same_weights():
     assert not torch.equal(run(1), first)
 
 
+def test_every_forward_of_a_step_has_its_own_random_numbers():
+    model = evopatch.apply(build("vit"))
+    drawn = []
+    handle = model.register_forward_hook(lambda *_: drawn.append(torch.rand(()).item()) if model.training else None)
+    config = FinetuneConfig(epochs=1, batch_size=4, accumulation_steps=4)
+    evopatch.finetune(model, Images("tuple", 32), config=config, progress=False)
+    handle.remove()
+    training = drawn[:8]
+    assert len(set(training)) == 8
+
+
 def settings_of_epochs(monkeypatch, config, keep_ratio=0.5):
     """The model's settings in every epoch's first forward, and afterwards; one step is an epoch."""
     seen = []

@@ -136,13 +136,12 @@ def finetune(
 
         evopatch finetune --config evopatch-finetune-deit_tiny_patch16_224/config.toml --resume
     """
-    from accelerate import PartialState
-
     from ..augment import Augmentation, training_transform
     from ..checkpoint import save_pretrained
     from ..finetune import finetune as run
     from ..models import Preprocessing, count_classes, open_classifier, reset_head
     from ..patch import apply
+    from ..training import processes
     from ..training.randomness import seed_everything
 
     finetune_config = FinetuneConfig(**training)
@@ -185,7 +184,8 @@ def finetune(
     except TrainingInterruptedError as error:
         how = f"evopatch finetune --config {folder / SETTINGS} --resume"
         raise TrainingError(f"{str(error).split('. Call again')[0]}. To go on: {how}") from None
-    if not PartialState().is_main_process:
+    processes.end()
+    if not processes.is_main():
         return
     save_pretrained(classifier.model, folder / "model")
     console.print(_table(model, result, from_random))
@@ -236,10 +236,11 @@ def _teacher(name: str | None, checkpoint: Path | None, student: Any) -> Any:
 
 def _save_settings(folder: Path, ctx: typer.Context) -> None:
     import tomli_w
-    from accelerate import PartialState
+
+    from ..training import processes
 
     # A run that is resumed, or refused since there is one already, keeps its own.
-    if not PartialState().is_main_process or checkpoints.steps(folder):
+    if not processes.is_main() or checkpoints.steps(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     values = {
@@ -254,9 +255,9 @@ def _save_settings(folder: Path, ctx: typer.Context) -> None:
 
 
 def _say(text: str) -> None:
-    from accelerate import PartialState
+    from ..training import processes
 
-    if PartialState().is_main_process:
+    if processes.is_main():
         errors.print(text, highlight=False, soft_wrap=True)
 
 

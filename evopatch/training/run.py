@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from ..errors import ConfigError, DataError, TrainingError, TrainingInterruptedError
 from ..evaluate import logits_of
 from ..patch import config_of, patched_hosts, set_config
-from . import checkpoint, log
+from . import checkpoint, log, processes
 from .config import FinetuneConfig
 from .interrupt import Request, deferred
 from .items import Batch, Items, collate
@@ -86,6 +86,7 @@ class Run:
         self.model, self.items, self.config, self.objective, self.output = model, items, config, objective, output
         self._log = None if output is None else log.JsonLines(output / log.FILE)
         self.accelerator = Accelerator(
+            cpu=processes.on_cpu(),
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.accumulation_steps,
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
@@ -247,7 +248,9 @@ class Run:
             yield
             self._event("end", losses=self.progress.losses)
         finally:
-            self.accelerator.end_training()
+            # `end_training` would also destroy the process group, which is the caller's.
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def _epoch(self, epoch: int, done: int, request: Request, show: Callable[[int, str], None]) -> None:
         set_config(self.model, self.config.of_epoch(self._patch_config, epoch))
@@ -258,14 +261,16 @@ class Run:
             loader = self.accelerator.skip_first_batches(loader, done * self.config.accumulation_steps)
         loader.set_epoch(epoch)
         sums: dict[str, Tensor] = {}
+        forwards = 0  # of the current step
         for batch in loader:
             self._note_unreadable(batch.unreadable)
             with self.accelerator.accumulate(self.student):
-                self._forward_backward(batch, sums)
+                self._forward_backward(batch, sums, forwards)
+                forwards += 1
                 if not self.accelerator.sync_gradients:
                     continue
                 stop = self._optimizer_step(sums, epoch, request.made)
-            sums = {}
+            sums, forwards = {}, 0
             show(1, f"epoch {epoch + 1}/{self.config.epochs}, {self._meter.live()}")
             ends = self.progress.step % self.steps_per_epoch == 0
             if ends:
@@ -281,10 +286,10 @@ class Run:
                     f"{self.output}. Call again with the same settings and resume=True to go on"
                 )
 
-    def _forward_backward(self, batch: Batch, sums: dict[str, Tensor]) -> None:
+    def _forward_backward(self, batch: Batch, sums: dict[str, Tensor], forward: int) -> None:
         images, labels, _ = batch
         # Dropout of this forward: a function of the seed and the place, so that a resumed run repeats it.
-        seed_everything(self.config.seed, self.progress.step, len(sums), self.accelerator.process_index)
+        seed_everything(self.config.seed, self.progress.step, forward, self.accelerator.process_index)
         targets = labels if self.objective.uses_labels else None
         if self._mixup is not None:
             any_label = torch.zeros(len(images), dtype=torch.long, device=images.device)
