@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -56,7 +57,7 @@ def training_transform(classifier: Classifier, augmentation: Augmentation) -> Ca
 def _keep_a_bit(transform: Any) -> None:
     # At full strength timm's policies posterize to 0 bits, a black image, which Pillow refuses since version 13.
     for policy in transform.transforms:
-        for op in getattr(policy, "ops", None) or sum(getattr(policy, "policy", []), []):
+        for op in getattr(policy, "ops", None) or chain.from_iterable(getattr(policy, "policy", ())):
             if op.name.startswith("Posterize"):
                 op.aug_fn = partial(_posterize, op.aug_fn)
 
