@@ -50,7 +50,8 @@ def train(arguments: argparse.Namespace, keep_ratio: float, seed: int) -> Finetu
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(train_data), generator=generator)[: arguments.images].tolist()
     model = build(seed, arguments.dim, arguments.depth)
-    evopatch.apply(model, config=EvoConfig.paper(keep_ratio))
+    config = EvoConfig.paper() if arguments.representative == "single" else EvoConfig()
+    evopatch.apply(model, keep_ratio, config)
     return evopatch.finetune(
         model,
         Subset(train_data, rows),
@@ -72,13 +73,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10's training images, as a parquet file")
     parser.add_argument("--eval-data", type=Path, required=True, help="its test images")
-    parser.add_argument("--images", type=int, default=20000, help="how many training images, drawn at random")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--images", type=int, default=16000, help="how many training images, drawn at random")
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--dim", type=int, default=192)
+    parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--depth", type=int, default=9)
     parser.add_argument("--keep-ratio", type=float, default=0.5)
+    parser.add_argument("--representative", choices=("single", "matched"), default="single", help="single: the paper's")
+    parser.add_argument("--only-patched", action="store_true", help="leave the unpatched run out")
     parser.add_argument("--seed", type=int, action="append", help="may be repeated (default: 0)")
     parser.add_argument("--json-out", type=Path, help="write the results there")
     arguments = parser.parse_args()
@@ -87,8 +90,10 @@ def main() -> None:
         table.add_column(column)
     results = []
     for seed in arguments.seed or [0]:
-        runs = [train(arguments, keep_ratio, seed) for keep_ratio in (1.0, arguments.keep_ratio)]
-        for name, run in zip(("unpatched", f"keep {arguments.keep_ratio:g}"), runs, strict=True):
+        ratios = [arguments.keep_ratio] if arguments.only_patched else [1.0, arguments.keep_ratio]
+        runs = [train(arguments, keep_ratio, seed) for keep_ratio in ratios]
+        for keep_ratio, run in zip(ratios, runs, strict=True):
+            name = "unpatched" if keep_ratio == 1 else f"{arguments.representative}, keep {keep_ratio:g}"
             assert run.after is not None
             assert run.after.top1 is not None
             table.add_row(

@@ -1,5 +1,7 @@
 """Slow-fast token evolution for existing vision transformers (Evo-ViT, arXiv 2108.01390)."""
 
+from .autopatch import autopatch
+from .benchmark import Benchmark, benchmark
 from .checkpoint import load_pretrained, save_pretrained
 from .config import EvoConfig
 from .errors import (
@@ -18,13 +20,26 @@ from .errors import (
     UnsupportedModelError,
 )
 from .finetune import FinetuneConfig, FinetuneResult, finetune
-from .patch import apply, config_of, is_patched, patched, remove, set_config, set_keep_ratio, supported, token_selection
+from .patch import (
+    apply,
+    config_of,
+    is_patched,
+    patched,
+    remove,
+    set_config,
+    set_keep_ratio,
+    supported,
+    token_groups,
+    token_selection,
+)
 from .profile import Profile, profile
+from .visualize import visualize, visualize_training
 
 __version__ = "0.1.0"
 __all__ = [
     "AlreadyPatchedError",
     "AttentionNotFoundError",
+    "Benchmark",
     "BypassError",
     "CheckpointError",
     "ConfigError",
@@ -41,6 +56,8 @@ __all__ = [
     "UnsupportedInputError",
     "UnsupportedModelError",
     "apply",
+    "autopatch",
+    "benchmark",
     "config_of",
     "finetune",
     "is_patched",
@@ -52,5 +69,8 @@ __all__ = [
     "set_config",
     "set_keep_ratio",
     "supported",
+    "token_groups",
     "token_selection",
+    "visualize",
+    "visualize_training",
 ]

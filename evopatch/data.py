@@ -29,14 +29,14 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
     Args:
         count: How many.
         labels: By position; None for images without.
-        classes: How many there are, if the source says so.
+        classes: Their names in the order of the labels, if the source says so.
     """
 
-    def __init__(self, count: int, labels: Sequence[int] | None, classes: int | None = None) -> None:
+    def __init__(self, count: int, labels: Sequence[int] | None, classes: Sequence[str] | None = None) -> None:
         self._count = count
         self.labels = labels
         """By position; set it to None to do without."""
-        self.classes = classes
+        self.class_names = None if classes is None else tuple(classes)
         self.transform: Transform | None = None
         """What makes a tensor `(3, height, width)` of a PIL image."""
 
@@ -47,6 +47,32 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """What a message calls the image."""
+
+    @property
+    def classes(self) -> int | None:
+        """How many there are, if the source says so."""
+        return None if self.class_names is None else len(self.class_names)
+
+    def number_as(self, names: Sequence[str], where: str) -> None:
+        """Take the numbers that other images have for the same classes; a folder numbers those that it holds.
+
+        Args:
+            names: Of the others, in the order of their labels.
+            where: What a message calls these images.
+
+        Raises:
+            DataError: If there is a class that the others don't have.
+        """
+        if self.class_names is None or self.labels is None or self.class_names == tuple(names):
+            return
+        if unknown := [name for name in self.class_names if name not in names]:
+            raise DataError(
+                f"{where} has classes that the training data don't have: {', '.join(unknown[:5])}; expected some of "
+                f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            )
+        numbers = [list(names).index(name) for name in self.class_names]
+        self.labels = [numbers[label] for label in self.labels]
+        self.class_names = tuple(names)
 
     def __len__(self) -> int:
         return self._count
@@ -60,6 +86,8 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
         from PIL import Image
 
         source = self.encoded(index)
+        if source is None:
+            raise UnreadableImageError(self.name(index), ValueError("it is missing"))
         try:
             if isinstance(source, Image.Image):
                 image = source.convert("RGB")
@@ -84,7 +112,7 @@ class Digits(Images):
         train, test = train_test_split(rows, test_size=0.25, stratify=digits.target, random_state=0)
         self._rows = train if split == "train" else test
         self._pixels = (digits.images * (255 / 16)).round().astype("uint8")
-        super().__init__(len(self._rows), digits.target[self._rows], 10)
+        super().__init__(len(self._rows), digits.target[self._rows], [str(number) for number in range(10)])
 
     def encoded(self, index: int) -> Any:
         from PIL import Image
@@ -98,7 +126,7 @@ class Digits(Images):
 class Files(Images):
     """Image files."""
 
-    def __init__(self, paths: list[str], labels: Sequence[int] | None, classes: int | None = None) -> None:
+    def __init__(self, paths: list[str], labels: Sequence[int] | None, classes: Sequence[str] | None = None) -> None:
         super().__init__(len(paths), labels, classes)
         self._paths = paths
 
@@ -112,7 +140,7 @@ class Files(Images):
 class Table(Images):
     """Rows of a table: a column of encoded images, bytes or structs with `bytes` and `path`."""
 
-    def __init__(self, column: Any, labels: Sequence[int] | None, classes: int | None, where: str) -> None:
+    def __init__(self, column: Any, labels: Sequence[int] | None, classes: Sequence[str] | None, where: str) -> None:
         super().__init__(len(column), labels, classes)
         self._column, self._where = column, where
 
@@ -201,7 +229,7 @@ def _class_folders(path: Path) -> Images:
         raise DataError(
             f"{path}: expected images, or one subfolder with images per class in class order: {error}"
         ) from error
-    return Files([file for file, _ in folders.samples], folders.targets, len(folders.classes))
+    return Files([file for file, _ in folders.samples], folders.targets, folders.classes)
 
 
 def _file(path: Path) -> Images:
@@ -221,7 +249,7 @@ def _file(path: Path) -> Images:
     # What the library `datasets` writes beside its tables.
     metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = metadata.get("info", {}).get("features", {}).get(label, {})
-    classes = len(feature["names"]) if isinstance(feature, dict) and "names" in feature else None
+    classes = feature.get("names") if isinstance(feature, dict) else None
     labels = None if label is None else table.column(label).to_pylist()
     return Table(table.column(image), labels, classes, str(path))
 
@@ -271,6 +299,6 @@ def _part(found: Any, name: str, split: Split) -> Images | None:
     if isinstance(part.features[image], datasets.Image):
         part = part.cast_column(image, datasets.Image(decode=False))
     feature = None if label is None else part.features[label]
-    classes = feature.num_classes if isinstance(feature, datasets.ClassLabel) else None
+    classes = feature.names if isinstance(feature, datasets.ClassLabel) else None
     labels = None if label is None else list(part[label])
     return Table(part[image], labels, classes, name)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .config import EvoConfig, Representative
 from .evaluate import evaluate
-from .patch import apply, set_config, token_selection
+from .patch import apply, set_config
 from .timing import compare_speed
-from .visualize import draw_selection
+from .visualize import visualize
 
 IMAGE_SIZE = 32
 PATCH_SIZE = 4
@@ -112,6 +112,7 @@ def run(out: Path, console: Console, progress_bar: ProgressBar, epochs: int = EP
     console.print(table)
     set_config(model, EvoConfig())
     shown = slice(0, 6)
-    selection = token_selection(model, inputs[shown])
-    draw_selection(images[shown, 0], selection, (0, 3, 6), out, "slow tokens at keep_ratio=0.5")
+    figure = visualize(model, inputs[shown], blocks=(0, 3, 6), pixels=images[shown, 0])
+    figure.suptitle("slow tokens at keep_ratio=0.5")
+    figure.savefig(out)
     console.print(f"token selection: {out}", highlight=False, soft_wrap=True)

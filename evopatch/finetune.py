@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,7 +20,7 @@ from .patch import config_of, is_patched, patched_hosts, remove
 from .timing import Speed, compare_speed, compare_training_speed
 from .training import checkpoint
 from .training.config import FinetuneConfig
-from .training.items import Batch, Items, collate
+from .training.items import Batch, Items, collate, refuse_unreadable
 from .training.randomness import preserved
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ class FinetuneResult:
     """Training speed, all processes together."""
     unreadable: tuple[str, ...]
     """Training images that could not be read and were replaced by others."""
+    unreadable_evaluation: tuple[str, ...]
+    """Evaluation images that could not be read and were left out."""
     unpatched: Evaluation | None
     """The unpatched model on the evaluation data, before training."""
     before: Evaluation | None
@@ -100,7 +104,8 @@ def finetune(
             the teacher, or the run that is resumed.
         CheckpointError: If the output folder holds a run and `resume` isn't set, or no checkpoint in it is whole.
         DataError: If the training data are empty, of another kind, the objective needs labels and they have none, or
-            more than 1 % of the images can't be read.
+            a label is outside the model's classes,
+            or more than 1 % of the images can't be read.
         TrainingError: If loss or gradient are no longer finite; the model keeps the weights before that step.
         TrainingInterruptedError: After Ctrl-C or SIGTERM where there is an output folder; a KeyboardInterrupt.
     """
@@ -122,6 +127,7 @@ def _finetune(
     progress: bool,
 ) -> FinetuneResult:
     from .progress import progress_bar
+    from .training import processes
     from .training.objective import Objective
     from .training.run import Run
 
@@ -130,27 +136,40 @@ def _finetune(
         raise DataError("no images to train on")
     objective = Objective(config, _distils(items, config, teacher is not None))
     original = remove(copy.deepcopy(model)).eval().requires_grad_(False)
+    begun = folder is not None and resume and bool(checkpoint.steps(folder))
+    if folder is not None and begun:
+        checkpoint.load_initial(folder, original)
+    elif folder is not None and processes.is_main():
+        checkpoint.write_initial(folder, original)
     taught_by = _teacher(teacher, original, model) if objective.distils else None
+    identity = None if taught_by is None else "itself" if teacher is None else _digest(taught_by)
     patch_config = config_of(model)
-    unpatched = before = None
-    if eval_data is not None:
-        unpatched, before = _evaluate(model, eval_data, config.batch_size)
+    evaluation = None if eval_data is None else _EvaluationData(eval_data, config.batch_size)
+    unpatched = before = after = None
     modes = None if taught_by is None else taught_by.training
-    run = Run(model, items, config, objective, None if taught_by is None else taught_by.eval(), folder)
     try:
-        resumed = resume and run.resume()
-        hidden = not progress or not run.accelerator.is_main_process
-        with progress_bar("fine-tuning" + (", resumed" if resumed else ""), run.steps, disable=hidden) as advance:
-            run.train(advance)
+        run = Run(model, items, config, objective, taught_by and taught_by.eval(), folder, identity)
+        try:
+            reached = run.resumable() if resume else None
+            if begun:  # a model that was trained before it was interrupted begins anew
+                model.load_state_dict(original.state_dict())
+            if evaluation is not None:
+                unpatched, before = evaluation.run(model)
+            if reached is not None:
+                run.resume(reached)
+            hidden = not progress or not run.accelerator.is_main_process
+            description = "fine-tuning" + (", resumed" if reached else "")
+            with progress_bar(description, run.steps, disable=hidden) as advance:
+                run.train(advance)
+        finally:
+            run.close()
     finally:
-        run.close()
         if taught_by is not None and modes is not None:
             taught_by.train(modes)
     assert config_of(model) == patch_config
-    after = None
-    if eval_data is not None:
-        _, after = _evaluate(model, eval_data, config.batch_size, original)
-    result = _result(run, items, unpatched, before, after)
+    if evaluation is not None:
+        _, after = evaluation.run(model, original)
+    result = _result(run, items, evaluation, unpatched, before, after)
     if folder is not None and run.accelerator.is_main_process:
         (folder / "result.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     return result
@@ -198,28 +217,43 @@ def _teacher(teacher: nn.Module | str | None, original: nn.Module, model: nn.Mod
     return open_classifier(teacher).model.requires_grad_(False)
 
 
-def _evaluate(
-    model: nn.Module, data: Dataset[Any], batch_size: int, original: nn.Module | None = None
-) -> tuple[Evaluation, Evaluation]:
-    items = Items(data)
-    size = next(
-        (item.image.shape for item in map(items.__getitem__, range(len(items))) if item.image is not None), None
-    )
-    if size is None:
-        raise DataError("no images to evaluate on")
+def _digest(teacher: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(teacher.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
-    def batches() -> Iterator[tuple[Tensor, Tensor | None]]:
-        for batch in cast(Iterator[Batch], DataLoader(items, batch_size, collate_fn=collate)):
+
+class _EvaluationData:
+    def __init__(self, data: Dataset[Any], batch_size: int) -> None:
+        self._items, self._batch_size = Items(data), batch_size
+        self.unreadable: dict[str, None] = {}
+        images = (item.image for item in map(self._items.__getitem__, range(len(self._items))))
+        first = next((image for image in images if image is not None), None)
+        if first is None:
+            raise DataError("no images to evaluate on")
+        self._size = cast(tuple[int, int, int], tuple(first.shape))
+
+    def run(self, model: nn.Module, original: nn.Module | None = None) -> tuple[Evaluation, Evaluation]:
+        """Of the unpatched (or original) and of the patched model."""
+        unpatched, patched = evaluate(model, self._batches(), [config_of(model)], self._size, original=original)
+        return unpatched, patched
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for batch in cast(Iterator[Batch], DataLoader(self._items, self._batch_size, collate_fn=collate)):
+            self.unreadable |= dict.fromkeys(batch.unreadable)
+            refuse_unreadable(list(self.unreadable), len(self._items), "evaluation")
             yield batch.images, batch.labels
-
-    unpatched, patched = evaluate(
-        model, batches(), [config_of(model)], cast(tuple[int, int, int], tuple(size)), original=original
-    )
-    return unpatched, patched
 
 
 def _result(
-    run: Run, items: Items, unpatched: Evaluation | None, before: Evaluation | None, after: Evaluation | None
+    run: Run,
+    items: Items,
+    evaluation: _EvaluationData | None,
+    unpatched: Evaluation | None,
+    before: Evaluation | None,
+    after: Evaluation | None,
 ) -> FinetuneResult:
     image = items[0].image
     assert image is not None
@@ -234,6 +268,7 @@ def _result(
         seconds=done.seconds,
         images_per_second=done.images / done.seconds if done.seconds else float("nan"),
         unreadable=tuple(done.unreadable),
+        unreadable_evaluation=() if evaluation is None else tuple(evaluation.unreadable),
         unpatched=unpatched,
         before=before,
         after=after,

@@ -132,11 +132,7 @@ def _timm_classifier(
     import timm
     import timm.data
 
-    if ":" not in name and not timm.is_model(name):
-        known = timm.list_models()
-        similar = difflib.get_close_matches(name.split(".")[0], known, n=3, cutoff=0.6)
-        hint = f"did you mean {' or '.join(similar)}?" if similar else "`evopatch list` shows the names."
-        raise UnsupportedModelError(f"timm has no model named '{name}': {hint}")
+    _check_timm_name(name)
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if checkpoint is not None:
         model = _from_file(name, checkpoint, options)
@@ -150,6 +146,61 @@ def _timm_classifier(
     transform = timm.data.create_transform(**data, is_training=False)
     size, mean, std = tuple(data["input_size"]), tuple(data["mean"]), tuple(data["std"])
     return Classifier(model.eval(), transform, size, mean, std, data["interpolation"])
+
+
+def open_architecture(name: str, image_size: int | None = None) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A classifier with random weights, in eval mode, and its input's `(channels, height, width)`.
+
+    Args:
+        name: As for `open_classifier`.
+        image_size: In pixels. None: the model's own.
+
+    Raises:
+        UnsupportedModelError: If there is no such model; names similar ones.
+        CheckpointError: If its configuration is missing or can't be downloaded.
+        ConfigError: If the image size doesn't suit it.
+    """
+    library, source = _library_and_source(name)
+    with no_retries():
+        if library == "timm":
+            return _timm_architecture(source, image_size)
+        from transformers import AutoConfig, AutoModelForImageClassification
+
+        try:
+            config: Any = AutoConfig.from_pretrained(source)
+            if image_size is not None:
+                config.image_size = image_size
+            model = AutoModelForImageClassification.from_config(config)
+        except Exception as error:
+            raise CheckpointError(f"no image classifier could be made from '{name}': {_first_lines(error)}") from error
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return model.eval(), (config.num_channels, height, width)
+
+
+def _timm_architecture(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
+    import timm
+    import timm.data
+
+    _check_timm_name(name)
+    try:
+        model: Any = timm.create_model(name)
+        if image_size is not None:
+            model.set_input_size(img_size=(image_size, image_size))
+    except Exception as error:
+        raise ConfigError(f"{name} can't be made for images of {image_size} px: {_first_lines(error)}") from error
+    channels, height, width = timm.data.resolve_data_config(model=model, use_test_size=False)["input_size"]
+    return model.eval(), (channels, image_size or height, image_size or width)
+
+
+def _check_timm_name(name: str) -> None:
+    import timm
+
+    if ":" not in name and not timm.is_model(name):
+        known = timm.list_models()
+        similar = difflib.get_close_matches(name.split(".")[0], known, n=3, cutoff=0.6)
+        hint = f"did you mean {' or '.join(similar)}?" if similar else "`evopatch list` shows the names."
+        raise UnsupportedModelError(f"timm has no model named '{name}': {hint}")
 
 
 class Renormalised(nn.Module):

@@ -153,17 +153,24 @@ def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance
     """
     batch, patches = g.shape
     unit = F.normalize(metric.detach(), dim=-1)
-    similarity = unit @ unit.transpose(1, 2)
-    lowest = torch.finfo(similarity.dtype).min
-    more_important = g.unsqueeze(1) > g.unsqueeze(2)
-    redundancy = similarity.masked_fill(~more_important, lowest).amax(dim=-1).float()
-    loss = g.pow(importance) * (1.0 - redundancy)
+    # In pieces of as many rows as there are channels: no larger than what an MLP holds, however many tokens there are.
+    step = unit.shape[-1]
+    redundancy = []
+    for rows, own in zip(unit.split(step, dim=1), g.split(step, dim=1), strict=True):
+        similarity = rows @ unit.transpose(1, 2)
+        less_important = g.unsqueeze(1) <= own.unsqueeze(2)
+        redundancy.append(similarity.masked_fill(less_important, torch.finfo(similarity.dtype).min).amax(dim=-1))
+    loss = g.pow(importance) * (1.0 - torch.cat(redundancy, dim=1).float())
     index = loss.topk(keep, dim=1, sorted=False).indices
     slow = torch.zeros_like(g).scatter(1, index, 1.0).bool()
-    # Rows of the similarity against the slow columns only: the arg max is the row of the compact set.
-    columns = similarity.gather(2, index.unsqueeze(1).expand(batch, patches, keep))
+    # The similarity to the slow tokens only: the arg max is the row of the compact set.
+    if patches <= step:
+        group = similarity.gather(2, index.unsqueeze(1).expand(batch, patches, keep)).argmax(dim=-1)
+    else:
+        slow_unit = unit.gather(1, index.unsqueeze(2).expand(batch, keep, step)).transpose(1, 2)
+        group = torch.cat([(rows @ slow_unit).argmax(dim=-1) for rows in unit.split(step, dim=1)], dim=1)
     order = torch.arange(keep, device=g.device).expand(batch, keep)
-    group = columns.argmax(dim=-1).scatter(1, index, order)
+    group = group.scatter(1, index, order)
     size = torch.zeros_like(g[:, :keep]).scatter_add(1, group, torch.ones_like(g))
     share = g.clamp_min(torch.finfo(g.dtype).tiny).sqrt()
     total = torch.zeros_like(size).scatter_add(1, group, share)

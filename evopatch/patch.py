@@ -14,6 +14,7 @@ from . import registry
 from .adapter import Adapter, Swap
 from .config import EvoConfig
 from .errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModelError
+from .ops import Partition
 from .stream import Patch, Stream
 from .swap import Swapped, is_last, restore, swap
 
@@ -182,8 +183,39 @@ def token_selection(model: nn.Module, images: Tensor, **model_inputs: Any) -> Te
         NotPatchedError: If nothing in the model is patched.
         UnsupportedModelError: If several hosts in it are patched; give the part that holds one.
     """
+    stream, (height, width) = _observe(model, images, model_inputs)
+    shape = (images.shape[0], height * width)
+    slow = [
+        torch.ones(shape, dtype=torch.bool, device=images.device)
+        if partition is None
+        else partition.slow.to(images.device)
+        for partition in stream
+    ]
+    return torch.stack(slow, dim=1).view(-1, len(slow), height, width)
+
+
+@torch.no_grad()
+def token_groups(model: nn.Module, images: Tensor, **model_inputs: Any) -> Tensor:
+    """Which patch tokens each block updated together. Arguments and errors as for `token_selection`.
+
+    Returns:
+        `(B, L, h, w)` int64: tokens with the same number in a block shared one row of its compact set. All numbers
+        differ where a block takes every token.
+    """
+    stream, (height, width) = _observe(model, images, model_inputs)
+    alone = torch.arange(height * width, device=images.device).expand(images.shape[0], -1)
+    groups = [
+        alone if partition is None else partition.group[:, -height * width :].to(images.device) for partition in stream
+    ]
+    return torch.stack(groups, dim=1).view(-1, len(groups), height, width)
+
+
+def _observe(
+    model: nn.Module, images: Tensor, model_inputs: dict[str, Any]
+) -> tuple[list[Partition | None], tuple[int, int]]:
+    """The partition of every block, None where it takes every token, and the grid."""
     _, host = only_host(model)
-    height, width = adapter_of(host).grid(host, (images.shape[-2], images.shape[-1]))
+    grid = adapter_of(host).grid(host, (images.shape[-2], images.shape[-1]))
     patch: Patch = host._evo_patch
     with restored(model):
         streams: list[Stream] = []
@@ -193,15 +225,8 @@ def token_selection(model: nn.Module, images: Tensor, **model_inputs: Any) -> Te
         finally:
             patch.streams = None
     if not patch.active or not streams:
-        depth = patch.depth
-        return torch.ones(images.shape[0], depth, height, width, dtype=torch.bool, device=images.device)
-    stream = streams[-1]
-    everything = torch.ones(images.shape[0], height * width, dtype=torch.bool, device=images.device)
-    slow = [
-        stream.partitions[i].slow.to(images.device) if i in stream.partitions else everything
-        for i in range(stream.depth)
-    ]
-    return torch.stack(slow, dim=1).view(images.shape[0], len(slow), height, width)
+        return [None] * patch.depth, grid
+    return [streams[-1].partitions.get(index) for index in range(streams[-1].depth)], grid
 
 
 def only_host(model: nn.Module) -> tuple[str, Any]:

@@ -1,27 +1,34 @@
-"""FLOPs of a patched model against the unpatched one, counted on the real forward, not by a formula."""
+"""FLOPs, tokens and memory of a patched model against the unpatched one, measured on real forwards."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import EvoConfig
+from .memory import peak_memory, saved_for_backward
 from .ops import num_slow
 from .patch import adapter_of, only_host, restored, set_config
+from .sharing import shared_copy
 from .stream import Patch
 
 
 @dataclass(frozen=True)
 class BlockProfile:
-    """One block: FLOPs (two per multiply-add) for one image, and the patch tokens that went through one by one."""
+    """One block, for one image: FLOPs (two per multiply-add), the patch tokens that went through one by one, and the
+    bytes that its forward keeps for the backward pass."""
 
     flops: int
     flops_unpatched: int
     tokens: int
     tokens_unpatched: int
+    activations: int
+    activations_unpatched: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,12 @@ class Profile:
     flops: int
     """Whole model, selection included."""
     flops_unpatched: int
+    activations: int
+    """Bytes that the whole model's forward keeps for the backward pass."""
+    activations_unpatched: int
+    memory: int
+    """Peak bytes of a forward without gradients, beyond weights and input; see `evopatch.memory.peak_memory`."""
+    memory_unpatched: int
 
     @property
     def ratio(self) -> float:
@@ -44,9 +57,13 @@ class Profile:
         unpatched = sum(block.flops_unpatched for block in self.blocks)
         return (self.flops - self.flops_unpatched + unpatched) / unpatched
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self) | {"ratio": self.ratio, "blocks_ratio": self.blocks_ratio}
+
 
 def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
-    """Count the FLOPs of one forward, patched and unpatched.
+    """Measure one image, patched and unpatched, in eval mode.
 
     Args:
         model: A model that takes images and holds one patched host, or is one.
@@ -65,27 +82,55 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     tokens = rows * columns
     container = ".".join(filter(None, (name, patch.spec.blocks)))
     with restored(model):
-        flops, blocks = _count(model, image, container)
+        patched = _measure(model, image, container)
         set_config(model, EvoConfig(keep_ratio=1.0))
-        flops_unpatched, blocks_unpatched = _count(model, image, container)
+        unpatched = _measure(model, image, container)
+    blocks = [
+        BlockProfile(
+            flops=patched.block_flops[index],
+            flops_unpatched=unpatched.block_flops[index],
+            tokens=num_slow(tokens, plan.keep_ratio) if plan.keep_ratio < 1.0 else tokens,
+            tokens_unpatched=tokens,
+            activations=patched.block_activations[index],
+            activations_unpatched=unpatched.block_activations[index],
+        )
+        for index, plan in enumerate(plans[: len(patched.block_flops)])
+    ]
     return Profile(
-        blocks=tuple(
-            BlockProfile(own, whole, num_slow(tokens, plan.keep_ratio) if plan.keep_ratio < 1.0 else tokens, tokens)
-            for own, whole, plan in zip(blocks, blocks_unpatched, plans, strict=False)
-        ),
-        flops=flops,
-        flops_unpatched=flops_unpatched,
+        blocks=tuple(blocks),
+        flops=patched.flops,
+        flops_unpatched=unpatched.flops,
+        activations=patched.activations,
+        activations_unpatched=unpatched.activations,
+        memory=patched.memory,
+        memory_unpatched=unpatched.memory,
     )
 
 
-@torch.no_grad()
-def _count(model: nn.Module, image: torch.Tensor, container: str) -> tuple[int, list[int]]:
+def count_flops(call: Callable[[], object]) -> tuple[int, dict[str, int]]:
+    """FLOPs of a call, two per multiply-add: in all, and by module with its path below the root module's class name."""
     from torch.utils.flop_counter import FlopCounterMode  # imports triton, a quarter of a second
 
     with FlopCounterMode(display=False) as counter:
-        model(image)
-    counts = counter.get_flop_counts()
-    blocks_module: Any = model.get_submodule(container)
+        call()
+    return counter.get_total_flops(), {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    flops: int
+    block_flops: list[int]
+    activations: int
+    block_activations: list[int]
+    memory: int
+
+
+def _measure(model: nn.Module, image: Tensor, container: str) -> _Measured:
+    with torch.no_grad():
+        flops, by_module = count_flops(lambda: model(image))
+        memory = peak_memory(lambda: model(image), image.device)
     root = type(model).__name__
-    blocks = [sum(counts[f"{root}.{container}.{i}"].values()) for i in range(len(blocks_module))]
-    return counter.get_total_flops(), blocks
+    names = [f"{container}.{index}" for index in range(len(model.get_submodule(container)))]  # type: ignore[arg-type]
+    # All weights take gradients: a frozen layer would keep nothing.
+    activations, kept = saved_for_backward(shared_copy(model, requires_grad=True), image, names)
+    return _Measured(flops, [by_module[f"{root}.{name}"] for name in names], activations, kept, memory)

@@ -1,12 +1,13 @@
-"""Speed of a patched model against the unpatched one, alternating in one run."""
+"""Times of several calls, alternating in one run."""
 
 from __future__ import annotations
 
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from .config import EvoConfig
 from .evaluate import logits_of
 from .patch import config_of, restored, set_config
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,41 @@ class Speed:
     """Median of the rounds' ratios, patched over unpatched: above 1 is faster."""
 
 
+def alternate(
+    calls: Mapping[Key, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    warm_up: int = 1,
+    on_round: Callable[[], object] = lambda: None,
+) -> dict[Key, list[float]]:
+    """Time calls in turn, so that a machine whose speed drifts slows all of them alike.
+
+    Args:
+        calls: What to time, by name.
+        device: Waited for before and after each call.
+        rounds: Timed calls of each.
+        warm_up: Calls of each before.
+        on_round: Called after each round, the warm-up's included.
+
+    Returns:
+        Seconds, one entry per round.
+    """
+    seconds: dict[Key, list[float]] = {key: [] for key in calls}
+    for step in range(warm_up + rounds):
+        for key, call in calls.items():
+            _synchronise(device)
+            begin = time.perf_counter()
+            call()
+            _synchronise(device)
+            if step >= warm_up:
+                seconds[key].append(time.perf_counter() - begin)
+        on_round()
+    return seconds
+
+
 @torch.no_grad()
 def compare_speed(model: nn.Module, batch: Tensor, rounds: int = 5, warm_up: int = 1) -> Speed:
-    """Time both sides in turn, so that a machine whose speed drifts slows both alike.
+    """Forwards of a patched model against those of itself at `keep_ratio=1`, which are the unpatched ones.
 
     Args:
         model: A patched model; timed in eval mode, with its first host's configuration.
@@ -39,7 +74,7 @@ def compare_speed(model: nn.Module, batch: Tensor, rounds: int = 5, warm_up: int
         warm_up: Forwards of each side before.
     """
     with restored(model):
-        return _alternate(model, batch, lambda: model(batch), rounds, warm_up)
+        return _compare(model, batch, lambda: model(batch), rounds, warm_up)
 
 
 def compare_training_speed(model: nn.Module, batch: Tensor, rounds: int = 5, warm_up: int = 1) -> Speed:
@@ -57,35 +92,30 @@ def compare_training_speed(model: nn.Module, batch: Tensor, rounds: int = 5, war
         logits_of(trained(batch)).float().logsumexp(1).sum().backward()
         trained.zero_grad()
 
-    return _alternate(trained, batch, step, rounds, warm_up)
+    return _compare(trained, batch, step, rounds, warm_up)
 
 
-def _alternate(model: nn.Module, batch: Tensor, call: Callable[[], object], rounds: int, warm_up: int) -> Speed:
+def _compare(model: nn.Module, batch: Tensor, call: Callable[[], object], rounds: int, warm_up: int) -> Speed:
     config = config_of(model)
-    unpatched = EvoConfig(keep_ratio=1.0)
-    seconds: dict[EvoConfig, list[float]] = {config: [], unpatched: []}
-    for step in range(warm_up + rounds):
-        for side, times in seconds.items():
-            set_config(model, side)
-            elapsed = _seconds(call, batch)
-            if step >= warm_up:
-                times.append(elapsed)
-    pairs = zip(seconds[unpatched], seconds[config], strict=True)
+
+    def side(of: EvoConfig) -> Callable[[], None]:
+        def run() -> None:
+            set_config(model, of)
+            call()
+
+        return run
+
+    seconds = alternate(
+        {"patched": side(config), "unpatched": side(EvoConfig(keep_ratio=1.0))}, batch.device, rounds, warm_up
+    )
+    pairs = zip(seconds["unpatched"], seconds["patched"], strict=True)
     return Speed(
-        patched=len(batch) / statistics.median(seconds[config]),
-        unpatched=len(batch) / statistics.median(seconds[unpatched]),
+        patched=len(batch) / statistics.median(seconds["patched"]),
+        unpatched=len(batch) / statistics.median(seconds["unpatched"]),
         ratio=statistics.median(slow / fast for slow, fast in pairs),
     )
 
 
-def _seconds(call: Callable[[], object], batch: Tensor) -> float:
-    _synchronise(batch)
-    begin = time.perf_counter()
-    call()
-    _synchronise(batch)
-    return time.perf_counter() - begin
-
-
-def _synchronise(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+def _synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -65,6 +65,7 @@ def files(tmp_path_factory):
     return folder
 
 
+COMMANDS = ("evaluate", "finetune", "benchmark", "profile", "visualize", "run", "list", "demo")
 COMMON = ("evaluate", "--model", "deit_tiny_patch16_224", "--num-classes", "3")
 
 
@@ -181,7 +182,7 @@ def test_an_unreachable_hub_is_one_message_at_once(evopatch, files, model, monke
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
 
-@pytest.mark.parametrize("command", [(), ("evaluate",), ("demo",), ("list",)])
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
 def test_help(command):
     run = subprocess.run([sys.executable, "-m", "evopatch", *command, "--help"], capture_output=True, text=True)
     assert run.returncode == 0

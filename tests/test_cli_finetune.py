@@ -12,7 +12,7 @@ import torch
 from test_cli import encoded, evopatch  # noqa: F401
 
 from evopatch import EvoConfig, config_of, load_pretrained
-from evopatch.cli.options import tomllib
+from evopatch.cli.options import read_toml
 
 SMALL = ("--model", "vit_tiny_patch16_224", "--no-pretrained", "--image-size", "32")
 
@@ -58,7 +58,7 @@ def test_settings_from_a_file_and_back(run_in, tmp_path):
     }  # fmt: skip
     (tmp_path / "settings.toml").write_text("\n".join(f"{k} = {json.dumps(v)}" for k, v in settings.items()))
     run_in("--config", "settings.toml", "--seed", "5", "--batch-size", "16")
-    saved = tomllib.loads((tmp_path / "first" / "config.toml").read_text())
+    saved = read_toml(tmp_path / "first" / "config.toml")
     assert saved["batch_size"] == 16, "the command line wins"
     assert saved["seed"] == 5
     assert saved["learning_rate"] == 1e-3

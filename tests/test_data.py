@@ -163,3 +163,25 @@ def test_in_evaluation_unreadable_images_are_left_out():
     assert batch.labels.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert batch.unreadable == ("item 3 (truncated)",)
     assert len(collate([items[3]]).images) == 0
+
+
+def test_a_missing_image_is_named(tmp_path):
+    rows = [*ROWS, {"image": None, "label": 0}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "images.parquet")
+    with pytest.raises(UnreadableImageError, match="row 6"):
+        open_images(tmp_path / "images.parquet")[6]
+
+
+def test_evaluation_folders_are_numbered_as_those_for_training(tmp_path):
+    for split, classes in (("train", "abc"), ("val", "ac"), ("other", "ad")):
+        for number, name in enumerate(classes):
+            save(tmp_path / split / name / "0.png", number)
+    train = open_part(tmp_path, "train")
+    evaluation = open_part(tmp_path, "eval")
+    assert (list(evaluation.labels), evaluation.classes) == ([0, 1], 2)
+    evaluation.number_as(train.class_names, "val")
+    assert (list(evaluation.labels), evaluation.classes) == ([0, 2], 3)
+    with pytest.raises(
+        DataError, match="other has classes that the training data don't have: d; expected some of a, b, c"
+    ):
+        open_images(tmp_path / "other").number_as(train.class_names, "other")

@@ -1,6 +1,7 @@
 """evopatch.finetune: labels, self-distillation, both libraries."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -145,23 +146,140 @@ def test_a_gradient_that_is_no_number_stops_before_the_step():
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["no", "bf16"])
-@torch.no_grad()
-def test_nothing_is_left_on_the_model(kind, monkeypatch):
+@pytest.fixture
+def new_accelerator():
+    """accelerate keeps its state for the life of a process."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("new_accelerator")
+@pytest.mark.parametrize(("kind", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+@torch.no_grad()
+def test_nothing_is_left_on_the_model(kind, dtype, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", kind)
     model, x = evopatch.apply(build("vit")), images()
     attributes = set(vars(model))
+    dtypes = set()
+    hook = model.blocks[0].mlp.fc1.register_forward_hook(
+        lambda module, args, out: dtypes.add(out.dtype) if module.training else None
+    )
     with torch.enable_grad():
         evopatch.finetune(model, Images("tuple"), config=FinetuneConfig(epochs=1), progress=False)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    hook.remove()
+    assert dtypes == {dtype, torch.float32}, "training, and the comparison of training speeds after it"
     assert set(vars(model)) == attributes
     twin = evopatch.apply(build("vit"))
     twin.load_state_dict(model.state_dict())
     assert torch.equal(model(x), twin(x))
     assert not torch.equal(model(x), evopatch.apply(build("vit"))(x))
+
+
+@pytest.mark.usefixtures("new_accelerator")
+def test_mixed_precision_that_is_not_to_be_had():
+    model = evopatch.apply(build("vit"))
+    run = {"train_data": Images("tuple"), "progress": False}
+    if not torch.accelerator.is_available():
+        with pytest.raises(ConfigError, match="'fp16' on the CPU"):
+            evopatch.finetune(model, config=FinetuneConfig(epochs=1, mixed_precision="fp16"), **run)
+    with pytest.raises(ConfigError, match="mixed precision 'bf16': AcceleratorState has already been initialized"):
+        evopatch.finetune(model, config=FinetuneConfig(epochs=1, mixed_precision="bf16"), **run)
+
+
+def test_the_last_step_of_an_epoch_is_a_whole_one():
+    """Three forwards, two to a step: on images that are all alike, every step has the same kind of gradient."""
+
+    def run(count, steps):
+        model = evopatch.apply(build("vit"))
+        data = torch.utils.data.TensorDataset(images(1).expand(count, -1, -1, -1), torch.zeros(count).long())
+        config = FinetuneConfig(
+            epochs=1, batch_size=8, accumulation_steps=steps, optimizer="sgd", learning_rate=0.1, scheduler="constant",
+            warmup_epochs=0, gradient_clip=1e6,
+        )  # fmt: skip
+        assert evopatch.finetune(model, data, config=config, progress=False).steps == 2
+        return model.state_dict()
+
+    expected = run(16, 1)
+    for name, tensor in run(24, 2).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cosine", "step", "multistep", "poly"])
+def test_the_learning_rate_falls(name, tmp_path):
+    config = FinetuneConfig(epochs=6, batch_size=8, scheduler=name, log_every=1)
+    evopatch.finetune(
+        evopatch.apply(build("vit")), Images("tuple"), config=config, output=tmp_path / "run", progress=False
+    )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line and "event" not in line]
+    assert len(rates) == 24
+    assert max(rates) == pytest.approx(config.learning_rate, rel=0.1)
+    assert rates[-1] < 0.2 * config.learning_rate
+
+
+class StopError(Exception):
+    pass
+
+
+def test_resuming_in_the_same_process_begins_with_the_same_weights(tmp_path):
+    """The model is half trained when a run is interrupted; it teaches itself as it was before."""
+
+    def run(folder, model, **arguments):
+        return evopatch.finetune(
+            model, Images("none"), Images("tuple", seed=9), FinetuneConfig(epochs=4, batch_size=8, learning_rate=1e-3),
+            output=folder, progress=False, **arguments,
+        )  # fmt: skip
+
+    whole = evopatch.apply(build("vit"), config=EvoConfig.paper(0.3))
+    expected = run(tmp_path / "whole", whole)
+    model = evopatch.apply(build("vit"), config=EvoConfig.paper(0.3))
+    calls = []
+
+    def stop(gradient):
+        calls.append(gradient)
+        if len(calls) == 7:
+            raise StopError
+
+    handle = model.head.weight.register_hook(stop)
+    with pytest.raises(StopError):
+        run(tmp_path / "run", model)
+    handle.remove()
+    result = run(tmp_path / "run", model, resume=True)
+    assert (result.unpatched, result.before, result.after) == (expected.unpatched, expected.before, expected.after)
+    assert result.losses == expected.losses
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": FinetuneConfig(epochs=1, ema_decay=0.9)}, "ema_decay was None and is 0.9 now"),
+        ({"config": FinetuneConfig(epochs=1, trainable="norms")}, "trainable was 'all' and is 'norms' now"),
+        ({"train_data": Images("none")}, "objective was 'labels' and is 'distillation' now"),
+        ({"teacher": build("gap")}, "teacher was None and is "),
+        ({"model": evopatch.apply(build("vit", num_classes=9))}, "is of another model than this VisionTransformer"),
+    ],
+)
+def test_a_refused_resume_leaves_the_model_untouched(changes, message, tmp_path):
+    arguments = {"train_data": Images("tuple"), "config": FinetuneConfig(epochs=1)}
+    evopatch.finetune(evopatch.apply(build("vit")), **arguments, output=tmp_path, progress=False)
+    arguments |= {"model": evopatch.apply(build("vit"))} | changes
+    before = copy.deepcopy(arguments["model"].state_dict())
+    with pytest.raises(ConfigError, match=message):
+        evopatch.finetune(**arguments, output=tmp_path, resume=True, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in arguments["model"].state_dict().items())
+    assert all(p.requires_grad for p in arguments["model"].parameters())
+
+
+@pytest.mark.parametrize("label", [-1, 7, -100])
+def test_a_label_outside_the_classes_is_named(label):
+    data = Images("tuple")
+    data.labels[5] = label
+    with pytest.raises(DataError, match=rf"item 5 of the training data has the label {label}: expected 0 to 6"):
+        evopatch.finetune(evopatch.apply(build("vit")), data, config=FAST, progress=False)
 
 
 def test_a_single_step_trains():

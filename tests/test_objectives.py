@@ -57,7 +57,7 @@ def test_equations():
 
 
 @pytest.mark.parametrize("name", ["deit_distilled", "hf_deit_teacher"])
-def test_two_heads_learn_apart(name):
+def test_two_heads_learn_apart(name, monkeypatch):
     model = evopatch.apply(build(name))
     x = images(4)
     outputs = Student(model, x[0], two_heads=True).train()(x)
@@ -68,7 +68,18 @@ def test_two_heads_learn_apart(name):
         assert torch.equal(outputs.logits, call(model, x))
     assert outputs.distillation is outputs.logits
     config = FinetuneConfig(epochs=1, batch_size=8, objective="distillation", distillation="hard", label_weight=0.5)
-    evopatch.finetune(model, Images("tuple"), config=config, progress=False)
+    heads = []
+
+    def recorded(student, x):
+        outputs = forward(student, x)
+        heads.append(not torch.equal(outputs.logits, outputs.distillation))
+        return outputs
+
+    with monkeypatch.context() as patched:
+        forward = Student.forward
+        patched.setattr(Student, "forward", recorded)
+        evopatch.finetune(model, Images("tuple"), config=config, progress=False)
+    assert heads == [True] * 4
     assert call(model.train(), x).shape == (4, 7), "still trained apart"
 
 
@@ -243,14 +254,18 @@ class Damaged(Images):
 def test_unreadable_images_are_counted_and_named(tmp_path):
     model = evopatch.apply(build("vit"))
     config = FinetuneConfig(epochs=2, batch_size=50)
-    result = evopatch.finetune(model, Damaged(1, 100), Damaged(2, 12), config=config, output=tmp_path, progress=False)
-    assert result.unreadable == ("item 0 (image file is truncated)",)
-    assert result.after.images == 10
+    result = evopatch.finetune(model, Damaged(1, 100), Damaged(1, 101), config=config, output=tmp_path, progress=False)
+    assert result.unreadable == result.unreadable_evaluation == ("item 0 (image file is truncated)",)
+    assert result.after.images == 100
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines if line.get("event") == "unreadable"] == [list(result.unreadable)]
 
 
 def test_too_many_unreadable_images():
+    with pytest.raises(DataError, match=r"2 of 12 evaluation images can't be read, more than 1%: item 0"):
+        evopatch.finetune(
+            evopatch.apply(build("vit")), Images("tuple"), Damaged(2, 12), FinetuneConfig(batch_size=8), progress=False
+        )
     with pytest.raises(
         DataError, match=r"2 of 100 training images can't be read, more than 1%: item [01] \(image file"
     ):

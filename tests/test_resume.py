@@ -86,7 +86,7 @@ def test_killed_at_random_steps(uninterrupted, tmp_path):
     events = [json.loads(line).get("event") for line in (folder / "log.jsonl").read_text().splitlines()]
     assert events.count("begin") == 1
     assert events.count("resumed") == 3
-    assert len(checkpoint.steps(folder)) == checkpoint.KEPT
+    assert len(checkpoint.steps(folder)) == 2
     assert not list((folder / checkpoint.FOLDER).glob("unfinished-*"))
 
 
@@ -152,8 +152,43 @@ def test_other_settings_are_refused(uninterrupted, tmp_path):
     code, errors = finish(start(uninterrupted / "run", tmp_path / "weights.pt", learning_rate=0.5))
     assert code != 0
     assert "is of a run with other settings: learning_rate was 0.001 and is 0.5 now" in errors
-    code, errors = finish(start(uninterrupted / "run", tmp_path / "weights.pt", workers=1))
+    assert "Error(s) in loading" not in errors
+
+
+def test_with_workers_from_the_middle_of_an_epoch(uninterrupted, tmp_path):
+    folder, weights = tmp_path / "run", tmp_path / "weights.pt"
+    subprocess.run(["cp", "-r", uninterrupted / "run", folder], check=True)
+    subprocess.run(["rm", "-r", newest(folder)], check=True)
+    assert checkpoint.steps(folder)[-1] % 6, "at the end of an epoch"
+    code, errors = finish(start(folder, weights, workers=2))
     assert code == 0, errors
+    assert_equal(weights, uninterrupted / "weights.pt")
+
+
+class SavesItself:
+    """What `checkpoint.write` needs of an accelerator."""
+
+    is_main_process = True
+
+    def wait_for_everyone(self):
+        pass
+
+    def save_state(self, folder):
+        Path(folder, "state").write_text("saved")
+
+
+def test_pruning_keeps_what_a_run_goes_on_from(tmp_path):
+    for step in (28, 32, 36):
+        checkpoint.write(tmp_path, step, SavesItself(), {}, keep=3)
+    for step in (32, 36):
+        truncate(tmp_path / checkpoint.FOLDER / f"step-{step:09d}" / "state")
+    (tmp_path / checkpoint.FOLDER / "unfinished-000000040").mkdir()
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert checkpoint.latest(tmp_path).name == "step-000000028"
+    checkpoint.write(tmp_path, 30, SavesItself(), {"a": 1}, keep=2)
+    assert checkpoint.steps(tmp_path) == [28, 30]
+    assert checkpoint.settings_of(checkpoint.latest(tmp_path)) == {"a": 1}
+    assert not list((tmp_path / checkpoint.FOLDER).glob("unfinished-*"))
 
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):

@@ -30,7 +30,7 @@ def build():
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
-    return VisionTransformer(
+    model = VisionTransformer(
         img_size=32,
         patch_size=8,
         embed_dim=32,
@@ -40,6 +40,9 @@ def build():
         drop_path_rate=0.2,
         proj_drop_rate=0.1,
     )
+    # Such as the mask token of transformers' DINOv2: distributed training has to do without its gradient.
+    model.register_parameter("mask_token", torch.nn.Parameter(torch.zeros(32)))
+    return model
 
 
 def main():

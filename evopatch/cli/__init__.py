@@ -7,7 +7,7 @@ from rich.markup import escape
 
 from ..errors import ConfigError, EvoPatchError
 from ..progress import errors
-from . import demo, evaluate, finetune, listing
+from . import benchmark, demo, evaluate, finetune, listing, profile, run, visualize
 from .tables import console
 
 __all__ = ["app", "console", "main"]
@@ -21,7 +21,14 @@ app = typer.Typer(
 )
 app.command()(finetune.finetune)
 app.command()(evaluate.evaluate)
+app.command()(benchmark.benchmark)
+app.command()(profile.profile)
+app.command()(visualize.visualize)
 app.command(name="list")(listing.list_models)
+# What follows the script's name is the script's.
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)(run.run)
 app.command()(demo.demo)
 
 

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..errors import DataError
 from ..progress import progress_bar
-from .options import ConfigFile
+from . import options
 from .tables import console
 
 
@@ -17,7 +16,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the picture of the token selection goes.")] = Path(
         "evopatch-demo.png"
     ),
-    config: ConfigFile = None,
+    config: options.ConfigFile = None,
 ) -> None:
     """Train a small ViT on scikit-learn's handwritten digits, patch it, compare. No network, a few minutes.
 
@@ -27,6 +26,5 @@ def demo(
 
     from ..demo import run
 
-    if not out.parent.is_dir():
-        raise DataError(f"{out.parent}: no such folder for the picture; create it or give another --out")
+    options.check_folder_of(out, "--out")
     run(out, console, progress_bar)

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import DataError
 from ..progress import errors, progress_bar
 from . import options
-from .options import RepresentativeName
+from .options import Precision
 from .tables import QUALITY, console, quality, ratio_text, table_of
-
-
-class Precision(str, Enum):
-    """The model's floating-point type."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def evaluate(
@@ -36,13 +25,8 @@ def evaluate(
     config: options.ConfigFile = None,
     checkpoint: options.Checkpoint = None,
     num_classes: options.NumClasses = None,
-    keep_ratio: Annotated[
-        list[str] | None,
-        typer.Option(help="Mean share of slow tokens, or one per run (0.6,0.35). Repeat for several. Default 0.5."),
-    ] = None,
-    representative: Annotated[
-        list[RepresentativeName] | None, typer.Option(help="Repeat for several. Default matched.")
-    ] = None,
+    keep_ratio: options.KeepRatios = None,
+    representative: options.Representatives = None,
     paper: options.Paper = False,
     selection: options.Selection = "stage",
     schedule: options.Schedule = None,
@@ -55,9 +39,9 @@ def evaluate(
     rows: Annotated[str | None, typer.Option(help="Only these images, as in 650: or 0:100.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 50,
     workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")] = "cpu",
+    device: options.Device = "cpu",
     dtype: Annotated[Precision, typer.Option()] = Precision.float32,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+    json_out: options.JsonOut = None,
 ) -> None:
     """Top-1, top-5, agreement with and KL to the unpatched model, and FLOPs, without training.
 
@@ -65,7 +49,6 @@ def evaluate(
 
         evopatch evaluate --model deit_tiny_patch16_224 --data val/ --keep-ratio 0.7 --keep-ratio 0.5
     """
-    import torch
     from torch.utils.data import DataLoader, Subset
 
     from ..data import open_evaluation
@@ -74,13 +57,11 @@ def evaluate(
     from ..patch import apply
     from ..training.items import Items, collate
 
-    if json_out is not None and not json_out.parent.is_dir():
-        raise DataError(f"{json_out.parent}: no such folder for the results; create it or give another --json")
-    names = None if representative is None else [name.value for name in representative]
-    configs = options.patch_configs(keep_ratio or ["0.5"], names, paper, selection, schedule, start, stages)
+    options.check_folder_of(json_out, "--json")
+    configs = options.patch_configs(keep_ratio, representative, paper, selection, schedule, start, stages)
     preprocessing = Preprocessing(options.parse_channels(mean), options.parse_channels(std), crop_pct, image_size)
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing)
-    network = classifier.model.to(device, getattr(torch, dtype.value))
+    network = options.place(classifier.model, device, dtype)
     apply(network, config=configs[0])
     dataset: Any = open_evaluation(data, classifier.transform)
     if rows is not None:

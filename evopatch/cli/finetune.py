@@ -16,7 +16,7 @@ from ..errors import ConfigError, TrainingError, TrainingInterruptedError
 from ..finetune import TIMED_BATCH, FinetuneConfig, FinetuneResult
 from ..progress import errors
 from ..training import checkpoint as checkpoints
-from ..training.config import described
+from ..training.config import MAY_DIFFER, described
 from . import options
 from .options import RepresentativeName
 from .tables import console, percent, table_of
@@ -146,7 +146,7 @@ def finetune(
 
     finetune_config = FinetuneConfig(**training)
     seed_everything(finetune_config.seed)  # random weights and heads
-    representatives = None if representative is None else [representative.value]
+    representatives = None if representative is None else [representative]
     patch_config = options.patch_configs([keep_ratio], representatives, paper, selection, schedule, start, stages)[0]
     folder = output or Path(f"evopatch-finetune-{re.sub(r'[^A-Za-z0-9_.-]+', '-', model).strip('-')}")
     preprocessing = Preprocessing(options.parse_channels(mean), options.parse_channels(std), crop_pct, image_size)
@@ -197,6 +197,8 @@ def _open(data: str, eval_data: str | None) -> _Splits:
 
     train = open_images(data)
     evaluation = open_part(data, "eval") if eval_data is None else open_evaluation(eval_data)
+    if evaluation is not None and train.class_names is not None:
+        evaluation.number_as(train.class_names, eval_data or data)
     return _Splits(train, evaluation, train.classes)
 
 
@@ -239,10 +241,6 @@ def _save_settings(folder: Path, ctx: typer.Context) -> None:
 
     from ..training import processes
 
-    # A run that is resumed, or refused since there is one already, keeps its own.
-    if not processes.is_main() or checkpoints.steps(folder):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
     values = {
         name: value for name, value in ctx.params.items() if value is not None and name not in ("config", "resume")
     }
@@ -251,7 +249,27 @@ def _save_settings(folder: Path, ctx: typer.Context) -> None:
         name: value if isinstance(value, (bool, int, float)) else str(getattr(value, "value", value))
         for name, value in values.items()
     }
-    (folder / SETTINGS).write_text(tomli_w.dumps(dict(sorted(plain.items()))))
+    # A run that is resumed, or refused since there is one already, keeps its own.
+    if checkpoints.steps(folder):
+        if ctx.params["resume"]:
+            _check_settings(folder / SETTINGS, plain)
+    elif processes.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SETTINGS).write_text(tomli_w.dumps(dict(sorted(plain.items()))))
+
+
+def _check_settings(file: Path, given: dict[str, Any]) -> None:
+    if not file.is_file():
+        return
+    saved = options.read_toml(file)
+    names = sorted((saved.keys() | given.keys()) - {"output"} - MAY_DIFFER)
+    different = [name for name in names if saved.get(name) != given.get(name)]
+    if different:
+        raise ConfigError(
+            f"the run in {file.parent} has other options: "
+            + ", ".join(f"{name} was {saved.get(name)!r} and is {given.get(name)!r} now" for name in different)
+            + f". Resume it with --config {file}, or start anew in another --output"
+        )
 
 
 def _say(text: str) -> None:
@@ -289,7 +307,8 @@ def _summary(result: FinetuneResult, folder: Path) -> str:
     ]
     if result.after is None:
         lines.append("nothing was evaluated: give --eval-data")
-    if result.unreadable:
-        lines.append(f"{len(result.unreadable)} unreadable image(s) skipped: {', '.join(result.unreadable[:5])}")
+    unreadable = (*result.unreadable, *result.unreadable_evaluation)
+    if unreadable:
+        lines.append(f"{len(unreadable)} unreadable image(s) skipped: {', '.join(unreadable[:5])}")
     lines.append(f"the trained model: evopatch.load_pretrained('{folder / 'model'}'); log, settings, result: {folder}")
     return "\n".join(lines)

@@ -11,11 +11,20 @@ from typing import Annotated, Any
 import typer
 
 from ..config import EvoConfig
+from ..errors import ConfigError, DataError
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+class Precision(str, Enum):
+    """The model's floating-point type."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 class RepresentativeName(str, Enum):
@@ -30,8 +39,8 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = read_toml(path)
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{path} can't be read as TOML: {error}") from None
     options = {parameter.name: parameter for parameter in ctx.command.params}
     known = sorted(str(name) for name in options if name not in ("config", "help"))
@@ -79,7 +88,49 @@ Stages = Annotated[str | None, typer.Option(help="Number of runs, or the first b
 Mean = Annotated[str | None, typer.Option(help="Normalisation mean, one number or three.")]
 Std = Annotated[str | None, typer.Option(help="Normalisation standard deviation, one number or three.")]
 CropPct = Annotated[float | None, typer.Option(help="Share of the image kept by the centre crop.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
+JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
+KeepRatios = Annotated[
+    list[str] | None,
+    typer.Option(help="Mean share of slow tokens, or one per run (0.6,0.35). Repeat for several. Default 0.5."),
+]
+KeepRatio = Annotated[str, typer.Option(help="Mean share of slow tokens, or one per run (0.6,0.35).")]
+Representative = Annotated[RepresentativeName | None, typer.Option(help="Default matched.")]
+Representatives = Annotated[list[RepresentativeName] | None, typer.Option(help="Repeat for several. Default matched.")]
 ImageSize = Annotated[int | None, typer.Option(help="Input size in pixels. Default: the model's.")]
+
+
+def place(model: Any, device: str, precision: Precision) -> Any:
+    """A model on a device, in a type.
+
+    Raises:
+        ConfigError: If there is no such device here.
+    """
+    import torch
+
+    try:
+        return model.to(torch.device(device), getattr(torch, precision.value))
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device '{device}': {str(error).splitlines()[0]}") from error
+
+
+def check_folder_of(file: Path | None, option: str) -> None:
+    """Before the work that the file is for.
+
+    Raises:
+        DataError: If the file can't be written, as its folder isn't there.
+    """
+    if file is not None and not file.parent.is_dir():
+        raise DataError(f"{file.parent}: no such folder for the results; create it or give another {option}")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        OSError: If the file can't be read.
+        ValueError: If it is no TOML.
+    """
+    return tomllib.loads(path.read_text())
 
 
 def parse_ratios(text: str) -> float | tuple[float, ...]:
@@ -113,8 +164,8 @@ def parse_rows(text: str, total: int) -> range:
 
 
 def patch_configs(
-    keep_ratios: list[str],
-    representatives: list[str] | None,
+    keep_ratios: list[str] | None,
+    representatives: list[RepresentativeName] | None,
     paper: bool,
     selection: str,
     schedule: str | None,
@@ -129,8 +180,8 @@ def patch_configs(
     if stages is not None:
         firsts = _integers(stages.split(","), stages)
         base["stages"] = firsts[0] if len(firsts) == 1 else firsts
-    names = representatives or [base["representative"]]
-    ratios = [parse_ratios(text) for text in keep_ratios]
+    names = [name.value for name in representatives or ()] or [base["representative"]]
+    ratios = [parse_ratios(text) for text in keep_ratios or ("0.5",)]
     return [
         EvoConfig.from_dict({**base, "representative": name, "keep_ratio": ratio}) for name in names for ratio in ratios
     ]

@@ -26,6 +26,11 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def megabytes(size: int) -> float:
+    """Of 1e6 bytes."""
+    return size / 1e6
+
+
 def quality(result: Evaluation) -> tuple[str, ...]:
     """FLOPs, FLOPs of the blocks, top-1, top-5, agreement, KL."""
     flops = (f"{result.flops:.3f}", f"{result.blocks_flops:.3f}")

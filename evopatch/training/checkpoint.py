@@ -5,47 +5,87 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, ConfigError
 
 FOLDER = "checkpoints"
-KEPT = 2
-"""The newest, and the one before it, which is used should the newest turn out to be damaged."""
 _MANIFEST = "manifest.json"
+_INITIAL = "initial.pt"
 _PREFIX = "step-"
 _UNFINISHED = "unfinished-"
 
 
-def write(output: Path, step: int, accelerator: Any) -> None:
+def write_initial(output: Path, model: nn.Module) -> None:
+    """The weights that a run begins with: what it is compared with, and maybe taught by, when it is resumed."""
+    folder = output / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{_UNFINISHED}{_INITIAL}"
+    torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, temporary)
+    _flush(temporary)
+    os.replace(temporary, folder / _INITIAL)
+    _flush(folder)
+
+
+def load_initial(output: Path, model: nn.Module) -> None:
+    """Give a model the weights that the run in a folder began with.
+
+    Raises:
+        CheckpointError: If they are missing or damaged.
+        ConfigError: If they don't fit the model, which has its own then.
+    """
+    path = output / FOLDER / _INITIAL
+    try:
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}, the weights that the run began with, can't be read: {error}") from error
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if own != {name: tensor.shape for name, tensor in state.items()}:
+        raise ConfigError(f"{path} is of another model than this {type(model).__name__}: resume with the same one")
+    model.load_state_dict(state)
+
+
+def write(output: Path, step: int, accelerator: Any, settings: Mapping[str, Any], keep: int) -> None:
     """Write a checkpoint: under a temporary name, flushed to the disk, then renamed; older ones go after that.
 
     Args:
         output: The run's folder, the same for all processes.
         step: Optimizer steps done.
         accelerator: Whose state to save; called by all of its processes.
+        settings: What has to be the same when the run is resumed; plain values.
+        keep: How many of the newest to keep, this one included.
     """
     folder = output / FOLDER
     target, temporary = folder / f"{_PREFIX}{step:09d}", folder / f"{_UNFINISHED}{step:09d}"
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in folder.glob(f"{_UNFINISHED}*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _finish(temporary, target)
-        for old in steps(output)[:-KEPT]:
+        _finish(temporary, target, settings)
+        # Later steps are damaged ones, which a resumed run went back from.
+        known = steps(output)
+        before = [known_step for known_step in known if known_step <= step]
+        for old in [*before[:-keep], *known[len(before) :]]:
             shutil.rmtree(folder / f"{_PREFIX}{old:09d}")
     accelerator.wait_for_everyone()
 
 
-def _finish(temporary: Path, target: Path) -> None:
+def _finish(temporary: Path, target: Path, settings: Mapping[str, Any]) -> None:
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(temporary)): _digest(path) for path in files}
+    digests = {str(path.relative_to(temporary)): _digest(path) for path in files}
+    manifest = {"settings": dict(settings), "files": digests}
     (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for path in [*files, temporary / _MANIFEST, temporary]:
         _flush(path)
@@ -79,10 +119,16 @@ def latest(output: Path) -> Path | None:
     return None
 
 
+def settings_of(path: Path) -> dict[str, Any]:
+    """What a whole checkpoint was written with."""
+    settings: dict[str, Any] = json.loads((path / _MANIFEST).read_text())["settings"]
+    return settings
+
+
 def _damage(folder: Path) -> str | None:
     try:
-        manifest: dict[str, str] = json.loads((folder / _MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        manifest: dict[str, str] = json.loads((folder / _MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
         return f"the checkpoint {folder} is damaged: its {_MANIFEST} can't be read ({error})"
     for name, digest in manifest.items():
         path = folder / name

@@ -23,9 +23,13 @@ _ABOVE_ZERO = ("learning_rate", "temperature", "gradient_clip")
 _AT_LEAST_ZERO = ("weight_decay", "warmup_epochs", "keep_ratio_warmup_epochs", "mixup", "cutmix")
 _SHARES = ("label_smoothing", "label_weight", "assisted_weight")
 _COUNTS = (
-    ("epochs", 1), ("batch_size", 1), ("accumulation_steps", 1), ("checkpoint_every", 1), ("log_every", 1),
+    ("epochs", 1), ("batch_size", 1), ("accumulation_steps", 1), ("checkpoint_every", 1), ("checkpoints_kept", 2),
+    ("log_every", 1),
     ("workers", 0), ("seed", 0),
 )  # fmt: skip
+
+MAY_DIFFER = {"checkpoint_every", "checkpoints_kept", "log_every", "workers"}
+"""Settings that a resumed run may change, since its weights don't depend on them."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class FinetuneConfig:
         trainable: `"all"`; `"blocks"`: parameters of the patched blocks only; `"norms"`: norms and biases only.
         mixed_precision: `"no"`, `"bf16"`, `"fp16"`. None: what accelerate is configured for.
         checkpoint_every: Optimizer steps between checkpoints, where there is an output folder. None: every epoch.
+        checkpoints_kept: How many of the newest checkpoints stay, at least 2: should the last turn out to be damaged,
+            the one before it is used.
         log_every: Optimizer steps between two lines of the log.
         workers: Data-loading processes. The result doesn't depend on it.
         seed: Of the order of the images, their augmentation, and dropout.
@@ -95,6 +101,7 @@ class FinetuneConfig:
     trainable: Trainable = "all"
     mixed_precision: MixedPrecision | None = None
     checkpoint_every: int | None = None
+    checkpoints_kept: int = 2
     log_every: int = 10
     workers: int = 0
     seed: int = 0

@@ -12,6 +12,9 @@ from torch.utils.data import Dataset
 from ..errors import DataError, UnreadableImageError
 from .randomness import seed_everything
 
+UNREADABLE_LIMIT = 0.01
+"""Share of the images of a data set; more unreadable ones than this are an error."""
+
 
 class Item(NamedTuple):
     """One image, its label if it has one, and the names of unreadable images that it stands in for."""
@@ -51,6 +54,8 @@ class Items(Dataset[Item]):
         self._data = data
         self._seed = seed
         self._epoch = 0
+        self.classes: int | None = None
+        """Of the model, where labels are learned: those outside are an error."""
 
     def set_epoch(self, epoch: int) -> None:
         """Another epoch has other random numbers."""
@@ -67,6 +72,11 @@ class Items(Dataset[Item]):
                 seed_everything(self._seed, self._epoch, position)
             try:
                 image, label = parts(self._data[position])
+                if self.classes is not None and label is not None and not 0 <= label < self.classes:
+                    raise DataError(
+                        f"item {position} of the training data has the label {label}: expected 0 to "
+                        f"{self.classes - 1}, as the model has {self.classes} classes"
+                    )
                 return Item(image, label, tuple(unreadable))
             except UnreadableImageError as error:
                 unreadable.append(error.name)
@@ -75,6 +85,24 @@ class Items(Dataset[Item]):
             if self._seed is None:
                 return Item(None, None, tuple(unreadable))
         raise DataError(f"no image can be read: {unreadable[0]}")
+
+
+def refuse_unreadable(names: list[str], count: int, kind: str) -> None:
+    """
+    Args:
+        names: Of the images of a data set that could not be read.
+        count: Of all its images.
+        kind: `"training"` or `"evaluation"`.
+
+    Raises:
+        DataError: If they are more than `UNREADABLE_LIMIT`.
+    """
+    if len(names) > UNREADABLE_LIMIT * count:
+        raise DataError(
+            f"{len(names)} of {count} {kind} images can't be read, more than {UNREADABLE_LIMIT:.0%}: "
+            + ", ".join(names[:5])
+            + (", ..." if len(names) > 5 else "")
+        )
 
 
 def parts(item: Any) -> tuple[Tensor, int | None]:

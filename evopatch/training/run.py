@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -24,25 +26,22 @@ from ..errors import ConfigError, DataError, TrainingError, TrainingInterruptedE
 from ..evaluate import logits_of
 from ..patch import config_of, patched_hosts, set_config
 from . import checkpoint, log, processes
-from .config import FinetuneConfig
+from .config import MAY_DIFFER, FinetuneConfig
 from .interrupt import Request, deferred
-from .items import Batch, Items, collate
+from .items import Batch, Items, collate, refuse_unreadable
 from .meter import Meter
 from .objective import Objective, hits
 from .randomness import seed_everything
 from .student import Student
 
-UNREADABLE_LIMIT = 0.01
-"""Share of the images; more unreadable ones than this are an error."""
-_MAY_DIFFER = {"checkpoint_every", "log_every", "workers"}
-"""Settings that a resumed run may change, since its weights don't depend on them."""
+SKIPPED_LIMIT = 20
+"""Optimizer steps in a row without a finite gradient, in fp16; each halves the scale of the loss."""
 
 
 @dataclass
 class Progress:
     """How far a run is; part of its checkpoints."""
 
-    settings: dict[str, Any]
     step: int = 0
     """Optimizer steps done."""
     images: int = 0
@@ -72,6 +71,7 @@ class Run:
         objective: What for.
         teacher: Whose predictions it learns, if any.
         output: Where checkpoints and log go, if anywhere.
+        taught_by: What tells the teacher from others: it has to be the same when the run is resumed.
     """
 
     def __init__(
@@ -82,19 +82,13 @@ class Run:
         objective: Objective,
         teacher: nn.Module | None,
         output: Path | None,
+        taught_by: str | None = None,
     ) -> None:
         self.model, self.items, self.config, self.objective, self.output = model, items, config, objective, output
         self._log = None if output is None else log.JsonLines(output / log.FILE)
-        self.accelerator = Accelerator(
-            cpu=processes.on_cpu(),
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.accumulation_steps,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-            log_with=None if self._log is None else [self._log, *log.tensorboard()],
-            project_dir=output,
-        )
+        self.accelerator = self._make_accelerator()
         self.device = self.accelerator.device
-        self._patch_config = config_of(model)
+        self._patch_config, self._taught_by = config_of(model), taught_by
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.to(self.device)
         self.teacher = None if teacher is None else teacher.to(self.device)
@@ -103,6 +97,7 @@ class Run:
         assert image is not None
         student = Student(model, image, config.assisted_weight > 0, objective.distils and config.label_weight > 0)
         self._check_teacher(student.classes, image)
+        items.classes = student.classes if objective.uses_labels else None
         self._mixup = self._make_mixup(student.classes)
         _freeze(model, config)
         try:
@@ -110,10 +105,31 @@ class Run:
         except BaseException:
             self.close()
             raise
-        self.progress = Progress(self._settings())
+        self.progress = Progress()
+        self._skipped = 0
         self._ema = None if config.ema_decay is None else ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
         for stateful in filter(None, (self.progress, self._ema)):
             self.accelerator.register_for_checkpointing(stateful)
+
+    def _make_accelerator(self) -> Accelerator:
+        config = self.config
+        precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        try:
+            accelerator = Accelerator(
+                cpu=processes.on_cpu(),
+                mixed_precision=precision,
+                gradient_accumulation_steps=config.accumulation_steps,
+                dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+                # Some models have parameters that a classification doesn't use, such as mask tokens.
+                kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+                log_with=None if self._log is None else [self._log, *log.tensorboard()],
+                project_dir=self.output,
+            )
+        except ValueError as error:  # accelerate keeps its state for the life of a process
+            raise ConfigError(f"mixed precision '{precision}': {error}") from error
+        if precision == "fp16" and accelerator.device.type == "cpu":
+            raise ConfigError("mixed precision 'fp16' on the CPU: accelerate has none there, use 'bf16' or 'no'")
+        return accelerator
 
     def _prepare(self, student: Student) -> None:
         config = self.config
@@ -156,12 +172,23 @@ class Run:
                 warmup_lr=config.learning_rate / 10,
                 step_on_epochs=False,
                 updates_per_epoch=self.steps_per_epoch,
+                **self._decay(),
             )
         except (ValueError, AssertionError) as error:
             raise ConfigError(f"scheduler='{config.scheduler}': {error}") from error
         if scheduler is None:
             raise ConfigError(f"scheduler='{config.scheduler}': expected one of timm's, such as 'cosine' or 'constant'")
         return scheduler
+
+    def _decay(self) -> dict[str, Any]:
+        # timm's defaults are for runs of hundreds of epochs: a short one would never come to its first decay.
+        epochs = self.config.epochs
+        lengths: dict[str, dict[str, Any]] = {
+            "step": {"decay_epochs": epochs / 3},
+            "multistep": {"decay_milestones": [epochs / 3, 2 * epochs / 3]},
+            "poly": {"decay_rate": 1.0},
+        }
+        return lengths.get(self.config.scheduler, {})
 
     def _check_teacher(self, classes: int, image: Tensor) -> None:
         if self.teacher is None:
@@ -182,15 +209,20 @@ class Run:
         return Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=classes)
 
     def _settings(self) -> dict[str, Any]:
-        settings = {key: value for key, value in self.config.to_dict().items() if key not in _MAY_DIFFER}
-        return settings | {
+        settings = {key: value for key, value in self.config.to_dict().items() if key not in MAY_DIFFER}
+        settings |= {
             "patch": self._patch_config.to_dict(),
             "images": len(self.items),
             "processes": self.accelerator.num_processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "objective": "distillation" if self.objective.distils else "labels",
+            "teacher": self._taught_by,
         }
+        plain: dict[str, Any] = json.loads(json.dumps(settings))  # as they come back from a checkpoint
+        return plain
 
-    def resume(self) -> bool:
-        """Go on from the newest whole checkpoint of the output folder; False where there is none.
+    def resumable(self) -> Path | None:
+        """The newest whole checkpoint of the output folder; None where there is none.
 
         Raises:
             CheckpointError: If all are damaged.
@@ -198,10 +230,8 @@ class Run:
         """
         path = None if self.output is None else checkpoint.latest(self.output)
         if path is None:
-            return False
-        expected = self.progress.settings
-        self.accelerator.load_state(str(path))
-        found = self.progress.settings
+            return None
+        expected, found = self._settings(), checkpoint.settings_of(path)
         different = sorted(key for key in expected | found if expected.get(key) != found.get(key))
         if different:
             raise ConfigError(
@@ -209,8 +239,12 @@ class Run:
                 + ", ".join(f"{key} was {found.get(key)!r} and is {expected.get(key)!r} now" for key in different)
                 + ". Resume with the same ones, or start anew in another output folder"
             )
+        return path
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint that `resumable` found."""
+        self.accelerator.load_state(str(path))
         self._scheduler.step_update(self.progress.step)
-        return True
 
     def train(self, show: Callable[[int, str], None]) -> None:
         """All epochs that are left; `show` gets the number of steps done since its last call, and a live line.
@@ -261,16 +295,18 @@ class Run:
             loader = self.accelerator.skip_first_batches(loader, done * self.config.accumulation_steps)
         loader.set_epoch(epoch)
         sums: dict[str, Tensor] = {}
-        forwards = 0  # of the current step
-        for batch in loader:
+        accumulated = self.config.accumulation_steps
+        for number, batch in enumerate(loader, done * accumulated):
             self._note_unreadable(batch.unreadable)
+            first, forward = number - number % accumulated, number % accumulated
+            # accelerate divides by the configured number, but the last step of an epoch may have fewer forwards.
+            scale = accumulated / min(accumulated, len(self.loader) - first)
             with self.accelerator.accumulate(self.student):
-                self._forward_backward(batch, sums, forwards)
-                forwards += 1
+                self._forward_backward(batch, sums, forward, scale)
                 if not self.accelerator.sync_gradients:
                     continue
                 stop = self._optimizer_step(sums, epoch, request.made)
-            sums, forwards = {}, 0
+            sums = {}
             show(1, f"epoch {epoch + 1}/{self.config.epochs}, {self._meter.live()}")
             ends = self.progress.step % self.steps_per_epoch == 0
             if ends:
@@ -286,7 +322,7 @@ class Run:
                     f"{self.output}. Call again with the same settings and resume=True to go on"
                 )
 
-    def _forward_backward(self, batch: Batch, sums: dict[str, Tensor], forward: int) -> None:
+    def _forward_backward(self, batch: Batch, sums: dict[str, Tensor], forward: int, scale: float) -> None:
         images, labels, _ = batch
         # Dropout of this forward: a function of the seed and the place, so that a resumed run repeats it.
         seed_everything(self.config.seed, self.progress.step, forward, self.accelerator.process_index)
@@ -301,7 +337,7 @@ class Run:
                 teacher = logits_of(self.teacher(images.to(next(self.teacher.parameters()).dtype)))
         outputs = self.student(images)
         terms = self.objective.terms(outputs, targets, teacher)
-        self.accelerator.backward(torch.stack(list(terms.values())).sum())
+        self.accelerator.backward(torch.stack(list(terms.values())).sum() * scale)
         found = {name: term.detach() for name, term in terms.items()}
         found |= {
             "hits": hits(outputs, targets, teacher),
@@ -313,7 +349,7 @@ class Run:
 
     def _optimizer_step(self, sums: dict[str, Tensor], epoch: int, stop: bool) -> bool:
         norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.gradient_clip)
-        if norm is None or self.accelerator.scaler is not None:  # a scaler leaves out bad steps by itself
+        if norm is None:
             norm = torch.zeros((), device=self.device)
         # Everything that the host needs to know of a step is read at once: one synchronisation.
         sums = sums | {"norm": norm.float(), "stop": torch.tensor(float(stop), device=self.device)}
@@ -324,20 +360,27 @@ class Run:
         losses = {name: value / forwards for name, value in values.items()}
         rate = self.optimizer.param_groups[0]["lr"]
         gradient = f"norm of the gradient of the {' + '.join(losses)}"
-        for name, value in {**losses, gradient: norm_sum}.items():
+        # A scaler leaves out steps whose gradient overflows, and scales less after each of them.
+        checked = losses if self.accelerator.scaler is not None else {**losses, gradient: norm_sum}
+        for name, value in checked.items():
             if not math.isfinite(value):
                 self._fail(name, value, epoch, rate)
         self.optimizer.step()
+        self._skipped = self._skipped + 1 if self.accelerator.optimizer_step_was_skipped else 0
+        if self._skipped == SKIPPED_LIMIT:
+            self._fail(gradient, norm_sum, epoch, rate)
         self.optimizer.zero_grad()
         self.progress.step += 1
         self._scheduler.step_update(self.progress.step)
         if self._ema is not None:
+            if (generator := getattr(self._ema, "_sr_generator", None)) is not None:
+                generator.manual_seed(self.progress.step)  # of its rounding; isn't part of its state
             self._ema.update(self.model, self.progress.step)
         self.progress.images += int(images)
         self.progress.epoch_loss += sum(losses.values())
         self._meter.add(losses, found, images)
         if self.progress.step % self.config.log_every == 0 or self.progress.step == self.steps:
-            norm_mean = norm_sum / self.accelerator.num_processes
+            norm_mean = norm_sum / self.accelerator.num_processes if math.isfinite(norm_sum) else None
             line = {"epoch": epoch, "learning_rate": rate, "gradient_norm": norm_mean}
             self.accelerator.log(self._meter.line() | line, step=self.progress.step)
         return bool(stops > 0)
@@ -362,7 +405,9 @@ class Run:
             return
         now = time.perf_counter()
         self.progress.seconds += now - self._begin
-        checkpoint.write(self.output, self.progress.step, self.accelerator)
+        checkpoint.write(
+            self.output, self.progress.step, self.accelerator, self._settings(), self.config.checkpoints_kept
+        )
         self._event("checkpoint")
         self._begin = time.perf_counter()
 
@@ -371,7 +416,7 @@ class Run:
         if new:
             self.progress.unreadable.extend(new)
             self._event("unreadable", images=new)
-            self._refuse_too_many(self.progress.unreadable)
+            refuse_unreadable(self.progress.unreadable, len(self.items), "training")
 
     def _check_unreadable(self) -> None:
         # Each process met its own.
@@ -379,15 +424,7 @@ class Run:
 
         gathered = gather_object(self.progress.unreadable)
         self.progress.unreadable = sorted(set(gathered))
-        self._refuse_too_many(self.progress.unreadable)
-
-    def _refuse_too_many(self, names: list[str]) -> None:
-        if len(names) > UNREADABLE_LIMIT * len(self.items):
-            raise DataError(
-                f"{len(names)} of {len(self.items)} training images can't be read, more than {UNREADABLE_LIMIT:.0%}: "
-                + ", ".join(names[:5])
-                + (", ..." if len(names) > 5 else "")
-            )
+        refuse_unreadable(self.progress.unreadable, len(self.items), "training")
 
 
 def _freeze(model: nn.Module, config: FinetuneConfig) -> None:

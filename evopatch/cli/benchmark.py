@@ -1,0 +1,155 @@
+"""`evopatch benchmark`."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..benchmark import Benchmark, side_names
+from ..config import EvoConfig
+from ..errors import ConfigError
+from ..progress import progress_bar
+from . import options
+from .options import Precision
+from .tables import console, megabytes, table_of
+
+
+def benchmark(
+    model: options.Model,
+    config: options.ConfigFile = None,
+    keep_ratio: options.KeepRatios = None,
+    representative: options.Representatives = None,
+    paper: options.Paper = False,
+    selection: options.Selection = "stage",
+    schedule: options.Schedule = None,
+    start: options.Start = None,
+    stages: options.Stages = None,
+    image_size: options.ImageSize = None,
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Repeat for several. Default 16.")] = None,
+    device: options.Device = "cpu",
+    dtype: Annotated[Precision, typer.Option()] = Precision.float32,
+    compile_: Annotated[bool, typer.Option("--compile", help="Compile both sides, with fullgraph=True.")] = False,
+    compile_mode: Annotated[
+        str | None, typer.Option(help="torch.compile's mode, such as reduce-overhead for CUDA graphs.")
+    ] = None,
+    train: Annotated[bool, typer.Option("--train", help="Forward and backward instead of a forward.")] = False,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed forwards of each side.")] = 20,
+    warm_up: Annotated[int, typer.Option(min=1, help="Forwards of each side before.")] = 3,
+    peer: Annotated[
+        Path | None,
+        typer.Option(
+            help="A Python file with a NAME and a function at_flops(model, image, flops) that returns another method's "
+            "version of the unpatched model, at most as many FLOPs per image: timed beside every keep ratio."
+        ),
+    ] = None,
+    json_out: options.JsonOut = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw speed-up against keep ratio; the ending names the format.")
+    ] = None,
+) -> None:
+    """Images per second, patched and unpatched in turn, against what the FLOPs promise. Random weights, no network.
+
+    evopatch benchmark --model deit_small_patch16_224 --keep-ratio 0.7 --keep-ratio 0.5 --keep-ratio 0.3
+
+    evopatch benchmark --model vit_base_patch16_224 --batch-size 256 --device cuda --dtype bfloat16 --compile
+    """
+    import torch
+
+    from ..benchmark import benchmark as run
+    from ..models import open_architecture
+    from ..patch import apply
+
+    options.check_folder_of(json_out, "--json")
+    options.check_folder_of(plot, "--plot")
+    if plot is not None:
+        import matplotlib  # noqa: F401, before the work that it draws
+    configs = options.patch_configs(keep_ratio, representative, paper, selection, schedule, start, stages)
+    other = None if peer is None else _load(peer)
+    network, input_size = open_architecture(model, image_size)
+    network = options.place(network, device, dtype)
+    image = torch.randn(1, *input_size, device=device, dtype=getattr(torch, dtype.value))
+    peers = {} if other is None else _peers(other, network, image, configs)
+    apply(network, config=configs[0])
+    sizes = batch_size or [16]
+    results = []
+    with progress_bar(f"{model}, {len(configs)} setting(s)", len(sizes) * (rounds + warm_up)) as advance:
+        for size in sizes:
+            batch = torch.randn(size, *input_size, device=device, dtype=image.dtype)
+            results.append(
+                run(
+                    network, batch, configs, peers=peers, rounds=rounds, warm_up=warm_up,
+                    compile=compile_mode or compile_, train=train, on_round=advance,
+                )
+            )  # fmt: skip
+    for result in results:
+        console.print(_table(model, result))
+    console.print(
+        f"{_conditions(results[0])}. Speed-up: median of the rounds' ratios, and their quartiles. Efficiency: speed-up "
+        "times FLOPs, 1 where the promise of the FLOPs is kept. Peak: beyond weights and input.",
+        highlight=False,
+    )
+    if json_out is not None:
+        json_out.write_text(json.dumps([result.to_dict() for result in results], indent=2) + "\n")
+    if plot is not None:
+        from ..visualize import draw_speed
+
+        draw_speed(results, plot, model)
+
+
+def _load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ConfigError(f"--peer {path}: expected a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "at_flops", None)) or not isinstance(getattr(module, "NAME", None), str):
+        raise ConfigError(f"--peer {path}: expected a NAME and a function at_flops(model, image, flops)")
+    return module
+
+
+def _peers(other: Any, network: Any, image: Any, configs: list[EvoConfig]) -> dict[str, Any]:
+    import torch
+
+    from ..patch import apply
+    from ..profile import count_flops
+
+    found = {}
+    for name, config in zip(side_names(configs), configs, strict=True):
+        patched = apply(copy.deepcopy(network), config=config)
+        with torch.no_grad():
+            flops, _ = count_flops(partial(patched, image))
+        found[f"{other.NAME} as {name}"] = other.at_flops(network, image, flops)
+    return found
+
+
+def _conditions(result: Benchmark) -> str:
+    import torch
+
+    where = f"cpu, {torch.get_num_threads()} threads" if result.device == "cpu" else result.device
+    how = "compiled" if result.compiled else "eager"
+    return f"{where}, {result.dtype}, {how}, {result.rounds} rounds, torch {torch.__version__}"
+
+
+def _table(model: str, result: Benchmark) -> Any:
+    what = "forward and backward" if result.train else "forward"
+    title = f"{model}, {'x'.join(map(str, result.input_size[1:]))}, batch {result.batch_size}, {what}"
+    columns = ("images/s", "FLOPs", "speed-up", "quartiles", "effi-\nciency", "peak\nMB")
+    table = table_of(title, ("",), columns)
+    for side in result.sides:
+        low, high = side.speed_up_spread
+        table.add_row(
+            side.name,
+            f"{side.images_per_second:.1f}",
+            f"{side.flops:.3f}",
+            f"{side.speed_up:.3f}",
+            f"{low:.3f}-{high:.3f}",
+            f"{side.efficiency:.3f}",
+            f"{megabytes(side.memory):.1f}",
+        )
+    return table

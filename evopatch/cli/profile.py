@@ -1,0 +1,68 @@
+"""`evopatch profile`."""
+
+from __future__ import annotations
+
+import json
+
+from . import options
+from .tables import console, megabytes, table_of
+
+
+def profile(
+    model: options.Model,
+    config: options.ConfigFile = None,
+    keep_ratio: options.KeepRatio = "0.5",
+    representative: options.Representative = None,
+    paper: options.Paper = False,
+    selection: options.Selection = "stage",
+    schedule: options.Schedule = None,
+    start: options.Start = None,
+    stages: options.Stages = None,
+    image_size: options.ImageSize = None,
+    json_out: options.JsonOut = None,
+) -> None:
+    """FLOPs, tokens and memory of every block for one image, patched against unpatched. Random weights, no network.
+
+    evopatch profile --model vit_base_patch16_224 --keep-ratio 0.4
+    """
+    from ..models import open_architecture
+    from ..patch import apply
+    from ..profile import profile as run
+
+    options.check_folder_of(json_out, "--json")
+    names = None if representative is None else [representative]
+    patch_config = options.patch_configs([keep_ratio], names, paper, selection, schedule, start, stages)[0]
+    network, input_size = open_architecture(model, image_size)
+    found = run(apply(network, config=patch_config), input_size)
+    columns = ("tokens", "of", "MFLOPs", "unpatched", "share", "kept MB", "unpatched", "share")
+    table = table_of(f"{model}, {input_size[1]}x{input_size[2]}, one image", ("block",), columns)
+    for index, block in enumerate(found.blocks):
+        table.add_row(
+            str(index),
+            str(block.tokens),
+            str(block.tokens_unpatched),
+            *_pair(block.flops / 1e6, block.flops_unpatched / 1e6),
+            *_pair(megabytes(block.activations), megabytes(block.activations_unpatched)),
+        )
+    table.add_section()
+    table.add_row(
+        "model",
+        "",
+        "",
+        *_pair(found.flops / 1e6, found.flops_unpatched / 1e6),
+        *_pair(megabytes(found.activations), megabytes(found.activations_unpatched)),
+    )
+    console.print(table)
+    memory = _pair(megabytes(found.memory), megabytes(found.memory_unpatched))
+    console.print(
+        "FLOPs: two per multiply-add; the model's include embedding, selection and head. Kept: activations that a "
+        f"forward keeps for the backward pass. Peak of a forward without gradients: {memory[0]} MB, unpatched "
+        f"{memory[1]} MB, share {memory[2]}.",
+        highlight=False,
+    )
+    if json_out is not None:
+        json_out.write_text(json.dumps({"config": patch_config.to_dict(), **found.to_dict()}, indent=2) + "\n")
+
+
+def _pair(patched: float, unpatched: float) -> tuple[str, str, str]:
+    return f"{patched:.1f}", f"{unpatched:.1f}", f"{patched / unpatched:.3f}"

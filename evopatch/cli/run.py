@@ -1,0 +1,64 @@
+"""`evopatch run`."""
+
+from __future__ import annotations
+
+import logging
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from ..errors import ConfigError
+from ..progress import errors
+from . import options
+
+
+def run(
+    ctx: typer.Context,
+    script: Annotated[str, typer.Argument(help="A Python file, or with -m a module. What follows is for it.")],
+    config: options.ConfigFile = None,
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module, as for python -m.")] = False,
+    keep_ratio: options.KeepRatio = "0.5",
+    representative: options.Representative = None,
+    paper: options.Paper = False,
+    selection: options.Selection = "stage",
+    schedule: options.Schedule = None,
+    start: options.Start = None,
+    stages: options.Stages = None,
+) -> None:
+    """Run a script unchanged, with every supported timm and transformers model that it builds patched.
+
+    evopatch run train.py --model deit_small_patch16_224 --epochs 10
+
+    evopatch run --keep-ratio 0.4 -m mypackage.train --batch-size 64
+    """
+    from ..autopatch import autopatch, logger
+
+    if not module and not Path(script).is_file():
+        raise ConfigError(f"{script}: no such file; expected a Python script, or a module's name after -m")
+    names = None if representative is None else [representative]
+    patch_config = options.patch_configs([keep_ratio], names, paper, selection, schedule, start, stages)[0]
+    logger.addHandler(_Printed())
+    logger.setLevel(logging.INFO)
+    sys.argv = [script, *ctx.args]
+    with autopatch(config=patch_config) as patched:
+        try:
+            if module:
+                sys.path.insert(0, "")
+                runpy.run_module(script, run_name="__main__", alter_sys=True)
+            else:
+                sys.path.insert(0, str(Path(script).resolve().parent))
+                runpy.run_path(script, run_name="__main__")
+        finally:
+            if not patched:
+                errors.print(
+                    "evopatch: the script built no model that could be patched", highlight=False, soft_wrap=True
+                )
+
+
+class _Printed(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        errors.print(f"evopatch: {escape(record.getMessage())}", highlight=False, soft_wrap=True)

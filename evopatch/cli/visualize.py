@@ -1,0 +1,116 @@
+"""`evopatch visualize`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import CheckpointError, UnreadableImageError
+from . import options
+from .tables import console
+
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def visualize(
+    model: options.Model,
+    image: Annotated[list[Path], typer.Option(help="A picture. Repeat for several.")],
+    out: Annotated[Path, typer.Option(help="Where the picture goes; the ending names the format.")] = Path(
+        "selection.png"
+    ),
+    config: options.ConfigFile = None,
+    checkpoint: options.Checkpoint = None,
+    num_classes: options.NumClasses = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(
+            help="Show one block at several checkpoints of a training instead: the output folder of `evopatch "
+            "finetune` (see --checkpoints-kept there), or a folder of weights in timm's layout."
+        ),
+    ] = None,
+    block: Annotated[
+        list[int] | None, typer.Option(help="Repeat for several. Default: the blocks that select anew.")
+    ] = None,
+    groups: Annotated[bool, typer.Option("--groups", help="Colour the tokens that are updated together.")] = False,
+    keep_ratio: options.KeepRatio = "0.5",
+    representative: options.Representative = None,
+    paper: options.Paper = False,
+    selection: options.Selection = "stage",
+    schedule: options.Schedule = None,
+    start: options.Start = None,
+    stages: options.Stages = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    crop_pct: options.CropPct = None,
+    image_size: options.ImageSize = None,
+) -> None:
+    """Which tokens are slow: rows are pictures, columns are blocks or checkpoints.
+
+    evopatch visualize --model deit_small_patch16_224 --image cat.jpg --image dog.jpg --out slow.png
+
+    evopatch visualize --model deit_tiny_patch16_224 --image cat.jpg --checkpoints run --out training.png
+    """
+    import timm
+    import torch
+
+    from ..models import Preprocessing, open_classifier
+    from ..patch import apply
+    from ..visualize import visualize as run
+    from ..visualize import visualize_training
+
+    options.check_folder_of(out, "--out")
+    names = None if representative is None else [representative]
+    patch_config = options.patch_configs([keep_ratio], names, paper, selection, schedule, start, stages)[0]
+    preprocessing = Preprocessing(options.parse_channels(mean), options.parse_channels(std), crop_pct, image_size)
+    states = None if checkpoints is None else _states(checkpoints)
+    # Weights given by --checkpoints take the place of timm's; a transformers model's come with its configuration.
+    pretrained = states is None or not timm.is_model(model)
+    classifier = open_classifier(model, checkpoint, num_classes, preprocessing, pretrained)
+    apply(classifier.model, config=patch_config)
+    batch = torch.stack([classifier.transform(_open(path)) for path in image])
+    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (classifier.mean, classifier.std))
+    pixels = (batch * scale + shift).clamp(0, 1).permute(0, 2, 3, 1)
+    if states is None:
+        figure = run(classifier.model, batch, blocks=block, groups=groups, pixels=pixels)
+    else:
+        figure = visualize_training(
+            classifier.model, batch, states, block=None if block is None else block[0], pixels=pixels
+        )
+    figure.savefig(out)
+    console.print(f"token selection: {out}", highlight=False, soft_wrap=True)
+
+
+def _open(path: Path) -> Any:
+    from PIL import Image
+
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UnreadableImageError(str(path), error) from error
+
+
+def _states(folder: Path) -> dict[str, Any]:
+    import timm.models
+
+    own = sorted(folder.glob("checkpoints/step-*/model.safetensors"))
+    files = own or sorted((path for path in folder.glob("*") if path.suffix in _WEIGHTS), key=_natural)
+    if not files:
+        raise CheckpointError(
+            f"{folder}: no checkpoints there; expected the output folder of `evopatch finetune`, or one with weights "
+            f"({', '.join(_WEIGHTS)})"
+        )
+    states = {}
+    for file in files:
+        state = timm.models.load_state_dict(str(file), use_ema=False)
+        if own:
+            # As trained: the model beside the heads that only training needs.
+            state = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+        states[f"step {int(file.parent.name.removeprefix('step-'))}" if own else file.stem] = state
+    return states
+
+
+def _natural(path: Path) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]

@@ -1,0 +1,147 @@
+"""Pictures of the selection: what is drawn where, and the command."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from test_cli import evopatch as command  # noqa: F401
+from variants import build, images
+
+import evopatch
+from evopatch import ConfigError, EvoConfig, NotPatchedError
+from evopatch.visualize import draw
+
+CONFIG = EvoConfig(keep_ratio=[0.6, 0.3], stages=[2, 4])
+
+
+def shown(figure):
+    """By row and column: title and pixels of each panel."""
+    panels = [(axes.get_title(), np.asarray(axes.get_images()[0].get_array())) for axes in figure.axes]
+    rows = 1 + max(axes.get_subplotspec().rowspan.start for axes in figure.axes)
+    columns = len(panels) // rows
+    return [panels[row * columns : (row + 1) * columns] for row in range(rows)]
+
+
+@pytest.mark.parametrize("name", ["vit", "hf_vit", "gap"])
+def test_slow_tokens_are_bright_and_the_others_dimmed(name):
+    model = evopatch.apply(build(name), config=CONFIG)
+    x = images()[:2]
+    pixels = torch.full((2, 40, 40, 3), 0.8)
+    figure = evopatch.visualize(model, x, blocks=(0, 2, 5), pixels=pixels)
+    selection = evopatch.token_selection(model, x)
+    rows = shown(figure)
+    assert len(rows) == 2
+    assert [title.split("\n")[0] for title, _ in rows[0]] == ["image", "block 0", "block 2", "block 5"]
+    for row in range(2):
+        for column, block in ((1, 0), (2, 2), (3, 5)):
+            found = torch.from_numpy(rows[row][column][1][..., 0]).view(5, 8, 5, 8)
+            bright = selection[row, block].float()[:, None, :, None].expand(5, 8, 5, 8)
+            torch.testing.assert_close(found, 0.8 * (0.15 + 0.85 * bright))
+
+
+def test_blocks_that_select_are_the_default():
+    model = evopatch.apply(build("vit"), config=CONFIG)
+    titles = [title.split("\n")[0] for title, _ in shown(evopatch.visualize(model, images()))[0]]
+    assert titles == ["image", "block 2", "block 4"]
+
+
+def test_groups_have_one_colour_each_and_lone_tokens_none():
+    values = torch.tensor([[[0, 0], [1, 2]], [[3, 4], [3, 4]]])
+    grey = torch.full((2, 4, 4), 0.5)
+    (_, (_, first)), (_, (_, second)) = shown(draw(grey, [("groups", values)]))
+    assert np.allclose(first[2:], 0.5)
+    assert not np.allclose(first[0, 0], 0.5)
+    assert (first[:2] == first[0, 0]).all()
+    assert np.allclose(second[:, :2], second[0, 0])
+    assert np.allclose(second[:, 2:], second[0, 3])
+    assert not np.allclose(second[0, 0], second[0, 3])
+
+
+def test_token_groups():
+    model = evopatch.apply(build("vit"), config=CONFIG)
+    x = images()
+    groups, slow = evopatch.token_groups(model, x), evopatch.token_selection(model, x)
+    assert groups.shape == slow.shape == (len(x), 6, 5, 5)
+    for block, rows in enumerate((25, 25, 15, 15, 8, 8)):
+        for image in range(len(x)):
+            numbers = groups[image, block].flatten()
+            assert len(numbers.unique()) == rows
+            assert len(numbers[slow[image, block].flatten()].unique()) == rows, "one slow token per group"
+    evopatch.set_config(model, EvoConfig.paper())
+    groups, slow = evopatch.token_groups(model, x), evopatch.token_selection(model, x)
+    assert len(groups[0, -1][~slow[0, -1]].unique()) == 1
+    with pytest.raises(NotPatchedError):
+        evopatch.token_groups(build("vit"), x)
+
+
+def test_training_checkpoints():
+    model = evopatch.apply(build("vit"), config=CONFIG)
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(3)
+    other = {name: torch.randn_like(tensor) for name, tensor in own.items()}
+    figure = evopatch.visualize_training(model, images(), {"first": own, "second": other})
+    rows = shown(figure)
+    assert [title for title, _ in rows[0]] == ["image", "first\nblock 4", "second\nblock 4"]
+    assert any(not np.array_equal(row[1][1], row[2][1]) for row in rows)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ConfigError, match="0 to 5"):
+        evopatch.visualize(model, images(), blocks=[6])
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for index in range(2):
+        pixels = torch.randint(0, 255, (50, 60, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{index}.png")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+MODEL = ("visualize", "--model", "vit_tiny_patch16_224")
+
+
+def test_command(command, pictures, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(pictures)
+    run = command(*MODEL, "--checkpoint", "weights.pth", "--image", "0.png", "--image", "1.png", "--out", "slow.png")
+    assert run.returncode == 0, run.stderr
+    with Image.open("slow.png") as picture:
+        assert picture.width > picture.height > 400
+    run = command(*MODEL, "--checkpoint", "weights.pth", "--image", "0.png", "--groups", "--out", "groups.png")
+    assert run.returncode == 0, run.stderr
+
+
+def test_command_with_checkpoints_of_a_training(command, pictures, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(pictures)
+    small = ("--model", "vit_tiny_patch16_224", "--image-size", "32")
+    rows = ("--rows", ":32", "--epochs", "3", "--batch-size", "16", "--checkpoints-kept", "3")
+    run = command("finetune", *small, "--no-pretrained", *rows, "--output", "run")
+    assert run.returncode == 0, run.stderr
+    run = command(
+        *("visualize", *small, "--num-classes", "10", "--image", "0.png"), "--checkpoints", "run", "--out", "t.png"
+    )
+    assert run.returncode == 0, run.stderr
+    with Image.open("t.png") as picture:
+        assert picture.width > 3 * picture.height, "an image and three checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--image", "broken.png"), 1, "broken.png"),
+        (("--image", "0.png", "--out", "no/a.png"), 1, "no such folder"),
+        (("--image", "0.png", "--checkpoints", "empty"), 1, "empty: no checkpoints there"),
+        (("--image", "0.png", "--block", "12"), 2, "block 12: expected one of the blocks 0 to 11"),
+        ((), 2, "Missing option '--image'"),
+    ],
+)
+def test_bad_usage_is_one_message(command, pictures, arguments, code, message, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(pictures)
+    weights = () if "--checkpoints" in arguments else ("--checkpoint", "weights.pth")
+    run = command(*MODEL, *weights, *arguments)
+    assert run.returncode == code, run.stderr
+    assert message in " ".join(run.stderr.replace("│", " ").split())
+    assert "Traceback" not in run.stderr
