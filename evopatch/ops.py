@@ -153,8 +153,8 @@ def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance
     """
     batch, patches = g.shape
     unit = F.normalize(metric.detach(), dim=-1)
-    # In pieces of as many rows as there are channels: no larger than what an MLP holds, however many tokens there are.
-    step = unit.shape[-1]
+    # In pieces of so many rows that they need less memory than a block's MLP, however many tokens there are.
+    step = 2 * unit.shape[-1]
     redundancy = []
     for rows, own in zip(unit.split(step, dim=1), g.split(step, dim=1), strict=True):
         similarity = rows @ unit.transpose(1, 2)
@@ -167,7 +167,7 @@ def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance
     if patches <= step:
         group = similarity.gather(2, index.unsqueeze(1).expand(batch, patches, keep)).argmax(dim=-1)
     else:
-        slow_unit = unit.gather(1, index.unsqueeze(2).expand(batch, keep, step)).transpose(1, 2)
+        slow_unit = unit.gather(1, index.unsqueeze(2).expand(batch, keep, unit.shape[-1])).transpose(1, 2)
         group = torch.cat([(rows @ slow_unit).argmax(dim=-1) for rows in unit.split(step, dim=1)], dim=1)
     order = torch.arange(keep, device=g.device).expand(batch, keep)
     group = group.scatter(1, index, order)

@@ -139,16 +139,16 @@ def _conditions(result: Benchmark) -> str:
 def _table(model: str, result: Benchmark) -> Any:
     what = "forward and backward" if result.train else "forward"
     title = f"{model}, {'x'.join(map(str, result.input_size[1:]))}, batch {result.batch_size}, {what}"
-    columns = ("images/s", "FLOPs", "speed-up", "quartiles", "effi-\nciency", "peak\nMB")
+    columns = ("images\n/s", "FLOPs", "speed\n-up", "quartiles", "effi-\nciency", "peak\nMB")
     table = table_of(title, ("",), columns)
     for side in result.sides:
         low, high = side.speed_up_spread
         table.add_row(
-            side.name,
+            side.name.replace(" as ", "\nas "),
             f"{side.images_per_second:.1f}",
             f"{side.flops:.3f}",
             f"{side.speed_up:.3f}",
-            f"{low:.3f}-{high:.3f}",
+            f"{low:.2f}-{high:.2f}",
             f"{side.efficiency:.3f}",
             f"{megabytes(side.memory):.1f}",
         )
