@@ -219,6 +219,7 @@ def test_profile_command(command, tmp_path):  # noqa: F811
         "blocks": [vars(block) for block in expected.blocks]
     }
     assert f"{expected.ratio:.3f}" in run.stdout
+    assert "…" not in run.stdout, "the table doesn't fit 80 columns"
 
 
 @pytest.mark.parametrize(

@@ -34,14 +34,14 @@ def profile(
     patch_config = options.patch_configs([keep_ratio], names, paper, selection, schedule, start, stages)[0]
     network, input_size = open_architecture(model, image_size)
     found = run(apply(network, config=patch_config), input_size)
-    columns = ("tokens", "of", "MFLOPs", "unpatched", "share", "kept MB", "unpatched", "share")
+    columns = ("tokens", "of", "GFLOPs", "un-\npatched", "share", "kept\nMB", "un-\npatched", "share")
     table = table_of(f"{model}, {input_size[1]}x{input_size[2]}, one image", ("block",), columns)
     for index, block in enumerate(found.blocks):
         table.add_row(
             str(index),
             str(block.tokens),
             str(block.tokens_unpatched),
-            *_pair(block.flops / 1e6, block.flops_unpatched / 1e6),
+            *_pair(block.flops / 1e9, block.flops_unpatched / 1e9),
             *_pair(megabytes(block.activations), megabytes(block.activations_unpatched)),
         )
     table.add_section()
@@ -49,7 +49,7 @@ def profile(
         "model",
         "",
         "",
-        *_pair(found.flops / 1e6, found.flops_unpatched / 1e6),
+        *_pair(found.flops / 1e9, found.flops_unpatched / 1e9),
         *_pair(megabytes(found.activations), megabytes(found.activations_unpatched)),
     )
     console.print(table)
@@ -65,4 +65,4 @@ def profile(
 
 
 def _pair(patched: float, unpatched: float) -> tuple[str, str, str]:
-    return f"{patched:.1f}", f"{unpatched:.1f}", f"{patched / unpatched:.3f}"
+    return f"{patched:.2f}", f"{unpatched:.2f}", f"{patched / unpatched:.3f}"
