@@ -102,7 +102,7 @@ def main() -> None:
                 f"{run.after.top1:.2f}",
                 f"{run.seconds / 60:.1f}",
                 f"{run.images_per_second:.0f}",
-                f"{run.seconds / runs[0].seconds - 1:+.1%}",
+                "" if run is runs[0] else f"{run.seconds / runs[0].seconds - 1:+.1%}",
             )
             results.append({"seed": seed, "name": name, **run.to_dict()})
         Console().print(table)

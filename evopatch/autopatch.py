@@ -76,8 +76,10 @@ def _places(module: ModuleType, name: str) -> list[tuple[Any, str]]:
 
 
 def _innermost(value: Any) -> Any:
+    from wrapt import FunctionWrapper
+
     # Scopes may be nested: every name has a wrapper of its own then.
-    while type(value).__name__ == "FunctionWrapper":
+    while type(value) is FunctionWrapper:
         value = value.__wrapped__
     return value
 

@@ -130,7 +130,8 @@ def _measure(model: nn.Module, image: Tensor, container: str) -> _Measured:
         flops, by_module = count_flops(lambda: model(image))
         memory = peak_memory(lambda: model(image), image.device)
     root = type(model).__name__
-    names = [f"{container}.{index}" for index in range(len(model.get_submodule(container)))]  # type: ignore[arg-type]
+    blocks: Any = model.get_submodule(container)
+    names = [f"{container}.{index}" for index in range(len(blocks))]
     # All weights take gradients: a frozen layer would keep nothing.
     activations, kept = saved_for_backward(shared_copy(model, requires_grad=True), image, names)
     return _Measured(flops, [by_module[f"{root}.{name}"] for name in names], activations, kept, memory)

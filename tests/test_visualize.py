@@ -134,6 +134,11 @@ def test_command_with_checkpoints_of_a_training(command, pictures, monkeypatch):
         (("--image", "broken.png"), 1, "broken.png"),
         (("--image", "0.png", "--out", "no/a.png"), 1, "no such folder"),
         (("--image", "0.png", "--checkpoints", "empty"), 1, "empty: no checkpoints there"),
+        (
+            ("--image", "0.png", "--checkpoints", "empty", "--groups"),
+            2,
+            "--checkpoints shows the slow tokens of one block",
+        ),
         (("--image", "0.png", "--block", "12"), 2, "block 12: expected one of the blocks 0 to 11"),
         ((), 2, "Missing option '--image'"),
     ],

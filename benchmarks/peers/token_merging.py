@@ -108,10 +108,10 @@ def at_flops(model: nn.Module, image: Tensor, flops: int) -> nn.Module:
     Raises:
         ValueError: If no number of pairs per block gets there.
     """
-    for r in range(1, 200):
-        merging = TokenMerging(shared_copy(model), r).eval()
+    merging = TokenMerging(shared_copy(model), r=1).eval()
+    for merging.r in range(1, 200):
         with torch.no_grad():
-            found, _ = count_flops(lambda merging=merging: merging(image))
+            found, _ = count_flops(lambda: merging(image))
         if found <= flops:
             return merging
     raise ValueError(f"token merging doesn't get to {flops} FLOPs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 from functools import partial
@@ -118,10 +117,11 @@ def _peers(other: Any, network: Any, image: Any, configs: list[EvoConfig]) -> di
 
     from ..patch import apply
     from ..profile import count_flops
+    from ..sharing import shared_copy
 
     found = {}
     for name, config in zip(side_names(configs), configs, strict=True):
-        patched = apply(copy.deepcopy(network), config=config)
+        patched = apply(shared_copy(network), config=config)
         with torch.no_grad():
             flops, _ = count_flops(partial(patched, image))
         found[f"{other.NAME} as {name}"] = other.at_flops(network, image, flops)

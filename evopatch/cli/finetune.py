@@ -146,8 +146,7 @@ def finetune(
 
     finetune_config = FinetuneConfig(**training)
     seed_everything(finetune_config.seed)  # random weights and heads
-    representatives = None if representative is None else [representative]
-    patch_config = options.patch_configs([keep_ratio], representatives, paper, selection, schedule, start, stages)[0]
+    patch_config = options.patch_config(keep_ratio, representative, paper, selection, schedule, start, stages)
     folder = output or Path(f"evopatch-finetune-{re.sub(r'[^A-Za-z0-9_.-]+', '-', model).strip('-')}")
     preprocessing = Preprocessing(options.parse_channels(mean), options.parse_channels(std), crop_pct, image_size)
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing, pretrained)

@@ -187,6 +187,20 @@ def patch_configs(
     ]
 
 
+def patch_config(
+    keep_ratio: str,
+    representative: RepresentativeName | None,
+    paper: bool,
+    selection: str,
+    schedule: str | None,
+    start: int | None,
+    stages: str | None,
+) -> EvoConfig:
+    """One setting."""
+    names = None if representative is None else [representative]
+    return patch_configs([keep_ratio], names, paper, selection, schedule, start, stages)[0]
+
+
 def _integers(parts: list[str], text: str) -> list[int]:
     try:
         return [int(part) for part in parts]

@@ -30,8 +30,7 @@ def profile(
     from ..profile import profile as run
 
     options.check_folder_of(json_out, "--json")
-    names = None if representative is None else [representative]
-    patch_config = options.patch_configs([keep_ratio], names, paper, selection, schedule, start, stages)[0]
+    patch_config = options.patch_config(keep_ratio, representative, paper, selection, schedule, start, stages)
     network, input_size = open_architecture(model, image_size)
     found = run(apply(network, config=patch_config), input_size)
     columns = ("tokens", "of", "GFLOPs", "un-\npatched", "share", "kept\nMB", "un-\npatched", "share")

@@ -39,8 +39,7 @@ def run(
 
     if not module and not Path(script).is_file():
         raise ConfigError(f"{script}: no such file; expected a Python script, or a module's name after -m")
-    names = None if representative is None else [representative]
-    patch_config = options.patch_configs([keep_ratio], names, paper, selection, schedule, start, stages)[0]
+    patch_config = options.patch_config(keep_ratio, representative, paper, selection, schedule, start, stages)
     logger.addHandler(_Printed())
     logger.setLevel(logging.INFO)
     sys.argv = [script, *ctx.args]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import CheckpointError, UnreadableImageError
+from ..errors import CheckpointError, ConfigError, UnreadableImageError
 from . import options
 from .tables import console
 
@@ -62,8 +62,9 @@ def visualize(
     from ..visualize import visualize_training
 
     options.check_folder_of(out, "--out")
-    names = None if representative is None else [representative]
-    patch_config = options.patch_configs([keep_ratio], names, paper, selection, schedule, start, stages)[0]
+    if checkpoints is not None and (groups or len(block or ()) > 1):
+        raise ConfigError("--checkpoints shows the slow tokens of one block: leave --groups out, and give one --block")
+    patch_config = options.patch_config(keep_ratio, representative, paper, selection, schedule, start, stages)
     preprocessing = Preprocessing(options.parse_channels(mean), options.parse_channels(std), crop_pct, image_size)
     states = None if checkpoints is None else _states(checkpoints)
     # Weights given by --checkpoints take the place of timm's; a transformers model's come with its configuration.
