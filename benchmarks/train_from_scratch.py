@@ -64,6 +64,7 @@ def train(arguments: argparse.Namespace, keep_ratio: float, seed: int) -> Finetu
             warmup_epochs=2,
             label_smoothing=0.1,
             layer_to_stage=keep_ratio < 1,
+            mixed_precision=arguments.mixed_precision,
             seed=seed,
         ),
     )
@@ -81,11 +82,15 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=9)
     parser.add_argument("--keep-ratio", type=float, default=0.5)
     parser.add_argument("--representative", choices=("single", "matched"), default="single", help="single: the paper's")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--only-patched", action="store_true", help="leave the unpatched run out")
     parser.add_argument("--seed", type=int, action="append", help="may be repeated (default: 0)")
     parser.add_argument("--json-out", type=Path, help="write the results there")
     arguments = parser.parse_args()
-    table = Table(title=f"{arguments.images} images, {arguments.epochs} epochs, batch {arguments.batch_size}, float32")
+    precision = "float32" if arguments.mixed_precision == "no" else arguments.mixed_precision
+    table = Table(
+        title=f"{arguments.images} images, {arguments.epochs} epochs, batch {arguments.batch_size}, {precision}"
+    )
     for column in ("seed", "model", "top-1 %", "training min", "images/s", "time"):
         table.add_column(column)
     results = []

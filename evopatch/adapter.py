@@ -55,7 +55,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def grid(self, host: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of patch tokens for images of `(height, width)` pixels."""
+        """Rows and columns of patch tokens for images of `(height, width)` pixels; of a pyramid the finest grid."""
 
     def plan(self, host: nn.Module, patch: Patch) -> list[Swap]:
         """Every change to the host and its blocks. Everything that can fail, and nothing that changes the model.
@@ -65,7 +65,7 @@ class Adapter(ABC):
         """
         swaps = [Swap(host, self.mixin, {"_evo_patch": patch})]
         for name, block in named_blocks(host, patch):
-            _check_hooks(block, name)
+            _check_hooks(block, name, patch.spec.trace)
             code = graph.generate(block, name, patch.spec.trace)
             swaps.append(Swap(block, SlowFastBlock, {"_evo_patch": patch, "_evo_name": name, "_evo_code": code}))
         return swaps
@@ -78,9 +78,9 @@ def named_blocks(host: nn.Module, patch: Patch) -> list[tuple[str, nn.Module]]:
         UnsupportedModelError: If a block's forward was replaced on the block itself.
     """
     blocks = []
-    container: Any = host.get_submodule(patch.spec.blocks)
-    for index, block in enumerate(container):
-        name = ".".join(filter(None, (patch.name, patch.spec.blocks, str(index))))
+    for first, *_ in patch.blocks:
+        block = host.get_submodule(first)
+        name = ".".join(filter(None, (patch.name, first)))
         check_forward(block, name)
         blocks.append((name, block))
     return blocks
@@ -100,8 +100,8 @@ def check_forward(module: nn.Module, name: str) -> None:
         )
 
 
-def _check_hooks(block: nn.Module, name: str) -> None:
-    for inner in graph.traced_through(block, graph.TraceSpec()):
+def _check_hooks(block: nn.Module, name: str, trace: graph.TraceSpec) -> None:
+    for inner in graph.traced_through(block, trace):
         module = block.get_submodule(inner)
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         if any(hooks):

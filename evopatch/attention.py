@@ -34,6 +34,7 @@ class AttentionTap:
         self.used = False
         """Whether an attention core called."""
         self._observed: list[Tensor] = []
+        self._sizes_added = False
 
     def class_attention(self) -> Tensor:
         """`(B, M)` float32, the mean over the block's attention cores."""
@@ -84,10 +85,26 @@ class AttentionTap:
             self._observe(query, key, ops.default_scale(query) if scale is None else scale, bias)
         return bias
 
+    def position_bias(self, bias: Tensor) -> Tensor:
+        """Stands around the position bias that a block adds to its logits before it calls `softmax`.
+
+        Args:
+            bias: For all tokens, `(H, T, T)`.
+
+        Returns:
+            For those that go through the block, log sizes included: `(H, T, T)` or `(B, H, M, M)`.
+        """
+        if self.partition is None:
+            return bias
+        merged = self._bias(bias.unsqueeze(0), bias)
+        assert merged is not None
+        self._sizes_added = True
+        return merged
+
     def softmax(self, logits: Tensor, dim: int = -1, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Tensor:
         """Stands where a block takes the softmax of its `(B, H, M, M)` attention logits."""
         self.used = True
-        bias = self._bias(None, logits)
+        bias = None if self._sizes_added else self._bias(None, logits)
         if bias is not None:
             logits = logits + bias
         probabilities = logits.softmax(dim, dtype=dtype)

@@ -42,10 +42,12 @@ class EvoConfig:
         keep_ratio: Share of the patch tokens that are slow, in (0, 1]. One number is the mean over the runs
             (see `schedule`); a sequence gives one keep ratio per run. 1.0 is exactly the original forward.
         start: First block that selects, counted from 0, or the share of the depth, below 1, that is left alone.
-            None: the first third.
+            None: the first third; of a pyramid the first half of its first stage.
         selection: `"stage"` selects once per run of blocks and keeps the compact set through the run,
             `"layer"` selects again before every block (the paper's section 3.4: layer-to-stage training).
-        stages: Number of runs over the blocks from `start` on, or the first block of each run.
+        stages: Number of runs over the blocks from `start` on, or the first block of each run. A run never crosses
+            from one stage of a pyramid (LeViT) to the next: there a number is that of runs in each stage. None: two
+            runs, in a pyramid one per stage.
         schedule: How one keep ratio is spread over the runs. `"taper"` lets it fall linearly around its mean
             (two runs at 0.5: 0.63 and 0.37) and makes later runs longer (2 to 3 to 4 and so on),
             `"constant"` (the paper's) uses it in every run and makes them equally long.
@@ -65,7 +67,7 @@ class EvoConfig:
     keep_ratio: float | Sequence[float] = 0.5
     start: int | float | None = None
     selection: Selection = "stage"
-    stages: int | Sequence[int] = 2
+    stages: int | Sequence[int] | None = None
     schedule: Schedule = "taper"
     representative: Representative = "matched"
     tradeoff: float | Sequence[float] = 0.5
@@ -89,6 +91,8 @@ class EvoConfig:
             _check_number("start", self.start, expected="(0, 1) as a share of the depth", valid=lambda v: 0.0 < v < 1.0)
         elif self.start is not None:
             _check_block("start", self.start)
+        if self.stages is None:
+            return
         if isinstance(self.stages, int):
             if isinstance(self.stages, bool) or self.stages < 1:
                 raise ConfigError(f"stages={self.stages!r}: expected at least one run of blocks")
@@ -120,13 +124,18 @@ class EvoConfig:
         """
         return cls(keep_ratio=keep_ratio, start=0.25, stages=3, schedule="constant", importance=0.15)
 
-    def resolve(self, depth: int) -> tuple[BlockPlan, ...]:
-        """One plan per block of a model with `depth` blocks.
+    def resolve(self, *depths: int) -> tuple[BlockPlan, ...]:
+        """One plan per block.
+
+        Args:
+            depths: How many blocks each stage of the model has; a flat model is one stage.
 
         Raises:
-            ConfigError: If a run starts beyond the depth, or the number of keep ratios or tradeoffs doesn't fit.
+            ConfigError: If a run starts beyond the depth or goes from one stage into the next, or the number of keep
+                ratios or tradeoffs doesn't fit.
         """
-        firsts = self._first_blocks(depth)
+        depth = sum(depths)
+        firsts = self._first_blocks(depths)
         ratios = self._keep_ratios(firsts)
         tradeoffs = self._tradeoffs(depth)
         keep = [1.0] * depth
@@ -147,25 +156,38 @@ class EvoConfig:
             for i in range(depth)
         )
 
-    def _first_blocks(self, depth: int) -> list[int]:
+    def _first_blocks(self, depths: tuple[int, ...]) -> list[int]:
+        depth = sum(depths)
         if depth < 2:
             raise ConfigError(f"a model with {depth} block(s): expected at least 2, one to rank the tokens by")
-        if isinstance(self.stages, int):
-            start = self._start(depth)
-            # A shallow model has fewer blocks left than the default number of runs asks for.
-            growth = 1 if self.schedule == "taper" else 0
-            firsts = _run_starts(start, depth, min(self.stages, depth - start), growth) or [start]
-        else:
+        begins = [sum(depths[:stage]) for stage in range(len(depths))]
+        if isinstance(self.stages, tuple):
             firsts = list(self.stages)
+            if crossed := [begin for begin in begins if begin > firsts[0] and begin not in firsts]:
+                raise ConfigError(
+                    f"stages={self.stages}: a run would go on from one stage of the model into the next, at block(s) "
+                    f"{crossed} of stages with {depths} blocks; expected the first block of each stage among them"
+                )
+        else:
+            start = self._start(depths)
+            runs = cast(int, self.stages or (2 if len(depths) == 1 else 1))
+            growth = 1 if self.schedule == "taper" else 0
+            firsts = []
+            for begin, length in zip(begins, depths, strict=True):
+                first, end = max(begin, start), begin + length
+                # A shallow model has fewer blocks left than the default number of runs asks for.
+                firsts += _run_starts(first, end, max(0, min(runs, end - first)), growth)
+            firsts = firsts or [start]
         if firsts[-1] >= depth:
             raise ConfigError(
                 f"a run starts at block {firsts[-1]}, beyond the model's {depth} blocks (0 to {depth - 1})"
             )
         return firsts
 
-    def _start(self, depth: int) -> int:
+    def _start(self, depths: tuple[int, ...]) -> int:
+        depth = sum(depths)
         if self.start is None:
-            return max(1, depth // 3)
+            return max(1, depth // 3 if len(depths) == 1 else depths[0] // 2)
         return min(max(1, round(self.start * depth)), depth - 1) if isinstance(self.start, float) else self.start
 
     def _keep_ratios(self, firsts: list[int]) -> list[float]:

@@ -41,6 +41,8 @@ class TraceSpec:
     """Functions whose control flow depends on tensors' shapes: called, not traced."""
     leaf_methods: tuple[str, ...] = ()
     """Methods, other than `forward`, of submodules that are called, not traced."""
+    position_biases: tuple[str, ...] = ()
+    """Such methods whose result is added to the attention logits, one entry per head and pair of tokens."""
     core_names: frozenset[str] = frozenset({"scaled_dot_product_attention", "softmax"})
     """A module whose forward's code uses one of these names holds an attention core."""
     cores: Mapping[Callable[..., Any], str] = field(default_factory=lambda: {_SDPA: "attend"})
@@ -155,7 +157,7 @@ def _trace(block: nn.Module, name: str, spec: TraceSpec) -> fx.Graph:
     shim = _Shim(block, spec)
     tracer = _Tracer(shim, spec)
     try:
-        with _leaf_methods(shim, tracer, spec.leaf_methods):
+        with _leaf_methods(shim, tracer, (*spec.leaf_methods, *spec.position_biases)):
             graph = tracer.trace(shim)
     except Exception as error:
         last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
@@ -178,9 +180,9 @@ def _leaf_methods(shim: nn.Module, tracer: fx.Tracer, names: tuple[str, ...]):  
     patched: list[tuple[nn.Module, str]] = []
 
     def recorder(path: str, method: str) -> Callable[[], fx.Proxy]:
-        def record() -> fx.Proxy:
+        def record(*args: Any) -> fx.Proxy:
             module = tracer.create_proxy("get_attr", path, (), {})
-            return tracer.create_proxy("call_method", method, (module,), {})
+            return tracer.create_proxy("call_method", method, (module, *args), {})
 
         return record
 
@@ -201,6 +203,11 @@ def _tap(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> None:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     with graph.inserting_after(placeholders[-1]):
         evo = graph.placeholder("evo")
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target in spec.position_biases:
+            with graph.inserting_after(node):
+                tapped = graph.call_method("position_bias", (evo, node))
+            node.replace_all_uses_with(tapped, delete_user_cb=lambda user, tapped=tapped: user is not tapped)
     cores = [node for node in graph.nodes if _is_core(node, spec) or _is_softmax(node)]
     for node in cores:
         method = spec.cores.get(node.target, "softmax")
@@ -238,7 +245,7 @@ def _check_logits(softmax: fx.Node, block: nn.Module, name: str) -> None:
             return
         masked = node.op == "call_function" and getattr(node.target, "__name__", "") == "maybe_add_mask"
         scaled = node.op == "call_function" and node.target in _SCALINGS and not isinstance(node.args[1], fx.Node)
-        if not masked and not scaled:
+        if not masked and not scaled and not _adds_position_bias(node):
             break
         node = node.args[0]
     raise AttentionNotFoundError(
@@ -247,6 +254,12 @@ def _check_logits(softmax: fx.Node, block: nn.Module, name: str) -> None:
         "and the softmax; expected nothing but a scaling. Create the model with fused attention "
         "(timm.layers.set_fused_attn(True) before), whose position bias evopatch averages for the compact set"
     )
+
+
+def _adds_position_bias(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target not in (operator.add, torch.add):
+        return False
+    return isinstance(node.args[1], fx.Node) and node.args[1].target == "position_bias"
 
 
 def _metric_graph(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> fx.Graph:
@@ -274,8 +287,9 @@ def _metric_graph(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec)
 
 def _is_projection(node: fx.Node, block: nn.Module) -> bool:
     if node.op == "call_module":
-        # By its attributes: LoRA and quantised layers aren't instances of nn.Linear.
-        return hasattr(block.get_submodule(str(node.target)), "in_features")
+        # By its attributes: LoRA and quantised layers aren't instances of nn.Linear, and LeViT's hold a norm as well.
+        parts = block.get_submodule(str(node.target)).modules()
+        return any(hasattr(part, "in_features") or hasattr(part, "in_channels") for part in parts)
     return node.op == "call_function" and node.target in (F.linear, torch._C._nn.linear)
 
 

@@ -116,6 +116,22 @@ def accumulate_compact(g: Tensor, attention: Tensor, tradeoff: float, partition:
     return torch.where(partition.slow, torch.lerp(g, member, tradeoff), g)
 
 
+def coarsen(g: Tensor, grid: tuple[int, int], kernel: int) -> Tensor:
+    """Accumulated class attention on the grid of a pyramid's next stage, half as fine.
+
+    Args:
+        g: `(B, N)` float32.
+        grid: Rows and columns of it.
+        kernel: A coarser token gets the mean over a square of so many tokens a side: 2 where each stands for four
+            tokens, 3 where every second token is taken and its neighbours count.
+    """
+    odd = kernel % 2 == 1
+    pooled = F.avg_pool2d(
+        g.view(-1, 1, *grid), kernel, 2, kernel // 2 if odd else 0, ceil_mode=not odd, count_include_pad=False
+    )
+    return pooled.flatten(1)
+
+
 def select_top(g: Tensor, keep: int, prefix: int, representative: bool) -> Partition:
     """The paper's selection (section 3.2): the `K` patch tokens of largest accumulated class attention are slow.
 

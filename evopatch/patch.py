@@ -177,21 +177,21 @@ def token_selection(model: nn.Module, images: Tensor, **model_inputs: Any) -> Te
 
     Returns:
         `(B, L, h, w)` bool for `L` blocks and a grid of `h` by `w` patch tokens. All True where a block takes every
-        token, as the blocks before the first selection do.
+        token, as the blocks before the first selection do. Of a pyramid `h` by `w` is the finest grid, and a token of a
+        coarser one is repeated over the place that it stands for.
 
     Raises:
         NotPatchedError: If nothing in the model is patched.
         UnsupportedModelError: If several hosts in it are patched; give the part that holds one.
     """
-    stream, (height, width) = _observe(model, images, model_inputs)
-    shape = (images.shape[0], height * width)
+    stream, grids = _observe(model, images, model_inputs)
     slow = [
-        torch.ones(shape, dtype=torch.bool, device=images.device)
+        torch.ones(images.shape[0], height * width, dtype=torch.bool, device=images.device)
         if partition is None
         else partition.slow.to(images.device)
-        for partition in stream
+        for partition, (height, width) in zip(stream, grids, strict=True)
     ]
-    return torch.stack(slow, dim=1).view(-1, len(slow), height, width)
+    return _on_finest_grid(slow, grids)
 
 
 @torch.no_grad()
@@ -202,20 +202,20 @@ def token_groups(model: nn.Module, images: Tensor, **model_inputs: Any) -> Tenso
         `(B, L, h, w)` int64: tokens with the same number in a block shared one row of its compact set. All numbers
         differ where a block takes every token.
     """
-    stream, (height, width) = _observe(model, images, model_inputs)
-    alone = torch.arange(height * width, device=images.device).expand(images.shape[0], -1)
-    groups = [
-        alone if partition is None else partition.group[:, -height * width :].to(images.device) for partition in stream
-    ]
-    return torch.stack(groups, dim=1).view(-1, len(groups), height, width)
+    stream, grids = _observe(model, images, model_inputs)
+    groups = []
+    for partition, (height, width) in zip(stream, grids, strict=True):
+        alone = torch.arange(height * width, device=images.device).expand(images.shape[0], -1)
+        groups.append(alone if partition is None else partition.group[:, -height * width :].to(images.device))
+    return _on_finest_grid(groups, grids)
 
 
 def _observe(
     model: nn.Module, images: Tensor, model_inputs: dict[str, Any]
-) -> tuple[list[Partition | None], tuple[int, int]]:
-    """The partition of every block, None where it takes every token, and the grid."""
+) -> tuple[list[Partition | None], list[tuple[int, int]]]:
+    """The partition of every block, None where it takes every token, and its grid."""
     _, host = only_host(model)
-    grid = adapter_of(host).grid(host, (images.shape[-2], images.shape[-1]))
+    grids = grids_of(host, (images.shape[-2], images.shape[-1]))
     patch: Patch = host._evo_patch
     with restored(model):
         streams: list[Stream] = []
@@ -225,8 +225,33 @@ def _observe(
         finally:
             patch.streams = None
     if not patch.active or not streams:
-        return [None] * patch.depth, grid
-    return [streams[-1].partitions.get(index) for index in range(streams[-1].depth)], grid
+        return [None] * patch.depth, grids
+    depth = streams[-1].depth
+    return [streams[-1].partitions.get(index) for index in range(depth)], grids[:depth]
+
+
+def _on_finest_grid(values: list[Tensor], grids: list[tuple[int, int]]) -> Tensor:
+    """`(B, N)` of every block as one `(B, L, h, w)`."""
+    height, width = grids[0]
+    maps = []
+    for value, (rows, columns) in zip(values, grids, strict=True):
+        row = torch.arange(height, device=value.device) * rows // height
+        column = torch.arange(width, device=value.device) * columns // width
+        maps.append(value.view(-1, rows, columns)[:, row][:, :, column])
+    return torch.stack(maps, dim=1)
+
+
+def grids_of(host: nn.Module, image_size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Rows and columns of the patch tokens in every block of a patched host.
+
+    Args:
+        host: As `only_host` returns it.
+        image_size: `(height, width)` in pixels.
+    """
+    patch: Patch = host._evo_patch  # type: ignore[assignment]
+    if patch.spec.pyramid is not None:
+        return [patch.spec.pyramid.grids[stage] for stage in patch.stage_of]
+    return [adapter_of(host).grid(host, image_size)] * patch.depth
 
 
 def only_host(model: nn.Module) -> tuple[str, Any]:
@@ -274,8 +299,7 @@ def _hosts(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
 
 def _plan(name: str, host: nn.Module, adapter: Adapter, config: EvoConfig) -> list[Swap]:
     spec = adapter.inspect(host, name or type(host).__name__)
-    container: Any = host.get_submodule(spec.blocks)
-    return adapter.plan(host, Patch(name, spec, len(container), config))
+    return adapter.plan(host, Patch(name, spec, spec.stages(host), config))
 
 
 def _check_shared(swaps: list[Swap]) -> None:
@@ -298,7 +322,7 @@ def _checked(config: Any) -> EvoConfig:
 
 def _set_configs(changes: list[tuple[Patch, EvoConfig]]) -> None:
     for patch, config in changes:
-        config.resolve(patch.depth)
+        patch.resolve(config)
     for patch, config in changes:
         patch.set_config(config)
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .config import EvoConfig
 from .memory import peak_memory, saved_for_backward
 from .ops import num_slow
-from .patch import adapter_of, only_host, restored, set_config
+from .patch import grids_of, only_host, restored, set_config
 from .sharing import shared_copy
+from .spec import Block
 from .stream import Patch
 
 
@@ -78,26 +79,28 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     plans = patch.plans
-    rows, columns = adapter_of(host).grid(host, (image.shape[-2], image.shape[-1]))
-    tokens = rows * columns
-    container = ".".join(filter(None, (name, patch.spec.blocks)))
+    grids = grids_of(host, (image.shape[-2], image.shape[-1]))
+    tokens = [rows * columns for rows, columns in grids]
+    names = [
+        [".".join(filter(None, (name, path))) for path in block] for block in patch.blocks if _is_there(host, block)
+    ]
     with restored(model):
-        patched = _measure(model, image, container)
+        patched = _measure(model, image, names)
         set_config(model, EvoConfig(keep_ratio=1.0))
-        unpatched = _measure(model, image, container)
-    blocks = [
+        unpatched = _measure(model, image, names)
+    profiles = [
         BlockProfile(
             flops=patched.block_flops[index],
             flops_unpatched=unpatched.block_flops[index],
-            tokens=num_slow(tokens, plan.keep_ratio) if plan.keep_ratio < 1.0 else tokens,
-            tokens_unpatched=tokens,
+            tokens=num_slow(tokens[index], plan.keep_ratio) if plan.keep_ratio < 1.0 else tokens[index],
+            tokens_unpatched=tokens[index],
             activations=patched.block_activations[index],
             activations_unpatched=unpatched.block_activations[index],
         )
         for index, plan in enumerate(plans[: len(patched.block_flops)])
     ]
     return Profile(
-        blocks=tuple(blocks),
+        blocks=tuple(profiles),
         flops=patched.flops,
         flops_unpatched=unpatched.flops,
         activations=patched.activations,
@@ -109,9 +112,19 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
 
 def count_flops(call: Callable[[], object]) -> tuple[int, dict[str, int]]:
     """FLOPs of a call, two per multiply-add: in all, and by module with its path below the root module's class name."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton, a quarter of a second
+    # Imports triton, a quarter of a second.
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-    with FlopCounterMode(display=False) as counter:
+    aten: Any = torch.ops.aten
+    on_cpu: dict[Any, Callable[..., int]] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    # torch before 2.15 doesn't count them.
+    missing = {operator: formula for operator, formula in on_cpu.items() if operator not in flop_registry}
+    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
         call()
     return counter.get_total_flops(), {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
 
@@ -125,13 +138,28 @@ class _Measured:
     memory: int
 
 
-def _measure(model: nn.Module, image: Tensor, container: str) -> _Measured:
+def _is_there(host: nn.Module, block: Block) -> bool:
+    # Pruned models (timm's prune_intermediate_layers) have fewer blocks than were patched.
+    try:
+        host.get_submodule(block[0])
+    except AttributeError:
+        return False
+    return True
+
+
+def _measure(model: nn.Module, image: Tensor, blocks: list[list[str]]) -> _Measured:
     with torch.no_grad():
         flops, by_module = count_flops(lambda: model(image))
         memory = peak_memory(lambda: model(image), image.device)
     root = type(model).__name__
-    blocks: Any = model.get_submodule(container)
-    names = [f"{container}.{index}" for index in range(len(blocks))]
     # All weights take gradients: a frozen layer would keep nothing.
-    activations, kept = saved_for_backward(shared_copy(model, requires_grad=True), image, names)
-    return _Measured(flops, [by_module[f"{root}.{name}"] for name in names], activations, kept, memory)
+    paths = [path for block in blocks for path in block]
+    activations, kept = saved_for_backward(shared_copy(model, requires_grad=True), image, paths)
+    kept_by = dict(zip(paths, kept, strict=True))
+    return _Measured(
+        flops,
+        [sum(by_module[f"{root}.{path}"] for path in block) for block in blocks],
+        activations,
+        [sum(kept_by[path] for path in block) for block in blocks],
+        memory,
+    )

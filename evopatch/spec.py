@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
 
 from .graph import TraceSpec
+
+Block = tuple[str, ...]
+"""Paths of the modules that make up one block, from the host: the first holds the attention core, the others run after
+it, one on the output of the other."""
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """What there is to know of a host whose stages have coarser and coarser grids."""
+
+    grids: tuple[tuple[int, int], ...]
+    """Rows and columns of patch tokens in each stage."""
+    kernel: int
+    """Accumulated class attention goes to the coarser grid as the mean over a square of so many tokens a side."""
 
 
 @dataclass(frozen=True)
 class HostSpec:
-    """One host module: the module whose forward walks over a run of attention blocks."""
+    """One host module: the module whose forward walks over the attention blocks."""
 
-    blocks: str
-    """Path of the container that holds the blocks, such as `"blocks"` or `"encoder.layers"`."""
+    blocks: str | tuple[tuple[Block, ...], ...]
+    """Path of the container that holds the blocks, such as `"blocks"`; or the blocks of each stage of a pyramid."""
     prefix: int
     """`P`: how many prefix tokens (class, distillation, registers) precede the patch tokens."""
     readout: int
@@ -20,3 +37,14 @@ class HostSpec:
     trace: TraceSpec = field(default_factory=TraceSpec)
     token_inputs: tuple[str, ...] = ()
     """Those of the block's inputs that have one entry per patch token, such as a rotary table: averaged per group."""
+    pyramid: Pyramid | None = None
+    """None for a flat model."""
+    channels_first: bool = False
+    """Blocks take `(B, C, h, w)` instead of `(B, T, C)`."""
+
+    def stages(self, host: nn.Module) -> tuple[tuple[Block, ...], ...]:
+        """The blocks of each stage; a flat model has one."""
+        if not isinstance(self.blocks, str):
+            return self.blocks
+        container: Any = host.get_submodule(self.blocks)
+        return (tuple((f"{self.blocks}.{index}",) for index in range(len(container))),)

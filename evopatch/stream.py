@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from . import graph, ops
 from .attention import AttentionTap
 from .config import BlockPlan, EvoConfig
-from .errors import BypassError, UnsupportedInputError
-from .spec import HostSpec
+from .errors import BypassError, ConfigError, UnsupportedInputError
+from .spec import Block, HostSpec
 from .swap import Swapped, host_class
 
 Run = Callable[[Tensor, dict[str, Any], AttentionTap | None], Tensor]
@@ -30,10 +30,13 @@ _ORIGINAL = object()
 class Patch:
     """What a patched host and its blocks share. Plain values: deepcopy and pickle carry it along."""
 
-    def __init__(self, name: str, spec: HostSpec, depth: int, config: EvoConfig) -> None:
+    def __init__(self, name: str, spec: HostSpec, stages: tuple[tuple[Block, ...], ...], config: EvoConfig) -> None:
         self.name = name
         self.spec = spec
-        self.depth = depth
+        self.depths = tuple(map(len, stages))
+        self.depth = sum(self.depths)
+        self.blocks: tuple[Block, ...] = tuple(block for stage in stages for block in stage)
+        self.stage_of = tuple(number for number, depth in enumerate(self.depths) for _ in range(depth))
         self.streams: list[Stream] | None = None
         """Where a caller who wants to look at the state of every forward collects it."""
         self.set_config(config)
@@ -42,11 +45,23 @@ class Patch:
         """Take another configuration.
 
         Raises:
-            ConfigError: If it doesn't fit the depth; the old one stays then.
+            ConfigError: If it doesn't fit the model; the old one stays then.
         """
-        self.plans: tuple[BlockPlan, ...] = config.resolve(self.depth)
+        self.plans: tuple[BlockPlan, ...] = self.resolve(config)
         self.config = config
         self.active = any(plan.keep_ratio < 1.0 for plan in self.plans)
+
+    def resolve(self, config: EvoConfig) -> tuple[BlockPlan, ...]:
+        """One plan per block.
+
+        Raises:
+            ConfigError: If the configuration doesn't fit the depth, or leaves no slow token on a pyramid's grid.
+        """
+        plans = config.resolve(*self.depths)
+        if self.spec.pyramid is not None:
+            for plan, stage in zip(plans, self.stage_of, strict=True):
+                _check_keeps_any(plan.keep_ratio, stage, self.spec.pyramid.grids[stage])
+        return plans
 
     def refuse_bypass(self, block: str) -> None:
         """A block was called without the state of a forward.
@@ -60,6 +75,17 @@ class Patch:
                 "would be missing. Call the model itself (or a timm model's forward_features or "
                 "forward_intermediates), or evopatch.remove(model) first"
             )
+
+
+def _check_keeps_any(keep_ratio: float, stage: int, grid: tuple[int, int]) -> None:
+    tokens = grid[0] * grid[1]
+    if keep_ratio < 1.0 and (tokens < 2 or int(tokens * keep_ratio + 0.5) < 1):
+        raise ConfigError(
+            f"keep_ratio {keep_ratio:g} leaves no slow token beside fast ones among the {tokens} of stage {stage + 1} "
+            f"({grid[0]}x{grid[1]}): expected "
+            + ("1.0 there" if tokens < 2 else f"at least {0.5 / tokens:.3g}")
+            + ". Give one keep ratio per stage"
+        )
 
 
 class SlowFastBlock(Swapped):
@@ -101,10 +127,39 @@ def walk(host: Any, method: str, *args: Any, compact: bool, **kwargs: Any) -> An
     patch: Patch = host._evo_patch
     if not patch.active and compact:
         return function(host, *args, **kwargs)
-    blocks = list(host._modules[patch.spec.blocks])
-    stream = Stream(patch, len(blocks), compact)
-    steps = _Steps([_Step(stream, index, block) for index, block in enumerate(blocks)])
-    return function(_View(host, patch.spec.blocks, steps), *args, **kwargs)
+    stream = Stream(patch, 0, compact)
+    view = _viewed(host, "", stream, {block[0]: index for index, block in enumerate(patch.blocks)})
+    return function(view, *args, **kwargs)
+
+
+def _viewed(module: Any, path: str, stream: Stream, blocks: Mapping[str, int]) -> Any:
+    """What stands for a module in the host's forward: nothing else than itself where it holds no block."""
+    if path in blocks:
+        # Pruned models (timm's prune_intermediate_layers) have fewer blocks than were patched.
+        stream.depth = max(stream.depth, blocks[path] + 1)
+        return _Step(stream, blocks[path], module)
+    inside = f"{path}." if path else ""
+    if not any(block.startswith(inside) for block in blocks):
+        return module
+    children = {name: _viewed(child, inside + name, stream, blocks) for name, child in module._modules.items()}
+    if isinstance(module, (nn.Sequential, nn.ModuleList)):
+        return _Steps(_joined(list(children.values()), stream.blocks))
+    return _View(module, {name: child for name, child in children.items() if child is not module._modules[name]})
+
+
+def _joined(steps: list[Any], blocks: tuple[Block, ...]) -> list[Any]:
+    """A block may be several modules of its container: they run in its step."""
+    joined: list[Any] = []
+    following = 0
+    for step in steps:
+        if following:
+            joined[-1].followers.append(step)
+            following -= 1
+            continue
+        joined.append(step)
+        if isinstance(step, _Step):
+            following = len(blocks[step.index]) - 1
+    return joined
 
 
 class Stream:
@@ -114,6 +169,7 @@ class Stream:
         # Taken once: a checkpointed block is recomputed in backward, maybe after the settings changed.
         self.name, self.spec, self.plans, self.active = patch.name, patch.spec, patch.plans, patch.active
         self.representative, self.importance = patch.config.representative, patch.config.importance
+        self.blocks, self.stage_of = patch.blocks, patch.stage_of
         self.depth = depth
         self.compact = compact
         self.g: dict[int, Tensor] = {}
@@ -139,6 +195,7 @@ class Stream:
         """
         if not self.active:
             return run(x, dict(inputs), None)
+        self._check_grid(index, x)
         plan = self.plans[index]
         named = {name: inputs.get(name) for name in self.spec.trace.inputs}
         if plan.keep_ratio == 1.0:
@@ -177,14 +234,54 @@ class Stream:
                 "evopatch.set_keep_ratio(model, 1.0) or evopatch.remove(model) for this call"
             )
 
+    def _check_grid(self, index: int, x: Tensor) -> None:
+        pyramid, stage = self.spec.pyramid, self.stage_of[index]
+        if pyramid is None or (index and self.stage_of[index - 1] == stage):
+            return
+        rows, columns = pyramid.grids[stage]
+        if x.shape[1] != rows * columns:
+            raise UnsupportedInputError(
+                f"{x.shape[1]} patch tokens reached stage {stage + 1} of '{self.name or 'model'}', whose position "
+                f"biases are for {rows * columns} ({rows}x{columns}): give images of the model's own size"
+            )
+
+    def _accumulated(self, index: int, x: Tensor) -> Tensor | None:
+        """`g` before a block, on the grid of its stage; None before the first one."""
+        if index == 0:
+            return None
+        g = self.g[index - 1].to(x.device)
+        if (stage := self.stage_of[index]) == self.stage_of[index - 1]:
+            return g
+        assert self.spec.pyramid is not None
+        return ops.coarsen(g, self.spec.pyramid.grids[stage - 1], self.spec.pyramid.kernel)
+
     def _select(self, index: int, block: Any, x: Tensor, inputs: dict[str, Any]) -> ops.Partition:
         prefix = self.spec.prefix
-        g = self.g[index - 1].to(x.device)
+        g = self._accumulated(index, x)
+        assert g is not None  # the first block never selects
         keep = ops.num_slow(g.shape[1], self.plans[index].keep_ratio)
         if self.representative != "matched":
             return ops.select_top(g, keep, prefix, self.representative == "single")
-        metric = block._evo_code.metric[block.training](block, x.detach(), tuple(inputs.values()), None)
+        tokens = self.block_layout(index, x.detach())
+        metric = self.token_layout(block._evo_code.metric[block.training](block, tokens, tuple(inputs.values()), None))
         return ops.select_matched(g, metric[:, prefix:], keep, prefix, self.importance)
+
+    def block_layout(self, index: int, x: Tensor) -> Tensor:
+        """`(B, M, C)` tokens as the block takes them."""
+        if not self.spec.channels_first:
+            return x
+        assert self.spec.pyramid is not None
+        rows, columns = self.spec.pyramid.grids[self.stage_of[index]]
+        if x.shape[1] != rows * columns:
+            rows, columns = x.shape[1], 1
+        channels_first: Tensor = x.transpose(1, 2).unflatten(2, (rows, columns))
+        return channels_first
+
+    def token_layout(self, x: Tensor) -> Tensor:
+        """The inverse of `block_layout`."""
+        if not self.spec.channels_first:
+            return x
+        return x.flatten(2).transpose(1, 2)
 
     def _block(
         self, index: int, x: Tensor, inputs: dict[str, Any], partition: ops.Partition | None, run: Run
@@ -201,12 +298,10 @@ class Stream:
                 "forward was. Use evopatch.remove(model) before such changes, and evopatch.apply after them"
             )
         if plan.tradeoff is not None:
-            attention = tap.class_attention()
-            if partition is None:
-                before = self.g[index - 1].to(x.device) if index else None
+            attention, before = tap.class_attention(), self._accumulated(index, x)
+            if partition is None or before is None:
                 self.g[index] = ops.accumulate(before, attention[:, spec.prefix :], plan.tradeoff)
             else:
-                before = self.g[index - 1].to(x.device)
                 self.g[index] = ops.accumulate_compact(before, attention, plan.tradeoff, partition)
         return out
 
@@ -222,25 +317,31 @@ class _Step:
 
     def __init__(self, stream: Stream, index: int, block: nn.Module) -> None:
         self._stream = stream
-        self._index = index
+        self.index = index
         self._block = block
+        self.followers: list[nn.Module] = []
 
     def __call__(self, x: Tensor, **inputs: Any) -> Tensor:
+        stream = self._stream
         for name, value in inputs.items():
-            if name not in self._stream.spec.trace.inputs and value is not None and value is not False:
-                self._stream.refuse(name, self._index)
-        return self._stream.advance(self._index, self._block, x, inputs, self._run)
+            if name not in stream.spec.trace.inputs and value is not None and value is not False:
+                stream.refuse(name, self.index)
+        out = stream.advance(self.index, self._block, stream.token_layout(x), inputs, self._run)
+        return stream.block_layout(self.index, out)
 
     def _run(self, x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
         # Through the block's __call__, so that its hooks run.
+        x = self._stream.block_layout(self.index, x)
         out: Tensor = self._block(x, evo=_ORIGINAL if tap is None else tap, **inputs)
-        return out
+        for module in self.followers:
+            out = module(out)
+        return self._stream.token_layout(out)
 
 
 class _Steps:
-    """Stands where the host uses its `nn.Sequential` or `nn.ModuleList` of blocks."""
+    """Stands where the host uses an `nn.Sequential` or `nn.ModuleList` that holds blocks."""
 
-    def __init__(self, steps: list[_Step]) -> None:
+    def __init__(self, steps: list[Any]) -> None:
         self._steps = steps
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -248,21 +349,21 @@ class _Steps:
             x = step(x)
         return x
 
-    def __iter__(self) -> Iterator[_Step]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self._steps)
 
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __getitem__(self, index: int | slice) -> _Step | _Steps:
+    def __getitem__(self, index: int | slice) -> Any:
         return _Steps(self._steps[index]) if isinstance(index, slice) else self._steps[index]
 
 
 class _View:
-    """Stands for `self` in one of the host's methods: the host in everything but its blocks."""
+    """Stands for a module that holds blocks, the host or one of its stages: the module in everything else."""
 
-    def __init__(self, host: Any, blocks: str, steps: _Steps) -> None:
-        self.__dict__.update({"_host": host, blocks: steps})
+    def __init__(self, host: Any, children: Mapping[str, Any]) -> None:
+        self.__dict__.update({"_host": host, **children})
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -270,6 +371,16 @@ class _View:
         # that was never initialised.
         host = self.__dict__.get("_host")
         return _View if host is None else type(host)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        host: Any = self._host
+        if host._forward_hooks or host._forward_pre_hooks:
+            return nn.Module.__call__(self, *args, **kwargs)
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, on this view."""
+        return host_class(self._host).forward(self, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._host, name)

@@ -102,7 +102,6 @@ def test_any_depth(depth, stages):
         ({"stages": 0}, "stages=0"),
         ({"stages": []}, "stages="),
         ({"stages": 2.0}, "stages=2.0"),
-        ({"stages": None}, "stages=None"),
         ({"stages": [8, 4]}, "increasing order"),
         ({"stages": [4, 8], "start": 3}, "disagree"),
     ],

@@ -433,7 +433,9 @@ def _freeze(model: nn.Module, config: FinetuneConfig) -> None:
     blocks = {
         id(parameter)
         for host in patched_hosts(model).values()
-        for parameter in host.get_submodule(host._evo_patch.spec.blocks).parameters()
+        for block in host._evo_patch.blocks
+        for path in block
+        for parameter in host.get_submodule(path).parameters()
     }
     for parameter in model.parameters():
         trained = id(parameter) in blocks if config.trainable == "blocks" else parameter.ndim <= 1

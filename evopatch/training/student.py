@@ -90,7 +90,7 @@ def _set_distilled_training(model: Any, enable: bool) -> None:
 
 def _last_block(model: nn.Module) -> nn.Module:
     _, host = only_host(model)
-    block: nn.Module = list(host.get_submodule(host._evo_patch.spec.blocks))[-1]
+    block: nn.Module = host.get_submodule(host._evo_patch.blocks[-1][-1])
     return block
 
 
