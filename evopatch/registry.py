@@ -14,7 +14,7 @@ from .adapter import Adapter
 # The library whose modules an adapter serves, and where the adapter is. Third parties add theirs as an entry point of
 # the group "evopatch.adapters", named by the library: `mylibrary = "mypackage.evopatch:MyAdapter"`.
 _BUILT_IN = {
-    "timm": ("evopatch_timm.vit:ViTAdapter", "evopatch_timm.levit:LevitAdapter"),
+    "timm": ("evopatch_timm.vit:ViTAdapter", "evopatch_timm.levit:LevitAdapter", "evopatch_timm.swin:SwinAdapter"),
     "transformers": ("evopatch_transformers.vit:ViTAdapter",),
 }
 _GROUP = "evopatch.adapters"

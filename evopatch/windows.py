@@ -1,0 +1,280 @@
+"""The algorithm on windows, as pure tensor functions: where windows are, which are slow, who stands in for whom.
+
+Swin's blocks attend inside windows, so a compact set has to be whole windows of equally many rows. This is the
+project's own extension; the paper has no windowed models. Two ways to get there, both of them an `ops.Partition` over
+the tokens in raster order, whose rows lie window by window:
+
+* Windows are slow or fast as a whole (`select_windows`); the compact set is some of the windows.
+* All windows stay, and inside each the tokens are matched (`match_tokens`); the compact set is smaller windows.
+
+Axes: `B` images, `N` tokens in raster order, `C` channels, `H` heads, `V` windows, `A` places in a window, `W` windows of
+the compact set, `R` rows in each of them, `M = W * R`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+
+
+class Windows(NamedTuple):
+    """How one block cuts its feature map: first shifted, then padded below and on the right, then cut."""
+
+    grid: tuple[int, int]
+    """Rows and columns of the feature map, `N` tokens."""
+    window: tuple[int, int]
+    """Rows and columns of a window, `A` places."""
+    shift: tuple[int, int]
+    """So far the map is rolled up and to the left before."""
+
+    @property
+    def across(self) -> tuple[int, int]:
+        """How many windows there are below and beside each other."""
+        return -(-self.grid[0] // self.window[0]), -(-self.grid[1] // self.window[1])
+
+    @property
+    def count(self) -> int:
+        """`V`."""
+        return self.across[0] * self.across[1]
+
+    @property
+    def area(self) -> int:
+        """`A`."""
+        return self.window[0] * self.window[1]
+
+    @property
+    def padded(self) -> bool:
+        """Whether some places hold no token."""
+        return self.count * self.area > self.grid[0] * self.grid[1]
+
+    def places(self, device: torch.device) -> Tensor:
+        """`(N,)` int64: the place of every token, `window * A + place in the window`."""
+        row = (torch.arange(self.grid[0], device=device) - self.shift[0]).remainder(self.grid[0])
+        column = (torch.arange(self.grid[1], device=device) - self.shift[1]).remainder(self.grid[1])
+        (height, width), beside = self.window, self.across[1]
+        row = row.div(height, rounding_mode="floor") * (beside * self.area) + row.remainder(height) * width
+        column = column.div(width, rounding_mode="floor") * self.area + column.remainder(width)
+        return (row[:, None] + column).flatten()
+
+    def tokens(self, places: Tensor) -> Tensor:
+        """The inverse of `places`: `(V * A,)` int64, `N` where a place holds no token."""
+        tokens = places.shape[0]
+        empty = torch.full((self.count * self.area,), tokens, device=places.device)
+        return empty.scatter(0, places, torch.arange(tokens, device=places.device))
+
+
+class WindowPartition(NamedTuple):
+    """Who goes through a windowed block for whom."""
+
+    partition: ops.Partition
+    """Over the tokens in raster order; its rows are those of the first window, then of the second, and so on."""
+    windows: int
+    """`W`."""
+    place: Tensor | None
+    """`(B, W, R)` int64: the place in its window that a row stands at; None: the `A` places of a whole window."""
+    window: Tensor | None
+    """`(B, K)` int64: the windows that are slow; None: all windows are in the compact set."""
+    share: Tensor | None
+    """`(B, V)` float32: each window's share in the representative window, the last one; None: there is none."""
+    held: Tensor | None
+    """`(B, W, R)` bool, False where a row stands for no token but for padding; None: all stand for tokens."""
+
+
+def in_windows(values: Tensor, tokens: Tensor, windows: Windows) -> Tensor:
+    """`(B, N)` or `(B, N, C)` in raster order to `(B, V, A)` or `(B, V, A, C)`; zeros in the padding."""
+    batch, _, *channels = values.shape
+    if windows.padded:
+        values = F.pad(values, (*([0, 0] * len(channels)), 0, 1))
+    return values.index_select(1, tokens).view(batch, windows.count, windows.area, *channels)
+
+
+def window_means(values: Tensor, places: Tensor, windows: Windows) -> Tensor:
+    """`(B, N)` to `(B, V)`, or `(B, N, C)` to `(B, V, C)`: means over the tokens of each window."""
+    batch, tokens, *channels = values.shape
+    window = places.div(windows.area, rounding_mode="floor")
+    zeros = values.new_zeros(batch, windows.count, *channels)
+    sums = zeros.index_add(1, window, values)
+    counts = values.new_zeros(windows.count).index_add(0, window, values.new_ones(tokens))
+    return sums / counts.view(-1, *([1] * len(channels)))
+
+
+def select_windows(
+    score: Tensor, keep: int, places: Tensor, windows: Windows, representative: bool
+) -> WindowPartition:
+    """The paper's selection (section 3.2), of windows: the `K` of largest score are slow.
+
+    Args:
+        score: `(B, V)` float32, positive.
+        keep: `K`, less than `V`.
+        places: `(N,)`.
+        windows: How the map is cut.
+        representative: True: the fast windows share one more window, place by place their mean weighted by score
+            (equation 5 for every place). False: nothing stands in for them.
+    """
+    batch = score.shape[0]
+    index = score.topk(keep, dim=1, sorted=False).indices
+    order = torch.arange(keep, device=score.device).expand(batch, keep)
+    slot = torch.full(score.shape, keep, device=score.device).scatter(1, index, order)
+    fast = torch.where(slot == keep, score.clamp_min(torch.finfo(score.dtype).tiny), 0.0)
+    window, place = places.div(windows.area, rounding_mode="floor"), places.remainder(windows.area)
+    own_slot = slot[:, window]
+    slow = own_slot < keep
+    group = torch.where(slow, own_slot * windows.area + place, keep * windows.area + (place if representative else 0))
+    weight = fast[:, window]
+    if representative:
+        total = torch.zeros(batch, windows.area, device=score.device).index_add(1, place, weight)
+        weight = weight / total[:, place].clamp_min(torch.finfo(score.dtype).tiny)
+    weight = torch.where(slow, 1.0, weight if representative else 0.0)
+    count = keep + representative
+    held = None
+    if windows.padded:
+        held = torch.zeros(batch, count * windows.area + 1, device=score.device, dtype=torch.bool)
+        held = held.scatter(1, group, True)[:, :-1].view(batch, count, windows.area)
+    return WindowPartition(
+        ops.Partition(group, weight, slow, None, count * windows.area),
+        count,
+        place=None,
+        window=index,
+        share=fast / fast.sum(1, keepdim=True) if representative else None,
+        held=held,
+    )
+
+
+def match_tokens(
+    metric: Tensor, keep: int, places: Tensor, windows: Windows, mask: Tensor | None
+) -> WindowPartition:
+    """Matched representatives inside every window: each fast token joins the slow token of its window most like it.
+
+    What would be lost if a token were fast is how little of it an earlier one of its window already says,
+    `1 - max_{j before i} <f_i, f_j>`, with `f` the normalised metric. The `K` tokens of each window that would lose most
+    are slow. A group's row is the mean of its members, and weighs in attention by its size. Where the map is padded,
+    the padding of each window is one more row.
+
+    Args:
+        metric: `(B, N, C)`, what the tokens are compared by.
+        keep: `K`, less than `A`; with a mask at least as many as there are regions in a window, 4.
+        places: `(N,)`.
+        windows: How the map is cut.
+        mask: `(V, A, A)`, 0 where two tokens attend to each other: only such tokens share a group. None: all do.
+    """
+    batch, number = metric.shape[:2]
+    count, area = windows.count, windows.area
+    tokens = windows.tokens(places)
+    unit = in_windows(F.normalize(metric, dim=-1), tokens, windows)
+    similarity = unit @ unit.transpose(2, 3)
+    lowest = torch.finfo(similarity.dtype).min
+    if mask is not None:
+        similarity = similarity.masked_fill(mask != 0, lowest)
+    redundancy = similarity.masked_fill(_not_before(area, metric.device), lowest).amax(dim=-1)
+    is_token = (tokens < number).view(count, area)
+    if windows.padded:
+        redundancy = redundancy.masked_fill(~is_token, torch.inf)
+    index = redundancy.topk(keep, dim=2, largest=False, sorted=False).indices
+    leader = similarity.gather(3, index.unsqueeze(2).expand(batch, count, area, keep)).argmax(dim=-1)
+    leader = leader.scatter(2, index, torch.arange(keep, device=metric.device).expand(batch, count, keep))
+    rows = keep + windows.padded
+    window = torch.arange(count, device=metric.device).view(count, 1)
+    group = (leader + rows * window).flatten(1).index_select(1, places)
+    size = torch.zeros(batch, count * rows, device=metric.device)
+    size = size.scatter_add(1, group, torch.ones_like(group, dtype=size.dtype))
+    slow = torch.zeros(batch, count, area, device=metric.device).scatter(2, index, 1.0).bool()
+    partition = ops.Partition(
+        group, size.gather(1, group).reciprocal(), slow.flatten(1).index_select(1, places), size.log(), count * rows
+    )
+    held = (size > 0).view(batch, count, rows) if windows.padded else None
+    return WindowPartition(partition, count, place=index, window=None, share=None, held=held)
+
+
+def _not_before(area: int, device: torch.device) -> Tensor:
+    """`(A, A)` bool: False at `[i, j]` where place `j` comes before place `i`."""
+    order = torch.arange(area, device=device)
+    return order[:, None] <= order
+
+
+def compact_mask(mask: Tensor | None, partition: WindowPartition) -> Tensor | None:
+    """The shift mask of whole windows, for those of the compact set.
+
+    A representative window stands for several. Two places in it attend to each other as far as they do there: their
+    logit is lowered by the logarithm of the share of windows in which they do.
+
+    Args:
+        mask: `(V, A, A)`, 0 or a large negative number; or None.
+        partition: Of `select_windows`.
+
+    Returns:
+        `(B * W, A, A)`, or None.
+    """
+    if mask is None:
+        return None
+    assert partition.window is not None
+    compact = mask[partition.window]
+    if partition.share is not None:
+        share = torch.einsum("bv,vij->bij", partition.share, (mask == 0).to(partition.share.dtype))
+        together = share.log().clamp_min(float(_MASKED)).to(mask.dtype)
+        compact = torch.cat([compact, together.unsqueeze(1)], dim=1)
+    return compact.flatten(0, 1)
+
+
+_MASKED = -100.0
+
+
+def compact_bias(bias: Tensor, mask: Tensor | None, windows: Windows, partition: WindowPartition) -> Tensor:
+    """Position bias, shift mask and log sizes between the rows of matched windows.
+
+    A group has the position of its slow token; its members are near and alike.
+
+    Args:
+        bias: `(H, A, A)`.
+        mask: `(V, A, A)` or None.
+        windows: How the map is cut.
+        partition: Of `match_tokens`.
+
+    Returns:
+        `(B * V, H, R, R)`.
+    """
+    place, log_size = partition.place, partition.partition.log_size
+    assert place is not None and log_size is not None
+    batch, count, keep = place.shape
+    area, heads = windows.area, bias.shape[0]
+    pairs = (place.unsqueeze(3) * area + place.unsqueeze(2)).view(batch * count, keep * keep)
+    compact = bias.flatten(1)[:, pairs.flatten()].view(heads, batch * count, keep, keep).transpose(0, 1)
+    added = log_size.view(batch * count, 1, 1, -1)[..., :keep]
+    if mask is not None:
+        own = mask.flatten(1).expand(batch, -1, -1).flatten(0, 1).gather(1, pairs)
+        added = added + own.view(-1, 1, keep, keep)
+    compact = compact + added.to(bias.dtype)
+    if not windows.padded:
+        return compact
+    column = _padding_bias(bias, mask, windows).expand(batch, -1, -1, -1)
+    column = column.gather(3, place.unsqueeze(2).expand(-1, -1, heads, -1)).view(batch * count, heads, keep, 1)
+    return F.pad(torch.cat([compact, column], dim=3), (0, 0, 0, 1))
+
+
+def _padding_bias(bias: Tensor, mask: Tensor | None, windows: Windows) -> Tensor:
+    """`(V, H, A)`: what a place's attention to all padding of its window together is biased by."""
+    tokens = windows.tokens(windows.places(bias.device))
+    empty = (tokens == windows.grid[0] * windows.grid[1]).view(windows.count, 1, windows.area)
+    seen = empty.expand(-1, windows.area, -1) if mask is None else empty & (mask == 0)
+    number = seen.sum(2).unsqueeze(1)
+    mean = torch.einsum("hij,vij->vhi", bias, seen.to(bias.dtype)) / number.clamp_min(1).to(bias.dtype)
+    return mean + number.to(bias.dtype).log()
+
+
+def cosine_logits(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
+    """Scaled cosine attention (Swin V2, arXiv 2111.09883, equation 2) without its position bias.
+
+    Args:
+        query: `(B, H, R, D)`, key `(B, H, T, D)`.
+        logit_scale: `(H, 1, 1)`, logarithm of the factor on the cosines, which is at most 100.
+
+    Returns:
+        `(B, H, R, T)`.
+    """
+    cosine = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(2, 3)
+    return cosine * logit_scale.clamp(max=math.log(100.0)).exp()
