@@ -44,6 +44,8 @@ class WindowedBlocks(ABC):
     """The block's submodule that is called with windows `(windows, A, C)` and a mask."""
     single: Mapping[str, Any]
     """The block's attributes with which windows are single tokens, unshifted."""
+    last_norm: str | None = None
+    """The block's norm on the main branch after everything else, if it has one: it's for all tokens."""
 
     @abstractmethod
     def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
@@ -64,6 +66,10 @@ class WindowedBlocks(ABC):
     @abstractmethod
     def biased(self, attention: Any, bias: Tensor) -> Callable[..., Any]:
         """The attention, on windows `(windows, R, C)`, with this bias `(windows, H, R, R)` in place of bias and mask."""
+
+    def masked(self, mask: Tensor | None) -> Any:
+        """A shift mask `(windows, A, A)` as the attention takes it."""
+        return mask
 
     @abstractmethod
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
@@ -106,11 +112,17 @@ class MaskByHead:
 
     def __init__(self, bias: Tensor) -> None:
         self._bias = bias
+        self._added = False
         self.shape = bias.shape[:1]
 
     def unsqueeze(self, dim: int) -> Any:
-        """First for the heads, which are there already; then for the images."""
-        return self if dim == 1 else self._bias.unsqueeze(dim)
+        """First for the heads, which are there already; then for the images. Counts once: transformers adds it twice."""
+        if dim == 1:
+            return self
+        if self._added:
+            return 0.0
+        self._added = True
+        return self._bias.unsqueeze(dim)
 
 
 class WindowStream(Stream):
@@ -154,9 +166,14 @@ class WindowStream(Stream):
             return own(block, x, *inputs, **options)
         partition = selected.partition
         entry = ops.merge(tokens, partition)
-        view = BlockView(block, {**blocks.single, blocks.attention: _Attention(block, cut, selected)})
-        out, rest = blocks.call(view, entry, inputs, options)
-        full = ops.distribute(tokens, out - entry, partition).view(x.shape)
+        changed = {**blocks.single, blocks.attention: _Attention(block, cut, selected)}
+        if blocks.last_norm is not None:
+            changed[blocks.last_norm] = _unchanged
+        out, rest = blocks.call(BlockView(block, changed), entry, inputs, options)
+        full = ops.distribute(tokens, out - entry, partition)
+        if blocks.last_norm is not None:
+            full = getattr(block, blocks.last_norm)(full)
+        full = full.view(x.shape)
         return full if rest is None else (full, *rest)
 
     def _observe(self, index: int, block: Any, tokens: Tensor, cut: Windows) -> Tensor:
@@ -215,6 +232,10 @@ class WindowStream(Stream):
         return windows.select_windows(score, keep, places, cut.windows, self.representative == "single")
 
 
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 class _WindowStep(Step):
     """One windowed block in one forward pass; stands where the host calls the block."""
 
@@ -239,7 +260,7 @@ class _Attention:
             x = x * selected.held.flatten(0, 1).unsqueeze(2).to(x.dtype)
         if selected.place is None:
             mask = windows.compact_mask(self._cut.mask, selected)
-            out = self._attention(x, mask, **kwargs)
+            out = self._attention(x, blocks.masked(mask), **kwargs)
         else:
             bias = blocks.bias(self._attention)
             bias = windows.compact_bias(bias, self._cut.mask, self._cut.windows, selected)

@@ -14,6 +14,7 @@ the compact set, `R` rows in each of them, `M = W * R`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,14 +25,16 @@ from . import ops
 
 
 class Windows(NamedTuple):
-    """How one block cuts its feature map: first shifted, then padded below and on the right, then cut."""
+    """How one block cuts its feature map: shifted, and padded below and on the right, in whole windows."""
 
     grid: tuple[int, int]
     """Rows and columns of the feature map, `N` tokens."""
     window: tuple[int, int]
     """Rows and columns of a window, `A` places."""
     shift: tuple[int, int]
-    """So far the map is rolled up and to the left before."""
+    """So far the map is rolled up and to the left before it is cut."""
+    pads_first: bool
+    """Whether it is padded and then rolled (transformers), or rolled and then padded (timm)."""
 
     @property
     def across(self) -> tuple[int, int]:
@@ -49,14 +52,20 @@ class Windows(NamedTuple):
         return self.window[0] * self.window[1]
 
     @property
+    def padded_grid(self) -> tuple[int, int]:
+        """Rows and columns of places in all windows together."""
+        return self.across[0] * self.window[0], self.across[1] * self.window[1]
+
+    @property
     def padded(self) -> bool:
         """Whether some places hold no token."""
         return self.count * self.area > self.grid[0] * self.grid[1]
 
     def places(self, device: torch.device) -> Tensor:
         """`(N,)` int64: the place of every token, `window * A + place in the window`."""
-        row = (torch.arange(self.grid[0], device=device) - self.shift[0]).remainder(self.grid[0])
-        column = (torch.arange(self.grid[1], device=device) - self.shift[1]).remainder(self.grid[1])
+        rolled = self.padded_grid if self.pads_first else self.grid
+        row = (torch.arange(self.grid[0], device=device) - self.shift[0]).remainder(rolled[0])
+        column = (torch.arange(self.grid[1], device=device) - self.shift[1]).remainder(rolled[1])
         (height, width), beside = self.window, self.across[1]
         row = row.div(height, rounding_mode="floor") * (beside * self.area) + row.remainder(height) * width
         column = column.div(width, rounding_mode="floor") * self.area + column.remainder(width)
@@ -278,3 +287,17 @@ def cosine_logits(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
     """
     cosine = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(2, 3)
     return cosine * logit_scale.clamp(max=math.log(100.0)).exp()
+
+
+def continuous_bias(table: Callable[[Tensor], Tensor], coordinates: Tensor, index: Tensor) -> Tensor:
+    """Swin V2's position bias (arXiv 2111.09883, section 3.3): `16 * sigmoid` of what a small network says.
+
+    Args:
+        table: That network, of the relative coordinates.
+        coordinates: `(1, 2h - 1, 2w - 1, 2)`.
+        index: `(A, A)`, which coordinates two places are apart.
+
+    Returns:
+        `(H, A, A)`.
+    """
+    return (16.0 * table(coordinates).flatten(0, 2).sigmoid())[index].permute(2, 0, 1)

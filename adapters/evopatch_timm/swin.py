@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from torch import Tensor, nn
 
 from evopatch.adapter import Adapter, HostSpec, Swap, named_blocks
 from evopatch.stream import Patch, walk
 from evopatch.swap import Swapped
 from evopatch.window_stream import BlockView, Cut, MaskByHead, SlowFastWindowBlock, WindowedBlocks, WindowStream
-from evopatch.windows import Windows, cosine_logits
+from evopatch.windows import Windows, continuous_bias, cosine_logits
 
 
 class _Swin(WindowedBlocks):
@@ -30,11 +30,10 @@ class _Swin(WindowedBlocks):
     }
 
     def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
-        windows = Windows((x.shape[1], x.shape[2]), tuple(block.window_size), tuple(block.shift_size))
+        windows = Windows((x.shape[1], x.shape[2]), tuple(block.window_size), tuple(block.shift_size), pads_first=False)
         if not block.dynamic_mask:
             return Cut(windows, block.attn_mask)
-        height, width = (a * b for a, b in zip(windows.across, windows.window, strict=True))
-        return Cut(windows, block.get_attn_mask(x.new_zeros(1, height, width, 1)))
+        return Cut(windows, block.get_attn_mask(x.new_zeros(1, *windows.padded_grid, 1)))
 
     def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
         return block.forward(x.unsqueeze(2)).squeeze(2), None
@@ -60,8 +59,7 @@ class _SwinV2(_Swin):
         return x
 
     def bias(self, attention: Any) -> Tensor:
-        table = 16 * torch.sigmoid(attention.cpb_mlp(attention.relative_coords_table).flatten(0, 2))
-        return table[attention.relative_position_index].permute(2, 0, 1)
+        return continuous_bias(attention.cpb_mlp, attention.relative_coords_table, attention.relative_position_index)
 
     def biased(self, attention: Any, bias: Tensor) -> Callable[..., Any]:
         # Its own bias is that of a single place then, the same for all: no matter to a softmax.
@@ -74,6 +72,24 @@ class _SwinV2(_Swin):
             query = query + F.pad(attention.q_bias, (0, 2 * attention.dim))
         queries, keys = _heads(attention, query)[0], _heads(attention, key)[1]
         return cosine_logits(queries, keys, attention.logit_scale).squeeze(2)
+
+
+class _SwinV2Cr(_SwinV2):
+    last_norm = "norm3"
+
+    def bias(self, attention: Any) -> Tensor:
+        bias: Tensor = attention._relative_positional_encodings()
+        return bias.squeeze(0)
+
+    def biased(self, attention: Any, bias: Tensor) -> Callable[..., Any]:
+        return BlockView(attention, {"_relative_positional_encodings": lambda: bias})
+
+    def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
+        queries, keys = _heads(attention, attention.qkv(query))[0], _heads(attention, attention.qkv(key))[1]
+        return cosine_logits(queries, keys, attention.logit_scale.view(-1, 1, 1)).squeeze(2)
+
+
+_KINDS = {SwinTransformer: _Swin, SwinTransformerV2: _SwinV2, SwinTransformerV2Cr: _SwinV2Cr}
 
 
 def _heads(attention: Any, qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,22 +116,23 @@ class SwinAdapter(Adapter):
     mixin = SlowFastSwin
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
-        return (SwinTransformer, SwinTransformerV2)
+        return tuple(_KINDS)
 
     def inspect(self, host: Any, name: str) -> HostSpec:
+        path = "stages" if isinstance(host, SwinTransformerV2Cr) else "layers"
         blocks = tuple(
-            tuple((f"layers.{number}.blocks.{index}",) for index in range(len(stage.blocks)))
-            for number, stage in enumerate(host.layers)
+            tuple((f"{path}.{number}.blocks.{index}",) for index in range(len(stage.blocks)))
+            for number, stage in enumerate(getattr(host, path))
         )
         return HostSpec(blocks=blocks, prefix=0, readout=0)
 
     def plan(self, host: nn.Module, patch: Patch) -> list[Swap]:
-        kind = _SwinV2() if isinstance(host, SwinTransformerV2) else _Swin()
+        kind = next(kind for cls, kind in _KINDS.items() if isinstance(host, cls))()
         swaps = [Swap(host, self.mixin, {"_evo_patch": patch})]
         for name, block in named_blocks(host, patch):
             swaps.append(Swap(block, SlowFastWindowBlock, {"_evo_patch": patch, "_evo_name": name, "_evo_blocks": kind}))
         return swaps
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
-        height, width = host.patch_embed.dynamic_feat_size(image_size)
-        return height, width
+        rows, columns = host.patch_embed.patch_size
+        return image_size[0] // rows, image_size[1] // columns
