@@ -251,11 +251,12 @@ def compact_bias(bias: Tensor, mask: Tensor | None, windows: Windows, partition:
     assert place is not None and log_size is not None
     batch, count, keep = place.shape
     area, heads = windows.area, bias.shape[0]
-    pairs = (place.unsqueeze(3) * area + place.unsqueeze(2)).view(batch * count, keep * keep)
-    compact = bias.flatten(1)[:, pairs.flatten()].view(heads, batch * count, keep, keep).transpose(0, 1)
+    pairs = (place.unsqueeze(3) * area + place.unsqueeze(2)).view(batch * count, 1, keep * keep)
+    compact = bias.flatten(1).expand(batch * count, -1, -1).gather(2, pairs.expand(-1, heads, -1))
+    compact = compact.view(batch * count, heads, keep, keep)
     added = log_size.view(batch * count, 1, 1, -1)[..., :keep]
     if mask is not None:
-        own = mask.flatten(1).expand(batch, -1, -1).flatten(0, 1).gather(1, pairs)
+        own = mask.flatten(1).expand(batch, -1, -1).flatten(0, 1).gather(1, pairs.squeeze(1))
         added = added + own.view(-1, 1, keep, keep)
     compact = compact + added.to(bias.dtype)
     if not windows.padded:
