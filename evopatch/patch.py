@@ -251,7 +251,9 @@ def grids_of(host: nn.Module, image_size: tuple[int, int]) -> list[tuple[int, in
     patch: Patch = host._evo_patch  # type: ignore[assignment]
     if patch.spec.pyramid is not None:
         return [patch.spec.pyramid.grids[stage] for stage in patch.stage_of]
-    return [adapter_of(host).grid(host, image_size)] * patch.depth
+    height, width = adapter_of(host).grid(host, image_size)
+    # Between two stages windowed pyramids merge two by two tokens, padded at odd sizes.
+    return [(-(-height // 2**stage), -(-width // 2**stage)) for stage in patch.stage_of]
 
 
 def only_host(model: nn.Module) -> tuple[str, Any]:

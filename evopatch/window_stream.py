@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +98,7 @@ class BlockView(View):
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(host_class(self._host), name, None)
-        return MethodType(method, self) if isinstance(method, FunctionType) else getattr(self._host, name)
+        return partial(method, self) if isinstance(method, FunctionType) else getattr(self._host, name)
 
 
 class MaskByHead:
