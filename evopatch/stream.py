@@ -131,27 +131,27 @@ def walk(
     if not patch.active and compact:
         return function(host, *args, **kwargs)
     stream = (stream_class or Stream)(patch, 0, compact)
-    view = viewed(host, "", stream, {block[0]: index for index, block in enumerate(patch.blocks)})
+    view = viewed(host, "", stream)
     return function(view, *args, **kwargs)
 
 
-def viewed(module: Any, path: str, stream: Stream, blocks: Mapping[str, int]) -> Any:
+def viewed(module: Any, path: str, stream: Stream) -> Any:
     """What stands for a module in the host's forward: nothing else than itself where it holds no block.
 
     Args:
         module: The host, or a module in it.
         path: Of the module, from the host.
         stream: This forward's.
-        blocks: Index of every block by its path.
     """
-    if path in blocks:
+    index = stream.index_of.get(path)
+    if index is not None:
         # Pruned models (timm's prune_intermediate_layers) have fewer blocks than were patched.
-        stream.depth = max(stream.depth, blocks[path] + 1)
-        return stream.step(blocks[path], module)
+        stream.depth = max(stream.depth, index + 1)
+        return stream.step(index, module)
     inside = f"{path}." if path else ""
-    if not any(block.startswith(inside) for block in blocks):
+    if not any(block.startswith(inside) for block in stream.index_of):
         return module
-    children = {name: viewed(child, inside + name, stream, blocks) for name, child in module._modules.items()}
+    children = {name: viewed(child, inside + name, stream) for name, child in module._modules.items()}
     if isinstance(module, (nn.Sequential, nn.ModuleList)):
         return _Steps(_joined(list(children.values()), stream.blocks))
     return View(module, {name: child for name, child in children.items() if child is not module._modules[name]})
@@ -180,6 +180,7 @@ class Stream:
         self.name, self.spec, self.plans, self.active = patch.name, patch.spec, patch.plans, patch.active
         self.representative, self.importance = patch.config.representative, patch.config.importance
         self.blocks, self.stage_of = patch.blocks, patch.stage_of
+        self.index_of = {block[0]: index for index, block in enumerate(patch.blocks)}
         self.depth = depth
         self.compact = compact
         self.g: dict[int, Tensor] = {}

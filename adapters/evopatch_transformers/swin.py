@@ -100,8 +100,7 @@ class SlowFastStage(Swapped):
         if evo_stream is None:
             self._evo_patch.refuse_bypass(self._evo_name)
             return self._evo_host_class.forward(self, *args, **kwargs)
-        blocks = {block[0]: index for index, block in enumerate(self._evo_patch.blocks)}
-        return viewed(self, self._evo_path, evo_stream, blocks).forward(*args, **kwargs)
+        return viewed(self, self._evo_path, evo_stream).forward(*args, **kwargs)
 
 
 class SlowFastEncoder(Swapped):
