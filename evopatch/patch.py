@@ -210,6 +210,16 @@ def token_groups(model: nn.Module, images: Tensor, **model_inputs: Any) -> Tenso
     return _on_finest_grid(groups, grids)
 
 
+@torch.no_grad()
+def slow_tokens(model: nn.Module, image: Tensor) -> list[int]:
+    """How many patch tokens of one image `(1, 3, height, width)` each block updates slowly."""
+    stream, grids = _observe(model, image, {})
+    return [
+        height * width if partition is None else int(partition.slow.sum())
+        for partition, (height, width) in zip(stream, grids, strict=True)
+    ]
+
+
 def _observe(
     model: nn.Module, images: Tensor, model_inputs: dict[str, Any]
 ) -> tuple[list[Partition | None], list[tuple[int, int]]]:

@@ -113,9 +113,7 @@ def window_means(values: Tensor, places: Tensor, windows: Windows) -> Tensor:
     return sums / counts.view(-1, *([1] * len(channels)))
 
 
-def select_windows(
-    score: Tensor, keep: int, places: Tensor, windows: Windows, representative: bool
-) -> WindowPartition:
+def select_windows(score: Tensor, keep: int, places: Tensor, windows: Windows, representative: bool) -> WindowPartition:
     """The paper's selection (section 3.2), of windows: the `K` of largest score are slow.
 
     Args:
@@ -155,9 +153,7 @@ def select_windows(
     )
 
 
-def match_tokens(
-    metric: Tensor, keep: int, places: Tensor, windows: Windows, mask: Tensor | None
-) -> WindowPartition:
+def match_tokens(metric: Tensor, keep: int, places: Tensor, windows: Windows, mask: Tensor | None) -> WindowPartition:
     """Matched representatives inside every window: each fast token joins the slow token of its window most like it.
 
     What would be lost if a token were fast is how little of it an earlier one of its window already says,

@@ -407,3 +407,306 @@ def test_a_block_called_from_outside_is_refused(name):
     evopatch.set_keep_ratio(model, 1.0)
     assert torch.isfinite(call(model, x)).all()
     block(*arguments)
+
+
+# Half of the pixels' rows and columns fill no window: grids of 22 by 15, 13 by 19, and their halves.
+SHAPES = [(SIZE, SIZE), (88, 60), (52, 76)]
+POSITION_BIASES = ("bias_table", "cpb_mlp.2", "position_bias_mlp.2", "meta_mlp.fc2")
+
+
+@TYPICAL
+@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("representative", ["matched", "none"])
+@torch.no_grad()
+def test_with_every_window_or_token_slow_the_views_equal_the_blocks(name, size, representative, monkeypatch):
+    """Shifts, padding, masks and biases are in their places: the order of windows and tokens is another one."""
+    model, x = build(name, **({} if name.startswith("hf") else {"img_size": size})), images(size=size)
+    if representative == "matched" and size != (SIZE, SIZE):
+        # All padding of a window is one row there, with the mean of its biases.
+        for parameter_name, parameter in model.named_parameters():
+            if any(part in parameter_name for part in POSITION_BIASES):
+                parameter.zero_()
+    original = call(model, x)
+    evopatch.apply(model, config=EvoConfig(keep_ratio=0.9, schedule="constant", representative=representative))
+    assert moved(call(model, x), original) > 1e-4
+    match, merge, entered = windows.match_tokens, ops.merge, []
+    monkeypatch.setattr(ops, "num_slow", lambda number, ratio: number - (representative == "matched"))
+    monkeypatch.setattr(windows, "match_tokens", lambda metric, keep, *a: match(metric, a[1].area, *a))
+    monkeypatch.setattr(ops, "merge", lambda *a: entered.append(merge(*a)) or entered[-1])
+    torch.testing.assert_close(call(model, x), original, atol=2e-5, rtol=2e-5)
+    assert len(entered) == (5 if representative == "matched" or size != (SIZE, SIZE) else 3)
+
+
+def transformers_weights(model):
+    """timm's Swin weights by transformers' names."""
+    names = {"patch_embed.proj.": "embeddings.patch_embeddings.projection.", "patch_embed.norm.": "embeddings.norm."}
+    inner = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.o_proj"}
+    table = "relative_position_bias_table"
+    found = {}
+    for name, value in model.state_dict().items():
+        start = next((old for old in names if name.startswith(old)), None)
+        if start is not None:
+            found["swin." + name.replace(start, names[start])] = value
+        elif name.startswith("norm."):
+            found["swin.layernorm." + name[5:]] = value
+        elif name.startswith("head.fc."):
+            found["classifier." + name[8:]] = value
+        elif ".downsample." in name:
+            _, stage, rest = name.split(".", 2)
+            found[f"swin.encoder.layers.{int(stage) - 1}.{rest}"] = value
+        elif ".qkv." in name:
+            before, after = name.split("attn.qkv.")
+            for part, piece in zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True):
+                found[f"swin.encoder.{before}attention.{part}.{after}"] = piece
+        else:
+            for old, new in (*inner.items(), (f"attn.{table}", f"attention.relative_position_bias.{table}")):
+                name = name.replace(old, new)
+            found["swin.encoder." + name] = value
+    return found
+
+
+@EACH_REPRESENTATIVE
+@torch.no_grad()
+def test_the_same_weights_give_the_same_in_both_libraries(representative):
+    first, second, x = build("swin"), build("hf_swin"), images()
+    second.load_state_dict(transformers_weights(first))
+    torch.testing.assert_close(call(second, x), call(first, x), atol=2e-5, rtol=2e-5)
+    for model in (first, second):
+        evopatch.apply(model, config=EvoConfig(representative=representative, keep_ratio=[0.6, 0.5, 0.5]))
+    torch.testing.assert_close(call(second, x), call(first, x), atol=2e-5, rtol=2e-5)
+    selection = evopatch.token_selection(first, x)
+    assert torch.equal(evopatch.token_selection(second, x), selection)
+    assert selection.shape == (2, DEPTH, 16, 16)
+    assert selection[:, 0].all()
+    if representative == "matched":  # of each 16 tokens in a window
+        assert (~selection[:, 1]).sum() == 2 * 16 * (16 - 10)
+    else:
+        assert (~selection[:, 1]).sum() == 2 * 16 * (16 - 10)  # of 16 windows
+        assert selection[:, 4:].all()  # a single window
+    assert torch.equal(evopatch.token_groups(first, x), evopatch.token_groups(second, x))
+
+
+@torch.no_grad()
+def test_profile_counts_the_tokens_that_went_through():
+    model = evopatch.apply(build("swin"), config=EvoConfig(keep_ratio=[0.6, 0.5, 0.5]))
+    profile = evopatch.profile(model, (3, SIZE, SIZE))
+    assert [block.tokens for block in profile.blocks] == [256, 160, 32, 32, 8, 8]
+    assert all(block.flops < block.flops_unpatched for block in profile.blocks[1:])
+    assert 0.45 < profile.ratio < 0.8
+    evopatch.patch.set_config(model, EvoConfig(representative="none", keep_ratio=[0.6, 0.5, 0.5]))
+    profile = evopatch.profile(model, (3, SIZE, SIZE))
+    assert [block.tokens for block in profile.blocks] == [256, 160, 32, 32, 16, 16]
+
+
+@EVERY_TIMM
+@EACH_REPRESENTATIVE
+@torch.no_grad()
+def test_dynamic_image_sizes(name, representative):
+    model = evopatch.apply(build(name, dynamic_img_size=True), config=EvoConfig(representative=representative))
+    for size in ((SIZE, SIZE), (88, 60), (32, 100)):
+        x = images(size=size)
+        result, maps = model.forward_intermediates(x)
+        assert maps[0].shape[-2:] == (size[0] // 4, size[1] // 4)
+        assert maps[2].shape[-2:] == (-(-size[0] // 16), -(-size[1] // 16))
+        assert torch.equal(model.forward_features(x), result)
+        selection = evopatch.token_selection(model, x)
+        assert selection.shape[-2:] == (size[0] // 4, size[1] // 4)
+        assert 0.2 < selection[:, 2].float().mean() < 0.8
+        assert moved(result, evopatch.remove(copy.deepcopy(model)).forward_features(x)) > 1e-4
+
+
+@EVERY_TRANSFORMERS
+@EACH_REPRESENTATIVE
+@torch.no_grad()
+def test_other_image_sizes(name, representative):
+    if "model" in name or "masked" in name:
+        pytest.skip("absolute positions, or a decoder of square images")
+    model = evopatch.apply(build(name), config=EvoConfig(representative=representative))
+    for size in ((88, 60), (70, 100)):  # the second is padded to whole patches
+        x = images(size=size)
+        maps = between(model, x)
+        finest = (-(-size[0] // 4), -(-size[1] // 4))
+        scale = 1 if "backbone" in name else 2
+        assert maps[0].shape[-2:] == tuple(-(-side // scale) for side in finest)
+        assert torch.equal(call(model, x, output_hidden_states=True), call(model, x))
+        assert evopatch.token_selection(model, x).shape[-2:] == finest
+        assert moved(call(model, x), call(evopatch.remove(copy.deepcopy(model)), x)) > 1e-4
+
+
+@EVERY_TIMM
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"img_size": (96, 56)},
+        {"img_size": (96, 56), "window_size": 4},
+        {"window_size": (3, 5)},
+        {"window_size": 8},
+        {"img_size": 48, "window_size": 4, "always_partition": True},
+        {"img_size": 40, "window_size": 16},
+    ],
+)
+@EACH_REPRESENTATIVE
+@torch.no_grad()
+def test_changed_input_and_window_sizes_of_a_patched_model(name, change, representative):
+    config = EvoConfig(representative=representative)
+    model, twin = evopatch.apply(build(name), config=config), build(name)
+    x = images(size=change.get("img_size", SIZE))
+    for m in (model, twin):
+        m.set_input_size(**change)
+    original = call(twin, x)
+    result = call(model, x)
+    assert torch.isfinite(result).all()
+    assert torch.equal(result, call(evopatch.apply(twin, config=config), x))
+    single = change.get("window_size") == 16 and representative != "matched"
+    assert (moved(result, original) > 1e-4) == (not single)
+
+
+@torch.no_grad()
+def test_a_stage_with_a_single_window_is_left_alone_where_windows_are_chosen():
+    model, x = build("swin"), images()
+    config = EvoConfig(keep_ratio=[1.0, 1.0, 0.5], representative="single")
+    original = call(model, x)
+    assert torch.equal(call(evopatch.apply(model, config=config), x), original)
+    evopatch.patch.set_config(model, EvoConfig(keep_ratio=[1.0, 1.0, 0.5]))
+    assert moved(call(model, x), original) > 1e-4
+
+
+@torch.no_grad()
+def test_windows_larger_than_the_grid_in_transformers():
+    """The layer itself makes its window smaller then, and keeps it so."""
+    model, x = build("hf_swin", image_size=32), images(size=32)  # grids of 8, 4 and 2
+    for stage in model.swin.encoder.layers[2:]:
+        for layer in stage.blocks:
+            layer.attention.relative_position_bias = type(layer.attention.relative_position_bias)(4, (2, 2))
+    twin = copy.deepcopy(model)
+    original = call(twin, x)
+    evopatch.apply(model, keep_ratio=0.5)
+    assert torch.isfinite(call(model, x)).all()
+    assert moved(call(model, x), original) > 1e-4
+    evopatch.set_keep_ratio(model, 1.0)
+    assert torch.equal(call(model, x), original)
+
+
+@EVERY_TRANSFORMERS
+@torch.no_grad()
+def test_attentions_between_windows_are_refused(name):
+    model, x = build(name, attn_implementation="eager"), images()
+    expected = model(x, output_attentions=True).attentions
+    evopatch.apply(model)
+    with pytest.raises(evopatch.UnsupportedInputError, match="output_attentions was asked of"):
+        model(x, output_attentions=True)
+    evopatch.set_keep_ratio(model, 1.0)
+    found = model(x, output_attentions=True).attentions
+    assert len(found) == len(expected) > 0
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@EVERY_TRANSFORMERS
+@torch.no_grad()
+def test_hidden_states_of_transformers_are_complete(name):
+    model, x = build(name), images()
+    expected = model(x, output_hidden_states=True)
+    evopatch.apply(model)
+    found = model(x, output_hidden_states=True)
+    assert [h.shape for h in found.hidden_states] == [h.shape for h in expected.hidden_states]
+    assert len(found.hidden_states) == 4
+    assert moved(found.hidden_states[2], expected.hidden_states[2]) > 1e-4
+
+
+@EVERY_TIMM
+@torch.no_grad()
+def test_features_only(name):
+    architecture = {
+        "swin": "swin_tiny_patch4_window7_224",
+        "swinv2": "swinv2_tiny_window8_256",
+        "swinv2_cr": "swinv2_cr_tiny_224",
+    }[name]
+    small = {"img_size": SIZE, "window_size": 4, "embed_dim": 24, "depths": (2, 2, 2), "num_heads": (2, 4, 4)}
+    model, x = timm.create_model(architecture, features_only=True, out_indices=(0, 1, 2), **small).eval(), images()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.08)
+    original = model(x)
+    keys = list(model.state_dict())
+    evopatch.apply(model)
+    features = model(x)
+    assert list(model.state_dict()) == keys
+    assert [f.shape for f in features] == [f.shape for f in original]
+    assert all(moved(a, b) > 1e-4 for a, b in zip(features, original, strict=True))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(compiled[2], features[2], atol=2e-5, rtol=2e-5)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin(x)[2], features[2])
+    whole = timm.create_model(architecture, **small).eval()
+    weights = {k.replace("layers_", "layers.").replace("stages_", "stages."): v for k, v in model.state_dict().items()}
+    whole.load_state_dict(weights, strict=False)
+    maps = evopatch.apply(whole).forward_intermediates(x, intermediates_only=True)
+    assert all(torch.equal(a if a.shape == b.shape else a.permute(0, 3, 1, 2), b) for a, b in zip(features, maps))
+    evopatch.remove(model)
+    assert torch.equal(model(x)[2], original[2])
+
+
+def test_a_feature_extractor_without_swin_stages_is_refused():
+    model = timm.create_model("resnet18", features_only=True)
+    with pytest.raises(evopatch.UnsupportedModelError, match="found nothing to patch"):
+        evopatch.apply(model)
+
+
+@EACH_REPRESENTATIVE
+def test_upernet_on_a_patched_backbone(representative):
+    from transformers import SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
+
+    torch.manual_seed(0)
+    backbone = SwinConfig(
+        embed_dim=24, depths=[2, 2, 2, 2], num_heads=[2, 4, 4, 4], out_features=["stage1", "stage2", "stage3", "stage4"]
+    )
+    config = UperNetConfig(
+        backbone_config=backbone, hidden_size=24, num_labels=5, auxiliary_channels=24, auxiliary_in_channels=96
+    )
+    model = UperNetForSemanticSegmentation(config).eval()
+    x = images(1, (512, 384))
+    with torch.no_grad():
+        original = model(x).logits
+    evopatch.apply(model, config=EvoConfig(representative=representative))
+    with torch.no_grad():
+        result = model(x).logits
+    assert result.shape == original.shape == (1, 5, 512, 384)
+    assert moved(result, original) > 1e-4
+    assert torch.cosine_similarity(result.flatten(), original.flatten(), dim=0) > 0.9
+    model.train()
+    labels = torch.zeros(1, 512, 384, dtype=torch.long)
+    model(torch.cat([x, x]), labels=torch.cat([labels, labels])).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.backbone.parameters() if p.grad is not None)
+    assert evopatch.profile(model.eval(), (3, 128, 96)).ratio < 1
+
+
+NAMES = sorted({*timm.list_models("swin_*"), *timm.list_models("swinv2*")})
+SHRUNK = {"embed_dim": 16, "num_heads": (2, 2, 4, 4)}
+
+
+def test_the_families_are_as_large_as_expected():
+    assert len(timm.list_models("swin_*")) >= 9
+    assert len(timm.list_models("swinv2*")) >= 28
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_name(name):
+    model = timm.create_model(name, device="meta").eval()
+    x = torch.empty(1, *model.pretrained_cfg["input_size"], device="meta")
+    shape = model(x).shape
+    evopatch.apply(model, keep_ratio=0.5)
+    assert model(x).shape == shape  # on the meta device nothing can wait for a value
+    torch.manual_seed(0)
+    model = timm.create_model(name, **SHRUNK, depths=(2, 2, 2, 2)).eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    x = torch.randn(x.shape)
+    original = model.forward_features(x)
+    for representative in REPRESENTATIVES:
+        evopatch.apply(model, config=EvoConfig(representative=representative))
+        changed = model.forward_features(x)
+        assert torch.isfinite(changed).all()
+        assert moved(changed, original) > 1e-5 * original.abs().max()
+        evopatch.remove(model)
+    evopatch.apply(model, keep_ratio=1.0)
+    assert torch.equal(model.forward_features(x), original)

@@ -65,7 +65,9 @@ class _Swinv2(_Swin):
 
     def bias(self, attention: Any) -> Tensor:
         inner = attention.self
-        return continuous_bias(inner.continuous_position_bias_mlp, inner.relative_coords_table, inner.relative_position_index)
+        return continuous_bias(
+            inner.continuous_position_bias_mlp, inner.relative_coords_table, inner.relative_position_index
+        )
 
     def masked(self, mask: Tensor | None) -> Any:
         return None if mask is None else MaskByHead(mask.unsqueeze(1))
@@ -149,13 +151,17 @@ class SwinAdapter(Adapter):
     def plan(self, host: Any, patch: Patch) -> list[Swap]:
         second = isinstance(host, Swinv2Encoder)
         kind = _Swinv2() if second else _Swin()
-        swaps = [Swap(host, SlowFastEncoder if second else None, {"_evo_patch": patch}, None if second else start_stream)]
+        swaps = [
+            Swap(host, SlowFastEncoder if second else None, {"_evo_patch": patch}, None if second else start_stream)
+        ]
         for number, stage in enumerate(host.layers):
             path = f"layers.{number}"
             name = ".".join(filter(None, (patch.name, path)))
             swaps.append(Swap(stage, SlowFastStage, {"_evo_patch": patch, "_evo_name": name, "_evo_path": path}))
         for name, block in named_blocks(host, patch):
-            swaps.append(Swap(block, SlowFastWindowBlock, {"_evo_patch": patch, "_evo_name": name, "_evo_blocks": kind}))
+            swaps.append(
+                Swap(block, SlowFastWindowBlock, {"_evo_patch": patch, "_evo_name": name, "_evo_blocks": kind})
+            )
         return swaps
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
