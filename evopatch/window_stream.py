@@ -1,8 +1,8 @@
 """The slow-fast run over windowed blocks (Swin), and its state for the length of one forward pass.
 
 Between two blocks there is always the full grid: windows are cut anew in every block, shifted or not, so no compact set
-outlives a block. A block stays a black box. It runs its own forward on a view in which windows are single tokens, so that
-its cutting and joining move nothing, and in which its attention is called on the windows of the compact set.
+outlives a block. A block stays a black box. It runs its own forward on a view in which windows are single tokens, so
+that its cutting and joining move nothing, and in which its attention is called on the windows of the compact set.
 
 Selection `"stage"` looks at importance once per run of blocks. The blocks of a run with the same windows, those shifted
 and those not, share a partition, made before the first of them. Selection `"layer"` makes one before every block.
@@ -23,7 +23,6 @@ from . import ops, windows
 from .stream import ORIGINAL, Patch, Step, Stream, View
 from .swap import Swapped, host_class
 from .windows import WindowPartition, Windows
-
 
 REGIONS = 4
 """So many parts of the image that don't attend to each other may lie in one shifted window."""
@@ -65,7 +64,7 @@ class WindowedBlocks(ABC):
 
     @abstractmethod
     def biased(self, attention: Any, bias: Tensor) -> Callable[..., Any]:
-        """The attention, on windows `(windows, R, C)`, with this bias `(windows, H, R, R)` in place of bias and mask."""
+        """The attention of windows `(windows, R, C)`, with bias `(windows, H, R, R)` in place of its own and a mask."""
 
     def masked(self, mask: Tensor | None) -> Any:
         """A shift mask `(windows, A, A)` as the attention takes it."""
@@ -116,7 +115,7 @@ class MaskByHead:
         self.shape = bias.shape[:1]
 
     def unsqueeze(self, dim: int) -> Any:
-        """First for the heads, which are there already; then for the images. Counts once: transformers adds it twice."""
+        """First for the heads, which are there already; then for the images. Transformers adds masks twice: not here."""
         if dim == 1:
             return self
         if self._added:
@@ -158,7 +157,7 @@ class WindowStream(Stream):
         cut: Cut = blocks.cut(block, x, inputs, options)
         tokens = x.flatten(1, 2) if x.dim() == 4 else x
         with torch.no_grad():
-            selected = None if plan.keep_ratio == 1.0 else self._select(index, block, tokens, cut)
+            selected = None if plan.keep_ratio == 1.0 else self._selection(index, block, tokens, cut)
             if observes and index not in self.g:
                 self.g[index] = self._observe(index, block, tokens, cut.windows)
                 self._grids[index] = cut.windows.grid
@@ -197,7 +196,7 @@ class WindowStream(Stream):
         same_stage = self.stage_of[index] == self.stage_of[index - 1]
         return g if same_stage else ops.coarsen(g, self._grids[index - 1], kernel=2)
 
-    def _select(self, index: int, block: Any, tokens: Tensor, cut: Cut) -> WindowPartition | None:
+    def _selection(self, index: int, block: Any, tokens: Tensor, cut: Cut) -> WindowPartition | None:
         """Who goes through the block for whom; None: every token for itself."""
         plan, matched = self.plans[index], self.representative == "matched"
         first = self._first[index] = index if plan.selects else self._first[index - 1]
@@ -208,7 +207,9 @@ class WindowStream(Stream):
             if windows_there == cut.windows and selected is not None:
                 break
         else:
-            selected = self._match(index, block, tokens, cut) if matched else self._rank(index, first, tokens, cut)
+            selected = (
+                self._match(index, block, tokens, cut) if matched else self._choose(index, first, block, tokens, cut)
+            )
         if selected is not None:
             self._selected[index] = (cut.windows, selected)
             self.partitions[index] = selected.partition
@@ -223,13 +224,16 @@ class WindowStream(Stream):
         places = cut.windows.places(tokens.device)
         return windows.match_tokens(block._evo_blocks.seen(block, tokens), keep, places, cut.windows, cut.mask)
 
-    def _rank(self, index: int, first: int, tokens: Tensor, cut: Cut) -> WindowPartition:
+    def _choose(self, index: int, first: int, block: Any, tokens: Tensor, cut: Cut) -> WindowPartition:
         g = self._accumulated(first, tokens)
         assert g is not None  # the first block never selects
         places = cut.windows.places(tokens.device)
-        score = windows.window_means(g, places, cut.windows)
+        importance = windows.window_means(g, places, cut.windows)
+        seen = block._evo_blocks.seen(block, tokens)
+        novelty = windows.window_novelty(seen, cut.windows.tokens(places), cut.windows)
+        loss = importance.pow(self.importance) * novelty
         keep = ops.num_slow(cut.windows.count, self.plans[index].keep_ratio)
-        return windows.select_windows(score, keep, places, cut.windows, self.representative == "single")
+        return windows.select_windows(loss, importance, keep, places, cut.windows, self.representative == "single")
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -239,8 +243,13 @@ def _unchanged(x: Tensor) -> Tensor:
 class _WindowStep(Step):
     """One windowed block in one forward pass; stands where the host calls the block."""
 
-    def __call__(self, x: Tensor, *inputs: Any, **options: Any) -> Any:  # type: ignore[override]
-        return self._block(x, *inputs, evo=partial(self._stream.run, self.index), **options)
+    def __init__(self, stream: WindowStream, index: int, block: nn.Module) -> None:
+        super().__init__(stream, index, block)
+        self._run_block = partial(stream.run, index)
+
+    def __call__(self, x: Tensor, *inputs: Any, **options: Any) -> Any:
+        # Through the block's __call__, so that its hooks run, and see the full grid.
+        return self._block(x, *inputs, evo=self._run_block, **options)
 
 
 class _Attention:

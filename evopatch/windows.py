@@ -7,8 +7,8 @@ the tokens in raster order, whose rows lie window by window:
 * Windows are slow or fast as a whole (`select_windows`); the compact set is some of the windows.
 * All windows stay, and inside each the tokens are matched (`match_tokens`); the compact set is smaller windows.
 
-Axes: `B` images, `N` tokens in raster order, `C` channels, `H` heads, `V` windows, `A` places in a window, `W` windows of
-the compact set, `R` rows in each of them, `M = W * R`.
+Axes: `B` images, `N` tokens in raster order, `C` channels, `H` heads, `V` windows, `A` places in a window, `W` windows
+of the compact set, `R` rows in each of them, `M = W * R`.
 """
 
 from __future__ import annotations
@@ -113,53 +113,69 @@ def window_means(values: Tensor, places: Tensor, windows: Windows) -> Tensor:
     return sums / counts.view(-1, *([1] * len(channels)))
 
 
-def select_windows(score: Tensor, keep: int, places: Tensor, windows: Windows, representative: bool) -> WindowPartition:
-    """The paper's selection (section 3.2), of windows: the `K` of largest score are slow.
+def window_novelty(metric: Tensor, tokens: Tensor, windows: Windows) -> Tensor:
+    """How little of a window another one already says: `1 - max_{w not v} <f_v, f_w>`.
 
     Args:
-        score: `(B, V)` float32, positive.
+        metric: `(B, N, C)`, what the windows are compared by, place by place.
+        tokens: `(V * A,)`.
+        windows: How the map is cut, into at least two.
+
+    Returns:
+        `(B, V)` float32 with `f` the normalised metric of all places of a window.
+    """
+    unit = F.normalize(in_windows(metric, tokens, windows).flatten(2), dim=-1)
+    similarity = unit @ unit.transpose(1, 2)
+    itself = torch.eye(windows.count, device=metric.device, dtype=torch.bool)
+    return 1.0 - similarity.masked_fill(itself, -1.0).amax(dim=-1).float()
+
+
+def select_windows(
+    loss: Tensor, importance: Tensor, keep: int, places: Tensor, windows: Windows, representative: bool
+) -> WindowPartition:
+    """The `K` windows that would lose most are slow.
+
+    Args:
+        loss: `(B, V)` float32, what would be lost if a window were fast.
+        importance: `(B, V)` float32, at least 0.
         keep: `K`, less than `V`.
         places: `(N,)`.
         windows: How the map is cut.
-        representative: True: the fast windows share one more window, place by place their mean weighted by score
+        representative: True: the fast windows share one more window, place by place their mean weighted by importance
             (equation 5 for every place). False: nothing stands in for them.
     """
-    batch = score.shape[0]
-    index = score.topk(keep, dim=1, sorted=False).indices
-    order = torch.arange(keep, device=score.device).expand(batch, keep)
-    slot = torch.full(score.shape, keep, device=score.device).scatter(1, index, order)
-    fast = torch.where(slot == keep, score.clamp_min(torch.finfo(score.dtype).tiny), 0.0)
-    window, place = places.div(windows.area, rounding_mode="floor"), places.remainder(windows.area)
-    own_slot = slot[:, window]
-    slow = own_slot < keep
-    group = torch.where(slow, own_slot * windows.area + place, keep * windows.area + (place if representative else 0))
-    weight = fast[:, window]
-    if representative:
-        total = torch.zeros(batch, windows.area, device=score.device).index_add(1, place, weight)
-        weight = weight / total[:, place].clamp_min(torch.finfo(score.dtype).tiny)
-    weight = torch.where(slow, 1.0, weight if representative else 0.0)
+    batch, area = loss.shape[0], windows.area
+    index = loss.topk(keep, dim=1, sorted=False).indices
+    order = torch.arange(keep, device=loss.device).expand(batch, keep)
+    row = torch.full(loss.shape, keep, device=loss.device).scatter(1, index, order)
+    importance = importance.clamp_min(torch.finfo(importance.dtype).tiny)
+    share = torch.where(row == keep, importance, 0.0)
+    share = share / share.sum(1, keepdim=True)
+    window, place = places.div(area, rounding_mode="floor"), places.remainder(area)
+    own_row = row.index_select(1, window)
+    slow = own_row < keep
+    group = own_row * area + (place if representative else torch.where(slow, place, 0))
+    weight = share.index_select(1, window)
+    # Where the map is padded, some places hold a token in few of the windows.
+    total = torch.zeros(batch, area, device=loss.device).index_add(1, place, weight).index_select(1, place)
+    weight = torch.where(slow, 1.0, weight / total if representative else 0.0)
     count = keep + representative
     held = None
     if windows.padded:
-        held = torch.zeros(batch, count * windows.area + 1, device=score.device, dtype=torch.bool)
-        held = held.scatter(1, group, True)[:, :-1].view(batch, count, windows.area)
-    return WindowPartition(
-        ops.Partition(group, weight, slow, None, count * windows.area),
-        count,
-        place=None,
-        window=index,
-        share=fast / fast.sum(1, keepdim=True) if representative else None,
-        held=held,
-    )
+        held = torch.zeros(batch, (keep + 1) * area, device=loss.device).scatter(1, group, 1.0).bool()
+        held = held[:, : count * area].view(batch, count, area)
+    partition = ops.Partition(group, weight, slow, None, count * area)
+    return WindowPartition(partition, count, None, index, share if representative else None, held)
 
 
 def match_tokens(metric: Tensor, keep: int, places: Tensor, windows: Windows, mask: Tensor | None) -> WindowPartition:
     """Matched representatives inside every window: each fast token joins the slow token of its window most like it.
 
     What would be lost if a token were fast is how little of it an earlier one of its window already says,
-    `1 - max_{j before i} <f_i, f_j>`, with `f` the normalised metric. The `K` tokens of each window that would lose most
-    are slow. A group's row is the mean of its members, and weighs in attention by its size. Where the map is padded,
-    the padding of each window is one more row.
+    `1 - max_{j before i} <f_i, f_j>`, with `f` the normalised metric. First come the places of one colour of a
+    chessboard, then those of the other. The `K` tokens of each window that would lose most are slow. A group's row is
+    the mean of its members, and weighs in attention by its size. Where the map is padded, the padding of each window is
+    one more row.
 
     Args:
         metric: `(B, N, C)`, what the tokens are compared by.
@@ -176,7 +192,7 @@ def match_tokens(metric: Tensor, keep: int, places: Tensor, windows: Windows, ma
     lowest = torch.finfo(similarity.dtype).min
     if mask is not None:
         similarity = similarity.masked_fill(mask != 0, lowest)
-    redundancy = similarity.masked_fill(_not_before(area, metric.device), lowest).amax(dim=-1)
+    redundancy = similarity.masked_fill(_not_before(windows.window, metric.device), lowest).amax(dim=-1)
     is_token = (tokens < number).view(count, area)
     if windows.padded:
         redundancy = redundancy.masked_fill(~is_token, torch.inf)
@@ -196,9 +212,11 @@ def match_tokens(metric: Tensor, keep: int, places: Tensor, windows: Windows, ma
     return WindowPartition(partition, count, place=index, window=None, share=None, held=held)
 
 
-def _not_before(area: int, device: torch.device) -> Tensor:
-    """`(A, A)` bool: False at `[i, j]` where place `j` comes before place `i`."""
-    order = torch.arange(area, device=device)
+def _not_before(window: tuple[int, int], device: torch.device) -> Tensor:
+    """`(A, A)` bool: False at `[i, j]` where place `j` comes before place `i`, by colour and then by number."""
+    row, column = torch.arange(window[0], device=device), torch.arange(window[1], device=device)
+    colour = (row[:, None] + column).remainder(2).flatten()
+    order = colour * colour.shape[0] + torch.arange(colour.shape[0], device=device)
     return order[:, None] <= order
 
 
@@ -244,7 +262,8 @@ def compact_bias(bias: Tensor, mask: Tensor | None, windows: Windows, partition:
         `(B * V, H, R, R)`.
     """
     place, log_size = partition.place, partition.partition.log_size
-    assert place is not None and log_size is not None
+    assert place is not None
+    assert log_size is not None
     batch, count, keep = place.shape
     area, heads = windows.area, bias.shape[0]
     pairs = (place.unsqueeze(3) * area + place.unsqueeze(2)).view(batch * count, 1, keep * keep)

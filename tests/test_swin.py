@@ -640,7 +640,8 @@ def test_features_only(name):
     weights = {k.replace("layers_", "layers.").replace("stages_", "stages."): v for k, v in model.state_dict().items()}
     whole.load_state_dict(weights, strict=False)
     maps = evopatch.apply(whole).forward_intermediates(x, intermediates_only=True)
-    assert all(torch.equal(a if a.shape == b.shape else a.permute(0, 3, 1, 2), b) for a, b in zip(features, maps))
+    for found, expected in zip(features, maps, strict=True):
+        assert torch.equal(found if found.shape == expected.shape else found.permute(0, 3, 1, 2), expected)
     evopatch.remove(model)
     assert torch.equal(model(x)[2], original[2])
 

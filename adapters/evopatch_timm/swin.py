@@ -72,7 +72,7 @@ class SwinAdapter(Adapter):
         return (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr, SwinFeatures)  # type: ignore[return-value]
 
     def inspect(self, host: Any, name: str) -> HostSpec:
-        stages = [(path, module) for path, module in host.named_modules() if isinstance(module, tuple(_KINDS))]
+        stages: list[tuple[str, Any]] = [(p, m) for p, m in host.named_modules() if isinstance(m, tuple(_KINDS))]
         blocks = tuple(tuple((f"{path}.blocks.{i}",) for i in range(len(stage.blocks))) for path, stage in stages)
         return HostSpec(blocks=blocks, prefix=0, readout=0)
 

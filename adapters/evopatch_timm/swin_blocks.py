@@ -48,7 +48,8 @@ class SwinBlocks(WindowedBlocks):
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
         queries, keys = _heads(attention, attention.qkv(query))[0], _heads(attention, attention.qkv(key))[1]
-        return (queries * attention.scale @ keys.transpose(2, 3)).squeeze(2)
+        logits: Tensor = queries * attention.scale @ keys.transpose(2, 3)
+        return logits.squeeze(2)
 
 
 class SwinV2Blocks(SwinBlocks):

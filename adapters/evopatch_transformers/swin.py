@@ -1,7 +1,7 @@
 """Swin and Swin V2 of transformers, and every model that holds their encoders: with heads, as backbones, in detectors.
 
-The class of an encoder that records outputs stays: the state travels in its keyword arguments. Swin V2's takes none, and
-records nothing: it runs on a view.
+The class of an encoder that records outputs stays: the state travels in its keyword arguments. Swin V2's takes none,
+and records nothing: it runs on a view.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class _Swin(WindowedBlocks):
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
         queries = attention.q_proj(query).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
         keys = attention.k_proj(key).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-        return (queries * attention.scaling @ keys.transpose(2, 3)).squeeze(2)
+        logits: Tensor = queries * attention.scaling @ keys.transpose(2, 3)
+        return logits.squeeze(2)
 
 
 class _Swinv2(_Swin):
@@ -86,7 +87,7 @@ class _Swinv2(_Swin):
 
 
 def _cut(layer: Any, x: Tensor, grid: tuple[int, int]) -> Cut:
-    windows = Windows(tuple(grid), (layer.window_size,) * 2, (layer.shift_size,) * 2, pads_first=True)
+    windows = Windows((grid[0], grid[1]), (layer.window_size,) * 2, (layer.shift_size,) * 2, pads_first=True)
     return Cut(windows, layer.get_attn_mask(*windows.padded_grid, dtype=x.dtype, device=x.device))
 
 
@@ -128,8 +129,8 @@ def start_stream(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 def _stream(patch: Patch, attentions_wanted: bool) -> WindowStream:
     if attentions_wanted and patch.active:
         raise UnsupportedInputError(
-            f"output_attentions was asked of '{patch.name or 'model'}', whose blocks attend inside windows of chosen or "
-            "merged tokens: expected no such output while the model is patched. Leave it out, or use "
+            f"output_attentions was asked of '{patch.name or 'model'}', whose blocks attend inside windows of chosen "
+            "or merged tokens: expected no such output while the model is patched. Leave it out, or use "
             "evopatch.set_keep_ratio(model, 1.0) or evopatch.remove(model) for this call"
         )
     return WindowStream(patch, patch.depth, compact=True)
