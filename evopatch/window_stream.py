@@ -115,7 +115,7 @@ class MaskByHead:
         self.shape = bias.shape[:1]
 
     def unsqueeze(self, dim: int) -> Any:
-        """First for the heads, which are there already; then for the images. Transformers adds masks twice: not here."""
+        """First for the heads, which are there already; then for the images. It counts once: some add it twice."""
         if dim == 1:
             return self
         if self._added:
@@ -178,7 +178,7 @@ class WindowStream(Stream):
     def _observe(self, index: int, block: Any, tokens: Tensor, cut: Windows) -> Tensor:
         """`(B, N)`: accumulated attention of the map's mean query over the windows' mean keys."""
         blocks, before = block._evo_blocks, self._accumulated(index, tokens)
-        if cut.count == 1 and before is not None:
+        if cut.number == 1 and before is not None:
             return before
         places = cut.places(tokens.device)
         seen = blocks.seen(block, tokens)
@@ -200,7 +200,7 @@ class WindowStream(Stream):
         """Who goes through the block for whom; None: every token for itself."""
         plan, matched = self.plans[index], self.representative == "matched"
         first = self._first[index] = index if plan.selects else self._first[index - 1]
-        if cut.windows.area < 2 or (cut.windows.count < 2 and not matched):
+        if cut.windows.area < 2 or (cut.windows.number < 2 and not matched):
             return None
         for earlier in range(first, index + 1):
             windows_there, selected = self._selected.get(earlier, (None, None))
@@ -232,7 +232,7 @@ class WindowStream(Stream):
         seen = block._evo_blocks.seen(block, tokens)
         novelty = windows.window_novelty(seen, cut.windows.tokens(places), cut.windows)
         loss = importance.pow(self.importance) * novelty
-        keep = ops.num_slow(cut.windows.count, self.plans[index].keep_ratio)
+        keep = ops.num_slow(cut.windows.number, self.plans[index].keep_ratio)
         return windows.select_windows(loss, importance, keep, places, cut.windows, self.representative == "single")
 
 

@@ -42,7 +42,7 @@ class Windows(NamedTuple):
         return -(-self.grid[0] // self.window[0]), -(-self.grid[1] // self.window[1])
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """`V`."""
         return self.across[0] * self.across[1]
 
@@ -59,7 +59,7 @@ class Windows(NamedTuple):
     @property
     def padded(self) -> bool:
         """Whether some places hold no token."""
-        return self.count * self.area > self.grid[0] * self.grid[1]
+        return self.number * self.area > self.grid[0] * self.grid[1]
 
     def places(self, device: torch.device) -> Tensor:
         """`(N,)` int64: the place of every token, `window * A + place in the window`."""
@@ -74,7 +74,7 @@ class Windows(NamedTuple):
     def tokens(self, places: Tensor) -> Tensor:
         """The inverse of `places`: `(V * A,)` int64, `N` where a place holds no token."""
         tokens = places.shape[0]
-        empty = torch.full((self.count * self.area,), tokens, device=places.device)
+        empty = torch.full((self.number * self.area,), tokens, device=places.device)
         return empty.scatter(0, places, torch.arange(tokens, device=places.device))
 
 
@@ -100,16 +100,16 @@ def in_windows(values: Tensor, tokens: Tensor, windows: Windows) -> Tensor:
     batch, _, *channels = values.shape
     if windows.padded:
         values = F.pad(values, (*([0, 0] * len(channels)), 0, 1))
-    return values.index_select(1, tokens).view(batch, windows.count, windows.area, *channels)
+    return values.index_select(1, tokens).view(batch, windows.number, windows.area, *channels)
 
 
 def window_means(values: Tensor, places: Tensor, windows: Windows) -> Tensor:
     """`(B, N)` to `(B, V)`, or `(B, N, C)` to `(B, V, C)`: means over the tokens of each window."""
     batch, tokens, *channels = values.shape
     window = places.div(windows.area, rounding_mode="floor")
-    zeros = values.new_zeros(batch, windows.count, *channels)
+    zeros = values.new_zeros(batch, windows.number, *channels)
     sums = zeros.index_add(1, window, values)
-    counts = values.new_zeros(windows.count).index_add(0, window, values.new_ones(tokens))
+    counts = values.new_zeros(windows.number).index_add(0, window, values.new_ones(tokens))
     return sums / counts.view(-1, *([1] * len(channels)))
 
 
@@ -126,7 +126,7 @@ def window_novelty(metric: Tensor, tokens: Tensor, windows: Windows) -> Tensor:
     """
     unit = F.normalize(in_windows(metric, tokens, windows).flatten(2), dim=-1)
     similarity = unit @ unit.transpose(1, 2)
-    itself = torch.eye(windows.count, device=metric.device, dtype=torch.bool)
+    itself = torch.eye(windows.number, device=metric.device, dtype=torch.bool)
     return 1.0 - similarity.masked_fill(itself, -1.0).amax(dim=-1).float()
 
 
@@ -185,7 +185,7 @@ def match_tokens(metric: Tensor, keep: int, places: Tensor, windows: Windows, ma
         mask: `(V, A, A)`, 0 where two tokens attend to each other: only such tokens share a group. None: all do.
     """
     batch, number = metric.shape[:2]
-    count, area = windows.count, windows.area
+    count, area = windows.number, windows.area
     tokens = windows.tokens(places)
     unit = in_windows(F.normalize(metric, dim=-1), tokens, windows)
     similarity = unit @ unit.transpose(2, 3)
@@ -284,7 +284,7 @@ def compact_bias(bias: Tensor, mask: Tensor | None, windows: Windows, partition:
 def _padding_bias(bias: Tensor, mask: Tensor | None, windows: Windows) -> Tensor:
     """`(V, H, A)`: what a place's attention to all padding of its window together is biased by."""
     tokens = windows.tokens(windows.places(bias.device))
-    empty = (tokens == windows.grid[0] * windows.grid[1]).view(windows.count, 1, windows.area)
+    empty = (tokens == windows.grid[0] * windows.grid[1]).view(windows.number, 1, windows.area)
     seen = empty.expand(-1, windows.area, -1) if mask is None else empty & (mask == 0)
     number = seen.sum(2).unsqueeze(1)
     mean = torch.einsum("hij,vij->vhi", bias, seen.to(bias.dtype)) / number.clamp_min(1).to(bias.dtype)

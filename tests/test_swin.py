@@ -160,7 +160,13 @@ def test_deepcopy_pickle_and_ema_after_a_forward(name):
         assert evopatch.is_patched(model)
 
 
-COMPILED = [*((name, "matched") for name in sorted(VARIANTS)), ("swin", "single"), ("hf_swinv2", "none")]
+COMPILED = [
+    ("swin", "matched"),
+    ("swin", "single"),
+    ("swinv2_cr", "matched"),
+    ("hf_swin", "none"),
+    ("hf_swinv2", "matched"),
+]
 
 
 @pytest.mark.parametrize(("name", "representative"), COMPILED)
@@ -173,13 +179,17 @@ def test_compiles_to_one_graph_without_recompiling(name, representative):
     torch.testing.assert_close(call(compiled, x), expected, atol=2e-5, rtol=2e-5)
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(call(compiled, images(seed=2)), call(model, images(seed=2)), atol=2e-5, rtol=2e-5)
-    evopatch.set_keep_ratio(model, 0.3)
-    changed = call(compiled, x)
-    torch.testing.assert_close(changed, call(model, x), atol=2e-5, rtol=2e-5)
-    assert moved(changed, expected) > 1e-5
+    assert moved(call(model, images(seed=2)), expected) > 1e-4
+    if (name, representative) == ("swin", "matched"):
+        evopatch.set_keep_ratio(model, 0.3)
+        changed = call(compiled, x)
+        torch.testing.assert_close(changed, call(model, x), atol=2e-5, rtol=2e-5)
+        assert moved(changed, expected) > 1e-5
 
 
-@pytest.mark.parametrize(("name", "representative"), COMPILED)
+@pytest.mark.parametrize(
+    ("name", "representative"), [*COMPILED, ("swinv2", "matched"), ("hf_swin_backbone", "matched")]
+)
 def test_exports_and_runs_eagerly_after(name, representative):
     model, x = build(name), images()
     original = call(model, x)
@@ -194,12 +204,9 @@ def test_exports_and_runs_eagerly_after(name, representative):
 @pytest.mark.parametrize(
     ("name", "representative", "size"),
     [
-        ("swin", "matched", SIZE),
         ("swin", "single", SIZE),
-        ("swin", "none", SIZE),
         ("swinv2", "matched", SIZE),
         ("hf_swin", "matched", (72, 88)),
-        ("hf_swinv2", "matched", SIZE),
     ],
 )
 @torch.no_grad()
