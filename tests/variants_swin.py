@@ -46,11 +46,11 @@ TRANSFORMERS_VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "hf_swin_eager": _swin(SwinForImageClassification, attn_implementation="eager"),
     "hf_swin_model": _swin(SwinModel, use_absolute_embeddings=True),
     "hf_swin_masked": _swin(SwinForMaskedImageModeling),
-    "hf_swin_backbone": _swin(SwinBackbone, out_features=["stage1", "stage3"]),
+    "hf_swin_backbone": _swin(SwinBackbone, out_features=["stage1", "stage2", "stage3"]),
     "hf_swinv2": _swinv2(Swinv2ForImageClassification),
     "hf_swinv2_model": _swinv2(Swinv2Model),
     "hf_swinv2_masked": _swinv2(Swinv2ForMaskedImageModeling),
-    "hf_swinv2_backbone": _swinv2(Swinv2Backbone, out_features=["stage1", "stage3"]),
+    "hf_swinv2_backbone": _swinv2(Swinv2Backbone, out_features=["stage1", "stage2", "stage3"]),
 }
 VARIANTS = TIMM_VARIANTS | TRANSFORMERS_VARIANTS
 
@@ -87,5 +87,4 @@ def between(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     if hasattr(model, "forward_intermediates"):
         return model.forward_intermediates(x, intermediates_only=True)
     out = model(x, output_hidden_states=True)
-    maps = out.hidden_states if "feature_maps" in out else out.reshaped_hidden_states
-    return list(maps[1:])
+    return list(out.feature_maps if "feature_maps" in out else out.reshaped_hidden_states[1:])
