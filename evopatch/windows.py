@@ -23,6 +23,9 @@ from torch import Tensor
 
 from . import ops
 
+TIE = 1e-4
+"""Sums of up to some hundred cosines that differ by less count as equal."""
+
 
 class Windows(NamedTuple):
     """How one block cuts its feature map: shifted, and padded below and on the right, in whole windows."""
@@ -172,10 +175,9 @@ def match_tokens(metric: Tensor, keep: int, places: Tensor, windows: Windows, ma
     """Matched representatives inside every window: each fast token joins the slow token of its window most like it.
 
     What would be lost if a token were fast is how little of it an earlier one of its window already says,
-    `1 - max_{j before i} <f_i, f_j>`, with `f` the normalised metric. First come the places of one colour of a
-    chessboard, then those of the other. The `K` tokens of each window that would lose most are slow. A group's row is
-    the mean of its members, and weighs in attention by its size. Where the map is padded, the padding of each window is
-    one more row.
+    `1 - max_{j before i} <f_i, f_j>`, with `f` the normalised metric. First come the tokens that are most like all of
+    their window. The `K` tokens of each window that would lose most are slow. A group's row is the mean of its members,
+    and weighs in attention by its size. Where the map is padded, the padding of each window is one more row.
 
     Args:
         metric: `(B, N, C)`, what the tokens are compared by.
@@ -190,9 +192,12 @@ def match_tokens(metric: Tensor, keep: int, places: Tensor, windows: Windows, ma
     unit = in_windows(F.normalize(metric, dim=-1), tokens, windows)
     similarity = unit @ unit.transpose(2, 3)
     lowest = torch.finfo(similarity.dtype).min
+    # Equal tokens, as in a plain background, need an order too: all but the first of them are redundant.
+    typical = similarity.sum(dim=-1, dtype=torch.float32) - TIE * torch.arange(area, device=metric.device)
     if mask is not None:
         similarity = similarity.masked_fill(mask != 0, lowest)
-    redundancy = similarity.masked_fill(_not_before(windows.window, metric.device), lowest).amax(dim=-1)
+    not_before = typical.unsqueeze(3) >= typical.unsqueeze(2)
+    redundancy = similarity.masked_fill(not_before, lowest).amax(dim=-1)
     is_token = (tokens < number).view(count, area)
     if windows.padded:
         redundancy = redundancy.masked_fill(~is_token, torch.inf)
@@ -210,14 +215,6 @@ def match_tokens(metric: Tensor, keep: int, places: Tensor, windows: Windows, ma
     )
     held = (size > 0).view(batch, count, rows) if windows.padded else None
     return WindowPartition(partition, count, place=index, window=None, share=None, held=held)
-
-
-def _not_before(window: tuple[int, int], device: torch.device) -> Tensor:
-    """`(A, A)` bool: False at `[i, j]` where place `j` comes before place `i`, by colour and then by number."""
-    row, column = torch.arange(window[0], device=device), torch.arange(window[1], device=device)
-    colour = (row[:, None] + column).remainder(2).flatten()
-    order = colour * colour.shape[0] + torch.arange(colour.shape[0], device=device)
-    return order[:, None] <= order
 
 
 def compact_mask(mask: Tensor | None, partition: WindowPartition) -> Tensor | None:

@@ -9,6 +9,7 @@ from variants_swin import build, images
 import evopatch
 from evopatch import EvoConfig
 from evopatch.ops import num_slow
+from evopatch.windows import TIE
 
 SECOND = {"swin": False, "swinv2": True}
 WINDOW = 4
@@ -82,7 +83,8 @@ def unit(x):
 
 def match(tokens, regions, keep):
     """Slow places of one window, and the groups of places that follow them."""
-    order = sorted(range(len(tokens)), key=lambda p: ((p // WINDOW + p % WINDOW) % 2, p))
+    typical = [sum((unit(t) @ unit(other)).item() for other in tokens) - TIE * p for p, t in enumerate(tokens)]
+    order = sorted(range(len(tokens)), key=lambda p: -typical[p])
 
     def alike(i, j):
         return (unit(tokens[i]) @ unit(tokens[j])).item() if regions[i] == regions[j] else -math.inf
