@@ -15,7 +15,7 @@ from .adapter import Adapter
 # the group "evopatch.adapters", named by the library: `mylibrary = "mypackage.evopatch:MyAdapter"`.
 _BUILT_IN = {
     "timm": ("evopatch_timm.vit:ViTAdapter", "evopatch_timm.levit:LevitAdapter"),
-    "transformers": ("evopatch_transformers.vit:ViTAdapter",),
+    "transformers": ("evopatch_transformers.vit:ViTAdapter", "evopatch_transformers.levit:LevitAdapter"),
 }
 _GROUP = "evopatch.adapters"
 
