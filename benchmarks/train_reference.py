@@ -79,7 +79,9 @@ def top1(model: nn.Module, data: Pixels, size: int) -> float:
 def train(arguments: argparse.Namespace, model: Any, output: Path) -> list[dict[str, float]]:
     """Train, with a checkpoint after every epoch; returns what the log says of each."""
     data, test = load(arguments.data), load(arguments.eval_data)
-    optimizer = create_optimizer_v2(model, "adamw", lr=arguments.learning_rate, weight_decay=0.05)
+    optimizer = create_optimizer_v2(
+        model, arguments.optimizer, lr=arguments.learning_rate, weight_decay=0.05, **arguments.optimizer_args
+    )
     steps = len(data.labels) // arguments.batch_size
     schedule = CosineLRScheduler(
         optimizer, t_initial=arguments.epochs * steps, lr_min=1e-6, warmup_t=2 * steps, t_in_epochs=False
@@ -130,6 +132,8 @@ def main() -> None:
     parser.add_argument("--eval-data", required=True, help="its test images")
     parser.add_argument("--epochs", type=int, default=22)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--optimizer", default="adamw", help="a timm name")
+    parser.add_argument("--optimizer-args", type=json.loads, default={}, help="JSON, its other settings")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--evaluate-every", type=int, default=2, help="epochs")

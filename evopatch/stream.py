@@ -290,7 +290,7 @@ class Stream:
         if partition is not None:
             for name in spec.token_inputs:
                 inputs[name] = _merge_positions(inputs[name], partition, spec.prefix)
-        tap = AttentionTap(spec.prefix, spec.readout, partition, observe=plan.tradeoff is not None)
+        tap = AttentionTap(spec.prefix, spec.readout, partition, plan.tradeoff is not None, spec.received)
         out = run(x, inputs, tap)
         if not tap.used:
             raise BypassError(

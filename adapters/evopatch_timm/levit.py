@@ -45,6 +45,7 @@ class LevitAdapter(Adapter):
             blocks=blocks,
             prefix=0,
             readout=0,
+            received=True,
             trace=TraceSpec(position_biases=("get_attention_biases",)),
             # Every second token is taken as a query of the strided attention.
             pyramid=Pyramid(grids, kernel=3),

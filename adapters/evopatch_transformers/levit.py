@@ -1,4 +1,4 @@
-"""LeViT of transformers: a pyramid without a class token, whose strided attention between stages needs the whole grid."""
+"""LeViT of transformers: a pyramid without a class token, whose attention between stages needs the whole grid."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class LevitAdapter(Adapter):
             blocks=stages,
             prefix=0,
             readout=0,
-            trace=TraceSpec(position_biases=("get_attention_biases",)),
+            received=True,
+            # Stochastic depth draws one number per image.
+            trace=TraceSpec(sized_functions=("rand",), position_biases=("get_attention_biases",)),
             # Every second token is taken as a query of the strided attention.
             pyramid=Pyramid(tuple((side, side) for side in sides), kernel=3),
         )
