@@ -113,6 +113,7 @@ def _calibrate(model: nn.Module, x: torch.Tensor) -> None:
     model.eval()
     for norm in norms:
         norm.momentum = 0.1
+        norm.running_var.clamp_min_(0.1)  # or rounding would be magnified
 
 
 def images(batch: int = 2, size: int | tuple[int, int] = SIZE, seed: int = 1) -> torch.Tensor:
