@@ -375,7 +375,7 @@ class _View:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         host: Any = self._host
         if host._forward_hooks or host._forward_pre_hooks:
-            return nn.Module._call_impl(self, *args, **kwargs)
+            return nn.Module._call_impl(self, *args, **kwargs)  # type: ignore[arg-type]
         return self.forward(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
