@@ -19,6 +19,8 @@ Schedule = Literal["taper", "constant"]
 # redundant changes fastest in the early blocks, so the first runs are the shortest: 3 and 5 of 8 blocks.
 TAPER = 0.26
 FIRST_RUN = 2
+# A pyramid's coarse grids are still more redundant: its three stages keep 0.75, 0.5 and 0.25.
+PYRAMID_TAPER = 0.5
 
 
 class BlockPlan(NamedTuple):
@@ -49,7 +51,8 @@ class EvoConfig:
             from one stage of a pyramid (LeViT) to the next: there a number is that of runs in each stage. None: two
             runs, in a pyramid one per stage.
         schedule: How one keep ratio is spread over the runs. `"taper"` lets it fall linearly around its mean
-            (two runs at 0.5: 0.63 and 0.37) and makes later runs longer (2 to 3 to 4 and so on),
+            (two runs at 0.5: 0.63 and 0.37; the three stages of LeViT: 0.75, 0.5 and 0.25) and makes later runs of
+            one stage longer (2 to 3 to 4 and so on),
             `"constant"` (the paper's) uses it in every run and makes them equally long.
         representative: What stands in for the fast tokens. `"matched"`: every fast token joins the slow token
             most similar to it, needs no training. `"single"`: one token, the mean of all fast tokens weighted by
@@ -136,7 +139,7 @@ class EvoConfig:
         """
         depth = sum(depths)
         firsts = self._first_blocks(depths)
-        ratios = self._keep_ratios(firsts)
+        ratios = self._keep_ratios(firsts, PYRAMID_TAPER if len(depths) > 1 else TAPER)
         tradeoffs = self._tradeoffs(depth)
         keep = [1.0] * depth
         selecting: set[int] = set()
@@ -190,7 +193,7 @@ class EvoConfig:
             return max(1, depth // 3 if len(depths) == 1 else depths[0] // 2)
         return min(max(1, round(self.start * depth)), depth - 1) if isinstance(self.start, float) else self.start
 
-    def _keep_ratios(self, firsts: list[int]) -> list[float]:
+    def _keep_ratios(self, firsts: list[int], taper: float) -> list[float]:
         runs = len(firsts)
         if isinstance(self.keep_ratio, tuple):
             if len(self.keep_ratio) != runs:
@@ -202,7 +205,7 @@ class EvoConfig:
         mean = cast(float, self.keep_ratio)
         if self.schedule == "constant" or runs == 1:
             return [mean] * runs
-        spread = min(TAPER * mean, 1.0 - mean)
+        spread = min(taper * mean, 1.0 - mean)
         return [mean + spread * (1.0 - 2.0 * run / (runs - 1)) for run in range(runs)]
 
     def _tradeoffs(self, depth: int) -> list[float]:
