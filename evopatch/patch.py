@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from . import registry
 from .adapter import Adapter, Swap
 from .config import EvoConfig
-from .errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModelError
+from .errors import AlreadyPatchedError, ConfigError, NotPatchedError, SpeedWarning, UnsupportedModelError
 from .ops import Partition
 from .stream import Patch, Stream
 from .swap import Swapped, is_last, restore, swap
@@ -39,12 +41,14 @@ def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, confi
         UnsupportedModelError: If nothing in the model can be patched, or a variant is refused; says why.
         AlreadyPatchedError: If the model, or a part of it, is patched already.
 
-    In every case of an error the model is left untouched.
+    In every case of an error the model is left untouched. For an architecture that doesn't get faster in some setting
+    (LeViT at batch 1) there is a `SpeedWarning`, once in a program.
     """
     config = EvoConfig() if config is None else _checked(config)
     if keep_ratio is not None:
         config = dataclasses.replace(config, keep_ratio=keep_ratio)
-    changes = [change for name, host, adapter in _hosts(model) for change in _plan(name, host, adapter, config)]
+    hosts = _hosts(model)
+    changes = [change for name, host, adapter in hosts for change in _plan(name, host, adapter, config)]
     _check_shared(changes)
     for change in changes:
         if change.mixin is not None:
@@ -53,7 +57,15 @@ def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, confi
         if change.pre_hook is not None:
             change.module.register_forward_pre_hook(change.pre_hook, with_kwargs=True)
             change.module.__dict__["_evo_pre_hook"] = change.pre_hook
+    for adapter in {id(adapter): adapter for _, _, adapter in hosts}.values():
+        if adapter.notice:
+            _say_once(adapter.notice)
     return model
+
+
+@cache
+def _say_once(notice: str) -> None:
+    warnings.warn(notice, SpeedWarning, stacklevel=3)
 
 
 def remove(model: Model) -> Model:

@@ -332,6 +332,19 @@ def test_unpatched_start_and_settings_by_stage():
         EvoConfig(start=9).resolve(2, 4)
 
 
+def test_apply_says_once_where_it_is_not_faster():
+    from evopatch.patch import _say_once
+
+    _say_once.cache_clear()
+    with pytest.warns(evopatch.SpeedWarning, match="slower than unpatched for single images"):
+        evopatch.apply(build("levit"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evopatch.apply(build("levit"))
+        _say_once.cache_clear()
+        evopatch.apply(build("vit"))
+
+
 def test_saved_and_loaded(tmp_path):
     config = LevitConfig(image_size=80, num_labels=7, hidden_sizes=[32, 48, 64], key_dim=[8] * 3, depths=[2, 3, 2],
                          num_attention_heads=[2, 3, 4])  # fmt: skip
@@ -344,5 +357,5 @@ def test_saved_and_loaded(tmp_path):
         twin = evopatch.load_pretrained(tmp_path / str(number)).eval()
         assert evopatch.config_of(twin) == settings
         x = torch.randn(1, 3, 224, 224) if number == 0 else images_for("hf_levit")
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad():
             assert torch.equal(call(twin, x), call(model, x))

@@ -31,6 +31,10 @@ class LevitAdapter(Adapter):
     """Linear and convolutional LeViT, distilled or not."""
 
     mixin = SlowFastLevit
+    notice = (
+        "LeViT's blocks are so small that a patched model may be slower than unpatched for single images (see "
+        "benchmarks/speed.md); measure yours with evopatch.benchmark"
+    )
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
         return (Levit,)

@@ -27,6 +27,10 @@ class LevitAdapter(Adapter):
     """The encoder that every LeViT model and head of transformers holds."""
 
     mixin = SlowFastLevit
+    notice = (
+        "LeViT's blocks are so small that a patched model may be slower than unpatched for single images (see "
+        "benchmarks/speed.md); measure yours with evopatch.benchmark"
+    )
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
         return (LevitEncoder,)
