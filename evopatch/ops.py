@@ -34,16 +34,16 @@ class Partition(NamedTuple):
     """`(B, M)` float32, or None."""
     rows: int
     """`M`."""
-    leader: Tensor
-    """`(B, M)` int64, the token itself where a row stands for a prefix or a slow token. One representative's row, the
-    last, has none: `(B, M - 1)` then."""
+    leader: Tensor | None = None
+    """`(B, M)` int64, whose place a row has: its prefix or slow token's. One representative's row, the last, has none:
+    `(B, M - 1)` then. None in windows, whose rows have places of their own."""
 
     def to(self, device: torch.device) -> Partition:
         """The same on a device, for models spread over several."""
         if self.group.device == device:
             return self
-        log_size = None if self.log_size is None else self.log_size.to(device)
-        group, weight, slow, leader = (t.to(device) for t in (self.group, self.weight, self.slow, self.leader))
+        group, weight, slow = (tensor.to(device) for tensor in (self.group, self.weight, self.slow))
+        log_size, leader = (None if tensor is None else tensor.to(device) for tensor in (self.log_size, self.leader))
         return Partition(group, weight, slow, log_size, self.rows, leader)
 
 
@@ -276,6 +276,7 @@ def merge_bias(bias: Tensor, partition: Partition) -> Tensor:
     Returns:
         `(B, H, M, M)`.
     """
+    assert partition.leader is not None
     batch, leaders = partition.leader.shape
     heads, tokens = bias.shape[1:3]
     bias = bias.expand(batch, -1, -1, -1)

@@ -222,6 +222,16 @@ def token_groups(model: nn.Module, images: Tensor, **model_inputs: Any) -> Tenso
     return _on_finest_grid(groups, grids)
 
 
+@torch.no_grad()
+def slow_tokens(model: nn.Module, image: Tensor) -> list[int]:
+    """How many patch tokens of one image `(1, 3, height, width)` each block updates slowly."""
+    stream, grids = _observe(model, image, {})
+    return [
+        height * width if partition is None else int(partition.slow.sum())
+        for partition, (height, width) in zip(stream, grids, strict=True)
+    ]
+
+
 def _observe(
     model: nn.Module, images: Tensor, model_inputs: dict[str, Any]
 ) -> tuple[list[Partition | None], list[tuple[int, int]]]:
@@ -263,7 +273,9 @@ def grids_of(host: nn.Module, image_size: tuple[int, int]) -> list[tuple[int, in
     patch: Patch = host._evo_patch  # type: ignore[assignment]
     if patch.spec.pyramid is not None:
         return [patch.spec.pyramid.grids[stage] for stage in patch.stage_of]
-    return [adapter_of(host).grid(host, image_size)] * patch.depth
+    height, width = adapter_of(host).grid(host, image_size)
+    # Between two stages windowed pyramids merge two by two tokens, padded at odd sizes.
+    return [(-(-height // 2**stage), -(-width // 2**stage)) for stage in patch.stage_of]
 
 
 def only_host(model: nn.Module) -> tuple[str, Any]:

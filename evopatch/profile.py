@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from .config import EvoConfig
 from .memory import peak_memory, saved_for_backward
-from .ops import num_slow
-from .patch import grids_of, only_host, restored, set_config
+from .patch import grids_of, only_host, restored, set_config, slow_tokens
 from .sharing import shared_copy
 from .spec import Block
 from .stream import Patch
@@ -78,9 +77,8 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     patch: Patch = host._evo_patch
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    plans = patch.plans
-    grids = grids_of(host, (image.shape[-2], image.shape[-1]))
-    tokens = [rows * columns for rows, columns in grids]
+    tokens = [rows * columns for rows, columns in grids_of(host, (image.shape[-2], image.shape[-1]))]
+    slow = slow_tokens(model, image)
     names = [
         [".".join(filter(None, (name, path))) for path in block] for block in patch.blocks if _is_there(host, block)
     ]
@@ -92,12 +90,12 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
         BlockProfile(
             flops=patched.block_flops[index],
             flops_unpatched=unpatched.block_flops[index],
-            tokens=num_slow(tokens[index], plan.keep_ratio) if plan.keep_ratio < 1.0 else tokens[index],
+            tokens=slow[index],
             tokens_unpatched=tokens[index],
             activations=patched.block_activations[index],
             activations_unpatched=unpatched.block_activations[index],
         )
-        for index, plan in enumerate(plans[: len(patched.block_flops)])
+        for index in range(len(patched.block_flops))
     ]
     return Profile(
         blocks=tuple(profiles),

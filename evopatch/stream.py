@@ -23,7 +23,7 @@ from .swap import Swapped, host_class
 Run = Callable[[Tensor, dict[str, Any], AttentionTap | None], Tensor]
 """Runs one block on `(B, M, C)` tokens with its other inputs; without a tap as unpatched."""
 
-_ORIGINAL = object()
+ORIGINAL = object()
 """Given to a block in place of a tap: run as unpatched, also in a recomputation after the settings changed."""
 
 
@@ -99,7 +99,7 @@ class SlowFastBlock(Swapped):
     def forward(self, x: Tensor, *args: Any, evo: AttentionTap | object | None = None, **kwargs: Any) -> Tensor:
         """The generated forward (see `graph.py`) with an attention tap, else the host's own."""
         if not isinstance(evo, AttentionTap):
-            if evo is not _ORIGINAL:
+            if evo is not ORIGINAL:
                 self._evo_patch.refuse_bypass(self._evo_name)
             out: Tensor = self._evo_host_class.forward(self, x, *args, **kwargs)
             return out
@@ -114,7 +114,9 @@ class SlowFastBlock(Swapped):
             self._evo_code = graph.generate(self, self._evo_name, self._evo_patch.spec.trace)  # type: ignore[arg-type]
 
 
-def walk(host: Any, method: str, *args: Any, compact: bool, **kwargs: Any) -> Any:
+def walk(
+    host: Any, method: str, *args: Any, compact: bool, stream_class: type[Stream] | None = None, **kwargs: Any
+) -> Any:
     """Run a host's own method that walks over its blocks, with the slow-fast steps in their place.
 
     Args:
@@ -122,29 +124,37 @@ def walk(host: Any, method: str, *args: Any, compact: bool, **kwargs: Any) -> An
         method: Name of the method, as the host's class has it.
         compact: Pass the compact set from block to block inside a run, which is faster. False: every step takes and
             returns the full grid in raster order, as callers want who look between the blocks.
+        stream_class: How the steps go; None: `Stream`.
     """
     function = getattr(host_class(host), method)
     patch: Patch = host._evo_patch
     if not patch.active and compact:
         return function(host, *args, **kwargs)
-    stream = Stream(patch, 0, compact)
-    view = _viewed(host, "", stream, {block[0]: index for index, block in enumerate(patch.blocks)})
+    stream = (stream_class or Stream)(patch, 0, compact)
+    view = viewed(host, "", stream)
     return function(view, *args, **kwargs)
 
 
-def _viewed(module: Any, path: str, stream: Stream, blocks: Mapping[str, int]) -> Any:
-    """What stands for a module in the host's forward: nothing else than itself where it holds no block."""
-    if path in blocks:
+def viewed(module: Any, path: str, stream: Stream) -> Any:
+    """What stands for a module in the host's forward: nothing else than itself where it holds no block.
+
+    Args:
+        module: The host, or a module in it.
+        path: Of the module, from the host.
+        stream: This forward's.
+    """
+    index = stream.index_of.get(path)
+    if index is not None:
         # Pruned models (timm's prune_intermediate_layers) have fewer blocks than were patched.
-        stream.depth = max(stream.depth, blocks[path] + 1)
-        return _Step(stream, blocks[path], module)
+        stream.depth = max(stream.depth, index + 1)
+        return stream.step(index, module)
     inside = f"{path}." if path else ""
-    if not any(block.startswith(inside) for block in blocks):
+    if not any(block.startswith(inside) for block in stream.index_of):
         return module
-    children = {name: _viewed(child, inside + name, stream, blocks) for name, child in module._modules.items()}
+    children = {name: viewed(child, inside + name, stream) for name, child in module._modules.items()}
     if isinstance(module, (nn.Sequential, nn.ModuleList)):
         return _Steps(_joined(list(children.values()), stream.blocks))
-    return _View(module, {name: child for name, child in children.items() if child is not module._modules[name]})
+    return View(module, {name: child for name, child in children.items() if child is not module._modules[name]})
 
 
 def _joined(steps: list[Any], blocks: tuple[Block, ...]) -> list[Any]:
@@ -157,7 +167,7 @@ def _joined(steps: list[Any], blocks: tuple[Block, ...]) -> list[Any]:
             following -= 1
             continue
         joined.append(step)
-        if isinstance(step, _Step):
+        if isinstance(step, Step):
             following = len(blocks[step.index]) - 1
     return joined
 
@@ -170,6 +180,7 @@ class Stream:
         self.name, self.spec, self.plans, self.active = patch.name, patch.spec, patch.plans, patch.active
         self.representative, self.importance = patch.config.representative, patch.config.importance
         self.blocks, self.stage_of = patch.blocks, patch.stage_of
+        self.index_of = {block[0]: index for index, block in enumerate(patch.blocks)}
         self.depth = depth
         self.compact = compact
         self.g: dict[int, Tensor] = {}
@@ -179,6 +190,10 @@ class Stream:
         self._first: dict[int, int] = {}
         if patch.streams is not None:
             patch.streams.append(self)
+
+    def step(self, index: int, block: nn.Module) -> Step:
+        """What stands where the host calls the block."""
+        return Step(self, index, block)
 
     def advance(self, index: int, block: Any, x: Tensor, inputs: Mapping[str, Any], run: Run) -> Tensor:
         """One block.
@@ -312,7 +327,7 @@ def _merge_positions(table: Any, partition: ops.Partition, prefix: int) -> Any:
     return ops.merge_positions(table, partition, prefix)
 
 
-class _Step:
+class Step:
     """One block in one forward pass; stands where the host calls the block."""
 
     def __init__(self, stream: Stream, index: int, block: nn.Module) -> None:
@@ -332,7 +347,7 @@ class _Step:
     def _run(self, x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
         # Through the block's __call__, so that its hooks run.
         x = self._stream.block_layout(self.index, x)
-        out: Tensor = self._block(x, evo=_ORIGINAL if tap is None else tap, **inputs)
+        out: Tensor = self._block(x, evo=ORIGINAL if tap is None else tap, **inputs)
         for module in self.followers:
             out = module(out)
         return self._stream.token_layout(out)
@@ -359,8 +374,8 @@ class _Steps:
         return _Steps(self._steps[index]) if isinstance(index, slice) else self._steps[index]
 
 
-class _View:
-    """Stands for a module that holds blocks, the host or one of its stages: the module in everything else."""
+class View:
+    """Stands for a module, with other attributes in some places: the module in everything else."""
 
     def __init__(self, host: Any, children: Mapping[str, Any]) -> None:
         self.__dict__.update({"_host": host, **children})
@@ -370,7 +385,7 @@ class _View:
         # A zero-argument super() in a subclass of the host's class checks it. torch.compile looks at an instance
         # that was never initialised.
         host = self.__dict__.get("_host")
-        return _View if host is None else type(host)
+        return View if host is None else type(host)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         host: Any = self._host

@@ -1,0 +1,91 @@
+"""timm Swin, Swin V2 and Swin V2 Cr: pyramids of windowed blocks, whole or as the stages of a feature extractor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models._features import FeatureDictNet
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerStage
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Stage
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr, SwinTransformerV2CrStage
+from torch import nn
+
+from evopatch.adapter import Adapter, HostSpec, Swap, named_blocks
+from evopatch.stream import Patch, viewed, walk
+from evopatch.swap import Swapped
+from evopatch.window_stream import BlockView, SlowFastWindowBlock, WindowStream
+
+from .swin_blocks import SwinBlocks, SwinV2Blocks, SwinV2CrBlocks
+
+_KINDS = {
+    SwinTransformerStage: SwinBlocks,
+    SwinTransformerV2Stage: SwinV2Blocks,
+    SwinTransformerV2CrStage: SwinV2CrBlocks,
+}
+
+
+class SlowFastSwin(Swapped):
+    """Mixin of a patched timm Swin: the two methods that walk over the stages."""
+
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own, on slow-fast blocks."""
+        return walk(self, "forward_features", *args, compact=True, stream_class=WindowStream, **kwargs)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own, on slow-fast blocks; intermediate features are those between the stages."""
+        return walk(self, "forward_intermediates", *args, compact=True, stream_class=WindowStream, **kwargs)
+
+
+class SlowFastFeatures(Swapped):
+    """Mixin of a patched feature extractor (timm's `features_only`), which calls the stages itself."""
+
+    _evo_patch: Patch
+    _modules: dict[str, nn.Module]
+
+    def forward(self, x: Any) -> Any:
+        """The host's own, on slow-fast blocks."""
+        stream = WindowStream(self._evo_patch, 0, compact=True)
+        modules = {name: viewed(module, name, stream) for name, module in self._modules.items()}
+        return _FeaturesView(self, {"_modules": modules}).forward(x)
+
+
+class _FeaturesView(BlockView):
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+class _IsSwinFeatures(type):
+    def __instancecheck__(cls, module: Any) -> bool:
+        return isinstance(module, FeatureDictNet) and any(isinstance(part, tuple(_KINDS)) for part in module.children())
+
+
+class SwinFeatures(metaclass=_IsSwinFeatures):
+    """What `isinstance` takes a timm feature extractor of Swin stages for."""
+
+
+class SwinAdapter(Adapter):
+    """All Swin models of timm."""
+
+    mixin = SlowFastSwin
+
+    def hosts(self) -> tuple[type[nn.Module], ...]:
+        return (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr, SwinFeatures)  # type: ignore[return-value]
+
+    def inspect(self, host: Any, name: str) -> HostSpec:
+        stages: list[tuple[str, Any]] = [(p, m) for p, m in host.named_modules() if isinstance(m, tuple(_KINDS))]
+        blocks = tuple(tuple((f"{path}.blocks.{i}",) for i in range(len(stage.blocks))) for path, stage in stages)
+        return HostSpec(blocks=blocks, prefix=0, readout=0)
+
+    def plan(self, host: nn.Module, patch: Patch) -> list[Swap]:
+        mixin = SlowFastFeatures if isinstance(host, SwinFeatures) else self.mixin
+        swaps = [Swap(host, mixin, {"_evo_patch": patch})]
+        for (path, *_), (name, block) in zip(patch.blocks, named_blocks(host, patch), strict=True):
+            stage = host.get_submodule(path.partition(".blocks.")[0])
+            kind = next(kind for cls, kind in _KINDS.items() if isinstance(stage, cls))
+            own = {"_evo_patch": patch, "_evo_name": name, "_evo_blocks": kind()}
+            swaps.append(Swap(block, SlowFastWindowBlock, own))
+        return swaps
+
+    def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = host.get_submodule("patch_embed").patch_size
+        return image_size[0] // rows, image_size[1] // columns

@@ -1,0 +1,97 @@
+"""What is to know about the windowed blocks of timm's Swin, Swin V2 and Swin V2 Cr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from evopatch.window_stream import BlockView, Cut, MaskByHead, WindowedBlocks
+from evopatch.windows import Windows, continuous_bias, cosine_logits
+
+
+class SwinBlocks(WindowedBlocks):
+    """Swin: norm before attention, position biases from a table."""
+
+    attention = "attn"
+    single: Mapping[str, Any] = {
+        "window_size": (1, 1),
+        "window_area": 1,
+        "shift_size": (0, 0),
+        "attn_mask": None,
+        "dynamic_mask": False,
+    }
+
+    def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
+        grid = (x.shape[1], x.shape[2])
+        windows = Windows(grid, tuple(block.window_size), tuple(block.shift_size), pads_first=False)
+        if not block.dynamic_mask:
+            return Cut(windows, block.attn_mask)
+        return Cut(windows, block.get_attn_mask(x.new_zeros(1, *windows.padded_grid, 1)))
+
+    def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+        return block.forward(x.unsqueeze(2)).squeeze(2), None
+
+    def seen(self, block: Any, x: Tensor) -> Tensor:
+        normalised: Tensor = block.norm1(x)
+        return normalised
+
+    def bias(self, attention: Any) -> Tensor:
+        bias: Tensor = attention._get_rel_pos_bias()
+        return bias.squeeze(0)
+
+    def biased(self, attention: Any, bias: Tensor) -> Callable[..., Any]:
+        return BlockView(attention, {"_get_rel_pos_bias": lambda: bias})
+
+    def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
+        queries, keys = _heads(attention, attention.qkv(query))[0], _heads(attention, attention.qkv(key))[1]
+        logits: Tensor = queries * attention.scale @ keys.transpose(2, 3)
+        return logits.squeeze(2)
+
+
+class SwinV2Blocks(SwinBlocks):
+    """Swin V2: norm after attention, cosine attention, continuous position biases."""
+
+    def seen(self, block: Any, x: Tensor) -> Tensor:
+        return x
+
+    def bias(self, attention: Any) -> Tensor:
+        return continuous_bias(attention.cpb_mlp, attention.relative_coords_table, attention.relative_position_index)
+
+    def biased(self, attention: Any, bias: Tensor) -> Callable[..., Any]:
+        # Its own bias is that of a single place then, the same for all: no matter to a softmax.
+        alone = {"window_size": (1, 1), "relative_position_index": attention.relative_position_index[:1, :1]}
+        return partial(BlockView(attention, alone), mask=MaskByHead(bias))
+
+    def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
+        query, key = attention.qkv(query), attention.qkv(key)
+        if attention.q_bias is not None:
+            query = query + F.pad(attention.q_bias, (0, 2 * attention.dim))
+        queries, keys = _heads(attention, query)[0], _heads(attention, key)[1]
+        return cosine_logits(queries, keys, attention.logit_scale).squeeze(2)
+
+
+class SwinV2CrBlocks(SwinV2Blocks):
+    """Swin V2 as timm had it first: some blocks end with a norm on the main branch."""
+
+    last_norm = "norm3"
+
+    def bias(self, attention: Any) -> Tensor:
+        bias: Tensor = attention._relative_positional_encodings()
+        return bias.squeeze(0)
+
+    def biased(self, attention: Any, bias: Tensor) -> Callable[..., Any]:
+        return BlockView(attention, {"_relative_positional_encodings": lambda: bias})
+
+    def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
+        queries, keys = _heads(attention, attention.qkv(query))[0], _heads(attention, attention.qkv(key))[1]
+        return cosine_logits(queries, keys, attention.logit_scale.view(-1, 1, 1)).squeeze(2)
+
+
+def _heads(attention: Any, qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys `(B, H, T, D)`."""
+    q, k, _ = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return q, k
