@@ -196,14 +196,7 @@ def token_selection(model: nn.Module, images: Tensor, **model_inputs: Any) -> Te
         NotPatchedError: If nothing in the model is patched.
         UnsupportedModelError: If several hosts in it are patched; give the part that holds one.
     """
-    stream, grids = _observe(model, images, model_inputs)
-    slow = [
-        torch.ones(images.shape[0], height * width, dtype=torch.bool, device=images.device)
-        if partition is None
-        else partition.slow.to(images.device)
-        for partition, (height, width) in zip(stream, grids, strict=True)
-    ]
-    return _on_finest_grid(slow, grids)
+    return _on_finest_grid([slow for slow, _ in block_maps(model, images, **model_inputs)])
 
 
 @torch.no_grad()
@@ -214,22 +207,25 @@ def token_groups(model: nn.Module, images: Tensor, **model_inputs: Any) -> Tenso
         `(B, L, h, w)` int64: tokens with the same number in a block shared one row of its compact set. All numbers
         differ where a block takes every token.
     """
-    stream, grids = _observe(model, images, model_inputs)
-    groups = []
-    for partition, (height, width) in zip(stream, grids, strict=True):
-        alone = torch.arange(height * width, device=images.device).expand(images.shape[0], -1)
-        groups.append(alone if partition is None else partition.group[:, -height * width :].to(images.device))
-    return _on_finest_grid(groups, grids)
+    return _on_finest_grid([groups for _, groups in block_maps(model, images, **model_inputs)])
 
 
 @torch.no_grad()
-def slow_tokens(model: nn.Module, image: Tensor) -> list[int]:
-    """How many patch tokens of one image `(1, 3, height, width)` each block updates slowly."""
-    stream, grids = _observe(model, image, {})
-    return [
-        height * width if partition is None else int(partition.slow.sum())
-        for partition, (height, width) in zip(stream, grids, strict=True)
-    ]
+def block_maps(model: nn.Module, images: Tensor, **model_inputs: Any) -> list[tuple[Tensor, Tensor]]:
+    """What `token_selection` and `token_groups` give, for every block on its own grid.
+
+    Returns:
+        `(B, h, w)` bool and `(B, h, w)` int64 for each block.
+    """
+    stream, grids = _observe(model, images, model_inputs)
+    maps = []
+    for partition, (height, width) in zip(stream, grids, strict=True):
+        slow = torch.ones(len(images), height * width, dtype=torch.bool, device=images.device)
+        groups = torch.arange(height * width, device=images.device).expand(len(images), -1)
+        if partition is not None:
+            slow, groups = partition.slow, partition.group[:, -height * width :]
+        maps.append(tuple(part.to(images.device).view(-1, height, width) for part in (slow, groups)))
+    return maps  # type: ignore[return-value]
 
 
 def _observe(
@@ -252,15 +248,15 @@ def _observe(
     return [streams[-1].partitions.get(index) for index in range(depth)], grids[:depth]
 
 
-def _on_finest_grid(values: list[Tensor], grids: list[tuple[int, int]]) -> Tensor:
-    """`(B, N)` of every block as one `(B, L, h, w)`."""
-    height, width = grids[0]
-    maps = []
-    for value, (rows, columns) in zip(values, grids, strict=True):
-        row = torch.arange(height, device=value.device) * rows // height
-        column = torch.arange(width, device=value.device) * columns // width
-        maps.append(value.view(-1, rows, columns)[:, row][:, :, column])
-    return torch.stack(maps, dim=1)
+def _on_finest_grid(maps: list[Tensor]) -> Tensor:
+    """`(B, h, w)` of every block as one `(B, L, h, w)`."""
+    height, width = maps[0].shape[1:]
+    finest = []
+    for coarse in maps:
+        row = torch.arange(height, device=coarse.device) * coarse.shape[1] // height
+        column = torch.arange(width, device=coarse.device) * coarse.shape[2] // width
+        finest.append(coarse[:, row][:, :, column])
+    return torch.stack(finest, dim=1)
 
 
 def grids_of(host: nn.Module, image_size: tuple[int, int]) -> list[tuple[int, int]]:
