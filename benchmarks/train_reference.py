@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
@@ -86,6 +87,8 @@ def train(arguments: argparse.Namespace, model: Any, output: Path) -> list[dict[
     schedule = CosineLRScheduler(
         optimizer, t_initial=arguments.epochs * steps, lr_min=1e-6, warmup_t=2 * steps, t_in_epochs=False
     )
+    mix = Mixup(arguments.mixup, arguments.cutmix, prob=arguments.mix_probability, label_smoothing=0.1, num_classes=10)
+    criterion = SoftTargetCrossEntropy()
     log: list[dict[str, float]] = []
     checkpoint = output / "checkpoint.pt"
     if checkpoint.exists():
@@ -102,10 +105,10 @@ def train(arguments: argparse.Namespace, model: Any, output: Path) -> list[dict[
             for step in range(steps):
                 schedule.step_update(epoch * steps + step)
                 rows = order[step * arguments.batch_size : (step + 1) * arguments.batch_size]
-                images = prepared(augmented(data.images[rows]), arguments.image_size)
+                images, targets = mix(prepared(augmented(data.images[rows]), arguments.image_size), data.labels[rows])
                 with torch.autocast("cpu", torch.bfloat16, enabled=arguments.mixed_precision == "bf16"):
                     logits = model(images)
-                loss = F.cross_entropy(logits.float(), data.labels[rows], label_smoothing=0.1)
+                loss = criterion(logits.float(), targets)
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -135,6 +138,11 @@ def main() -> None:
     parser.add_argument("--optimizer", default="adamw", help="a timm name")
     parser.add_argument("--optimizer-args", type=json.loads, default={}, help="JSON, its other settings")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--mixup", type=float, default=0.0, help="alpha of Mixup")
+    parser.add_argument("--cutmix", type=float, default=0.0, help="alpha of CutMix")
+    parser.add_argument(
+        "--mix-probability", type=float, default=0.5, help="share of batches with either"
+    )
     parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--evaluate-every", type=int, default=2, help="epochs")
     parser.add_argument("--output", type=Path, required=True)
