@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
@@ -79,11 +80,15 @@ def top1(model: nn.Module, data: Pixels, size: int) -> float:
 def train(arguments: argparse.Namespace, model: Any, output: Path) -> list[dict[str, float]]:
     """Train, with a checkpoint after every epoch; returns what the log says of each."""
     data, test = load(arguments.data), load(arguments.eval_data)
-    optimizer = create_optimizer_v2(model, "adamw", lr=arguments.learning_rate, weight_decay=0.05)
+    optimizer = create_optimizer_v2(
+        model, arguments.optimizer, lr=arguments.learning_rate, weight_decay=0.05, **arguments.optimizer_args
+    )
     steps = len(data.labels) // arguments.batch_size
     schedule = CosineLRScheduler(
         optimizer, t_initial=arguments.epochs * steps, lr_min=1e-6, warmup_t=2 * steps, t_in_epochs=False
     )
+    mix = Mixup(arguments.mixup, arguments.cutmix, prob=arguments.mix_probability, label_smoothing=0.1, num_classes=10)
+    criterion = SoftTargetCrossEntropy()
     log: list[dict[str, float]] = []
     checkpoint = output / "checkpoint.pt"
     if checkpoint.exists():
@@ -100,10 +105,10 @@ def train(arguments: argparse.Namespace, model: Any, output: Path) -> list[dict[
             for step in range(steps):
                 schedule.step_update(epoch * steps + step)
                 rows = order[step * arguments.batch_size : (step + 1) * arguments.batch_size]
-                images = prepared(augmented(data.images[rows]), arguments.image_size)
+                images, targets = mix(prepared(augmented(data.images[rows]), arguments.image_size), data.labels[rows])
                 with torch.autocast("cpu", torch.bfloat16, enabled=arguments.mixed_precision == "bf16"):
                     logits = model(images)
-                loss = F.cross_entropy(logits.float(), data.labels[rows], label_smoothing=0.1)
+                loss = criterion(logits.float(), targets)
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -130,7 +135,12 @@ def main() -> None:
     parser.add_argument("--eval-data", required=True, help="its test images")
     parser.add_argument("--epochs", type=int, default=22)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--optimizer", default="adamw", help="a timm name")
+    parser.add_argument("--optimizer-args", type=json.loads, default={}, help="JSON, its other settings")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--mixup", type=float, default=0.0, help="alpha of Mixup")
+    parser.add_argument("--cutmix", type=float, default=0.0, help="alpha of CutMix")
+    parser.add_argument("--mix-probability", type=float, default=0.5, help="share of batches with either")
     parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--evaluate-every", type=int, default=2, help="epochs")
     parser.add_argument("--output", type=Path, required=True)

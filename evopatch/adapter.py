@@ -37,6 +37,9 @@ class Adapter(ABC):
     mixin: ClassVar[type[Swapped]]
     """Goes before the host's class: wraps the methods that walk over the blocks (see `stream.walk`)."""
 
+    notice: ClassVar[str] = ""
+    """Where a patched model is not faster: `apply` says it once, as a warning."""
+
     @abstractmethod
     def hosts(self) -> tuple[type[nn.Module], ...]:
         """The classes that this adapter serves, subclasses included. May import the library."""

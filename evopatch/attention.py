@@ -24,13 +24,18 @@ class AttentionTap:
         readout: How many of the first prefix tokens the head reads; 0 where it averages the patch tokens.
         partition: Of the compact set that goes through the block, None if all tokens do.
         observe: Compute the class attention.
+        received: With a `readout` of 0 and materialised attention weights, take the attention that a token receives
+            instead of the mean query's.
     """
 
-    def __init__(self, prefix: int, readout: int, partition: ops.Partition | None, observe: bool) -> None:
+    def __init__(
+        self, prefix: int, readout: int, partition: ops.Partition | None, observe: bool, received: bool = False
+    ) -> None:
         self.prefix = prefix
         self.readout = readout
         self.partition = partition
         self.observe = observe
+        self.received = received
         self.used = False
         """Whether an attention core called."""
         self._observed: list[Tensor] = []
@@ -111,6 +116,9 @@ class AttentionTap:
         if self.observe:
             if self.readout:
                 observed = probabilities[:, :, : self.readout].detach().float()
+            elif self.received:
+                share = self._share(logits[:, 0]).unsqueeze(1).to(probabilities.dtype)
+                observed = (share @ probabilities[:, :, self.prefix :].detach()).float()
             else:
                 # Logits are linear in the query: their mean is the mean query's, as `attend` takes it.
                 share = self._share(logits[:, 0]).unsqueeze(1).to(logits.dtype)

@@ -19,6 +19,8 @@ Schedule = Literal["taper", "constant"]
 # redundant changes fastest in the early blocks, so the first runs are the shortest: 3 and 5 of 8 blocks.
 TAPER = 0.26
 FIRST_RUN = 2
+# A pyramid's coarse grids are still more redundant: its three stages keep 0.75, 0.5 and 0.25.
+PYRAMID_TAPER = 0.5
 
 
 class BlockPlan(NamedTuple):
@@ -49,7 +51,8 @@ class EvoConfig:
             from one stage of a pyramid (LeViT) to the next: there a number is that of runs in each stage. None: two
             runs, in a pyramid one per stage.
         schedule: How one keep ratio is spread over the runs. `"taper"` lets it fall linearly around its mean
-            (two runs at 0.5: 0.63 and 0.37) and makes later runs longer (2 to 3 to 4 and so on),
+            (two runs at 0.5: 0.63 and 0.37; the three stages of LeViT: 0.75, 0.5 and 0.25; those of Swin keep it) and
+            makes later runs of one stage longer (2 to 3 to 4 and so on),
             `"constant"` (the paper's) uses it in every run and makes them equally long.
         representative: What stands in for the fast tokens. `"matched"`: every fast token joins the slow token
             most similar to it, needs no training. `"single"`: one token, the mean of all fast tokens weighted by
@@ -124,11 +127,13 @@ class EvoConfig:
         """
         return cls(keep_ratio=keep_ratio, start=0.25, stages=3, schedule="constant", importance=0.15)
 
-    def resolve(self, *depths: int) -> tuple[BlockPlan, ...]:
+    def resolve(self, *depths: int, taper: float | None = None) -> tuple[BlockPlan, ...]:
         """One plan per block.
 
         Args:
             depths: How many blocks each stage of the model has; a flat model is one stage.
+            taper: By what share of the mean the first run keeps more and the last one less, where they taper. None: as
+                is best for a flat model, or a pyramid.
 
         Raises:
             ConfigError: If a run starts beyond the depth or goes from one stage into the next, or the number of keep
@@ -136,7 +141,9 @@ class EvoConfig:
         """
         depth = sum(depths)
         firsts = self._first_blocks(depths)
-        ratios = self._keep_ratios(firsts)
+        if taper is None:
+            taper = PYRAMID_TAPER if len(depths) > 1 else TAPER
+        ratios = self._keep_ratios(firsts, taper)
         tradeoffs = self._tradeoffs(depth)
         keep = [1.0] * depth
         selecting: set[int] = set()
@@ -190,7 +197,7 @@ class EvoConfig:
             return max(1, depth // 3 if len(depths) == 1 else depths[0] // 2)
         return min(max(1, round(self.start * depth)), depth - 1) if isinstance(self.start, float) else self.start
 
-    def _keep_ratios(self, firsts: list[int]) -> list[float]:
+    def _keep_ratios(self, firsts: list[int], taper: float) -> list[float]:
         runs = len(firsts)
         if isinstance(self.keep_ratio, tuple):
             if len(self.keep_ratio) != runs:
@@ -202,7 +209,7 @@ class EvoConfig:
         mean = cast(float, self.keep_ratio)
         if self.schedule == "constant" or runs == 1:
             return [mean] * runs
-        spread = min(TAPER * mean, 1.0 - mean)
+        spread = min(taper * mean, 1.0 - mean)
         return [mean + spread * (1.0 - 2.0 * run / (runs - 1)) for run in range(runs)]
 
     def _tradeoffs(self, depth: int) -> list[float]:

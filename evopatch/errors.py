@@ -37,6 +37,10 @@ class CheckpointError(EvoPatchError, ValueError):
     """A checkpoint file is missing, unreadable or doesn't fit the model."""
 
 
+class SpeedWarning(UserWarning):
+    """A patched model may not be faster in some setting that people use."""
+
+
 class TrainingError(EvoPatchError, RuntimeError):
     """Training can't go on, such as after a loss that is no finite number."""
 

@@ -41,6 +41,8 @@ class TraceSpec:
     """Functions whose control flow depends on tensors' shapes: called, not traced."""
     leaf_methods: tuple[str, ...] = ()
     """Methods, other than `forward`, of submodules that are called, not traced."""
+    sized_functions: tuple[str, ...] = ()
+    """Names of functions of torch that are given sizes only, such as `rand`, which torch.fx doesn't see by itself."""
     position_biases: tuple[str, ...] = ()
     """Such methods whose result is added to the attention logits, one entry per head and pair of tokens."""
     core_names: frozenset[str] = frozenset({"scaled_dot_product_attention", "softmax"})
@@ -85,7 +87,9 @@ def generate(block: nn.Module, name: str, spec: TraceSpec) -> BlockCode:
     modes = [(module, module.training) for module in block.modules()]
     try:
         for training in (False, True):
-            block.train(training)
+            # Not by `train()`, which LeViT's attention clears a cache in.
+            for module, _ in modes:
+                module.training = training
             graph = _trace(block, name, spec)
             _tap(graph, block, name, spec)
             forward[training] = _function(graph)
@@ -157,7 +161,8 @@ def _trace(block: nn.Module, name: str, spec: TraceSpec) -> fx.Graph:
     shim = _Shim(block, spec)
     tracer = _Tracer(shim, spec)
     try:
-        with _leaf_methods(shim, tracer, (*spec.leaf_methods, *spec.position_biases)):
+        leaf_methods = (*spec.leaf_methods, *spec.position_biases)
+        with _leaf_methods(shim, tracer, leaf_methods), _sized_functions(tracer, spec.sized_functions):
             graph = tracer.trace(shim)
     except Exception as error:
         last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
@@ -196,6 +201,28 @@ def _leaf_methods(shim: nn.Module, tracer: fx.Tracer, names: tuple[str, ...]):  
     finally:
         for module, method in patched:
             del module.__dict__[method]
+
+
+@contextmanager
+def _sized_functions(tracer: fx.Tracer, names: tuple[str, ...]):  # type: ignore[no-untyped-def]
+    """Record calls of these functions of torch where a size is a node; other threads' calls go through."""
+    originals = {name: getattr(torch, name) for name in names}
+
+    def recorder(function: Callable[..., Any]) -> Callable[..., Any]:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(argument, fx.Proxy) for argument in args):
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return record
+
+    try:
+        for name, function in originals.items():
+            setattr(torch, name, recorder(function))
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(torch, name, function)
 
 
 def _tap(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> None:

@@ -140,6 +140,12 @@ def _timm_classifier(
         model = _pretrained(name, options) if pretrained else timm.create_model(name, pretrained=False, **options)
     override: dict[str, Any] = {k: v for k, v in preprocessing._asdict().items() if v is not None}
     if (size := override.pop("image_size", None)) is not None:
+        if not hasattr(model, "set_input_size"):
+            own = cast(Any, model).pretrained_cfg["input_size"][-1]
+            raise ConfigError(
+                f"--image-size {size}: the weights of {name} are for images of {own} px only, as its positions don't "
+                "interpolate; leave it out"
+            )
         cast(Any, model).set_input_size(img_size=(size, size))
         override["input_size"] = (3, size, size)
     data = timm.data.resolve_data_config(override, model=model, use_test_size=False)
@@ -185,8 +191,10 @@ def _timm_architecture(name: str, image_size: int | None) -> tuple[nn.Module, tu
     _check_timm_name(name)
     try:
         model: Any = timm.create_model(name)
-        if image_size is not None:
+        if image_size is not None and hasattr(model, "set_input_size"):
             model.set_input_size(img_size=(image_size, image_size))
+        elif image_size is not None:
+            model = timm.create_model(name, img_size=image_size)
     except Exception as error:
         raise ConfigError(f"{name} can't be made for images of {image_size} px: {_first_lines(error)}") from error
     channels, height, width = timm.data.resolve_data_config(model=model, use_test_size=False)["input_size"]

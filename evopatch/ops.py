@@ -34,13 +34,17 @@ class Partition(NamedTuple):
     """`(B, M)` float32, or None."""
     rows: int
     """`M`."""
+    leader: Tensor | None = None
+    """`(B, M)` int64, whose place a row has: its prefix or slow token's. One representative's row, the last, has none:
+    `(B, M - 1)` then. None in windows, whose rows have places of their own."""
 
     def to(self, device: torch.device) -> Partition:
         """The same on a device, for models spread over several."""
         if self.group.device == device:
             return self
-        log_size = None if self.log_size is None else self.log_size.to(device)
-        return Partition(self.group.to(device), self.weight.to(device), self.slow.to(device), log_size, self.rows)
+        group, weight, slow = (tensor.to(device) for tensor in (self.group, self.weight, self.slow))
+        log_size, leader = (None if tensor is None else tensor.to(device) for tensor in (self.log_size, self.leader))
+        return Partition(group, weight, slow, log_size, self.rows, leader)
 
 
 def num_slow(num_patches: int, keep_ratio: float) -> int:
@@ -150,7 +154,7 @@ def select_top(g: Tensor, keep: int, prefix: int, representative: bool) -> Parti
     fast = torch.where(slow, 0.0, g.clamp_min(torch.finfo(g.dtype).tiny))
     weight = fast / fast.sum(1, keepdim=True) if representative else torch.zeros_like(g)
     weight = torch.where(slow, 1.0, weight)
-    return _with_prefix(group, weight, slow, None, keep + representative, prefix)
+    return _with_prefix(group, weight, slow, None, keep + representative, index, prefix)
 
 
 def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance: float) -> Partition:
@@ -190,11 +194,11 @@ def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance
     size = torch.zeros_like(g[:, :keep]).scatter_add(1, group, torch.ones_like(g))
     share = g.clamp_min(torch.finfo(g.dtype).tiny).sqrt()
     total = torch.zeros_like(size).scatter_add(1, group, share)
-    return _with_prefix(group, share / total.gather(1, group), slow, size.log(), keep, prefix)
+    return _with_prefix(group, share / total.gather(1, group), slow, size.log(), keep, index, prefix)
 
 
 def _with_prefix(
-    group: Tensor, weight: Tensor, slow: Tensor, log_size: Tensor | None, rows: int, prefix: int
+    group: Tensor, weight: Tensor, slow: Tensor, log_size: Tensor | None, rows: int, leader: Tensor, prefix: int
 ) -> Partition:
     """Prefix tokens are rows of their own, before all others."""
     own = torch.arange(prefix, device=group.device).expand(group.shape[0], prefix)
@@ -204,6 +208,7 @@ def _with_prefix(
         slow=slow,
         log_size=None if log_size is None else F.pad(log_size, (prefix, 0)),
         rows=rows + prefix,
+        leader=torch.cat([own, leader + prefix], dim=1),
     )
 
 
@@ -259,7 +264,11 @@ def merge_positions(table: Tensor, partition: Partition, prefix: int) -> Tensor:
 
 
 def merge_bias(bias: Tensor, partition: Partition) -> Tensor:
-    """An attention bias per pair of tokens, averaged over the rows and columns of each group.
+    """An attention bias per pair of tokens, for the rows of the compact set.
+
+    A matched group has the bias of its slow token: the mean over its members, which lie close to each other, is no more
+    accurate on real models and costs most of what the smaller attention saves. One representative stands for half of
+    the image and has the mean over its members, weighted as they are in it.
 
     Args:
         bias: `(1 or B, H, T, T)`.
@@ -267,11 +276,22 @@ def merge_bias(bias: Tensor, partition: Partition) -> Tensor:
     Returns:
         `(B, H, M, M)`.
     """
-    batch = partition.group.shape[0]
+    assert partition.leader is not None
+    batch, leaders = partition.leader.shape
     heads, tokens = bias.shape[1:3]
-    rows = merge(bias.transpose(1, 2).reshape(-1, tokens, heads * tokens).expand(batch, -1, -1), partition)
-    columns = merge(rows.view(batch, -1, heads, tokens).permute(0, 3, 1, 2).flatten(2), partition)
-    return columns.view(batch, partition.rows, partition.rows, heads).permute(0, 3, 2, 1)
+    bias = bias.expand(batch, -1, -1, -1)
+    pairs = partition.leader.unsqueeze(2) * tokens + partition.leader.unsqueeze(1)
+    pairs = pairs.view(batch, 1, -1).expand(-1, heads, -1)
+    compact = bias.flatten(2).gather(2, pairs).view(batch, heads, leaders, leaders)
+    if leaders == partition.rows:
+        return compact
+    share = torch.where(partition.group == leaders, partition.weight, 0.0).to(bias.dtype)
+    row = torch.einsum("bt,bhts->bhs", share, bias)
+    column = torch.einsum("bs,bhts->bht", share, bias)
+    corner = torch.einsum("bs,bhs->bh", share, row)[:, :, None, None]
+    own = partition.leader.unsqueeze(1).expand(-1, heads, -1)
+    row, column = row.gather(2, own).unsqueeze(2), column.gather(2, own).unsqueeze(3)
+    return torch.cat([torch.cat([compact, column], dim=3), torch.cat([row, corner], dim=3)], dim=2)
 
 
 def spread_attention(weights: Tensor, partition: Partition) -> Tensor:

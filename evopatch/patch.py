@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from . import registry
 from .adapter import Adapter, Swap
 from .config import EvoConfig
-from .errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModelError
+from .errors import AlreadyPatchedError, ConfigError, NotPatchedError, SpeedWarning, UnsupportedModelError
 from .ops import Partition
 from .stream import Patch, Stream
 from .swap import Swapped, is_last, restore, swap
@@ -39,12 +41,14 @@ def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, confi
         UnsupportedModelError: If nothing in the model can be patched, or a variant is refused; says why.
         AlreadyPatchedError: If the model, or a part of it, is patched already.
 
-    In every case of an error the model is left untouched.
+    In every case of an error the model is left untouched. For an architecture that doesn't get faster in some setting
+    (LeViT at batch 1) there is a `SpeedWarning`, once in a program.
     """
     config = EvoConfig() if config is None else _checked(config)
     if keep_ratio is not None:
         config = dataclasses.replace(config, keep_ratio=keep_ratio)
-    changes = [change for name, host, adapter in _hosts(model) for change in _plan(name, host, adapter, config)]
+    hosts = _hosts(model)
+    changes = [change for name, host, adapter in hosts for change in _plan(name, host, adapter, config)]
     _check_shared(changes)
     for change in changes:
         if change.mixin is not None:
@@ -53,7 +57,15 @@ def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, confi
         if change.pre_hook is not None:
             change.module.register_forward_pre_hook(change.pre_hook, with_kwargs=True)
             change.module.__dict__["_evo_pre_hook"] = change.pre_hook
+    for adapter in {id(adapter): adapter for _, _, adapter in hosts}.values():
+        if adapter.notice:
+            _say_once(adapter.notice)
     return model
+
+
+@cache
+def _say_once(notice: str) -> None:
+    warnings.warn(notice, SpeedWarning, stacklevel=3)
 
 
 def remove(model: Model) -> Model:
@@ -184,14 +196,7 @@ def token_selection(model: nn.Module, images: Tensor, **model_inputs: Any) -> Te
         NotPatchedError: If nothing in the model is patched.
         UnsupportedModelError: If several hosts in it are patched; give the part that holds one.
     """
-    stream, grids = _observe(model, images, model_inputs)
-    slow = [
-        torch.ones(images.shape[0], height * width, dtype=torch.bool, device=images.device)
-        if partition is None
-        else partition.slow.to(images.device)
-        for partition, (height, width) in zip(stream, grids, strict=True)
-    ]
-    return _on_finest_grid(slow, grids)
+    return _on_finest_grid([slow for slow, _ in block_maps(model, images, **model_inputs)])
 
 
 @torch.no_grad()
@@ -202,22 +207,25 @@ def token_groups(model: nn.Module, images: Tensor, **model_inputs: Any) -> Tenso
         `(B, L, h, w)` int64: tokens with the same number in a block shared one row of its compact set. All numbers
         differ where a block takes every token.
     """
-    stream, grids = _observe(model, images, model_inputs)
-    groups = []
-    for partition, (height, width) in zip(stream, grids, strict=True):
-        alone = torch.arange(height * width, device=images.device).expand(images.shape[0], -1)
-        groups.append(alone if partition is None else partition.group[:, -height * width :].to(images.device))
-    return _on_finest_grid(groups, grids)
+    return _on_finest_grid([groups for _, groups in block_maps(model, images, **model_inputs)])
 
 
 @torch.no_grad()
-def slow_tokens(model: nn.Module, image: Tensor) -> list[int]:
-    """How many patch tokens of one image `(1, 3, height, width)` each block updates slowly."""
-    stream, grids = _observe(model, image, {})
-    return [
-        height * width if partition is None else int(partition.slow.sum())
-        for partition, (height, width) in zip(stream, grids, strict=True)
-    ]
+def block_maps(model: nn.Module, images: Tensor, **model_inputs: Any) -> list[tuple[Tensor, Tensor]]:
+    """What `token_selection` and `token_groups` give, for every block on its own grid.
+
+    Returns:
+        `(B, h, w)` bool and `(B, h, w)` int64 for each block.
+    """
+    stream, grids = _observe(model, images, model_inputs)
+    maps = []
+    for partition, (height, width) in zip(stream, grids, strict=True):
+        slow = torch.ones(len(images), height * width, dtype=torch.bool, device=images.device)
+        groups = torch.arange(height * width, device=images.device).expand(len(images), -1)
+        if partition is not None:
+            slow, groups = partition.slow, partition.group[:, -height * width :]
+        maps.append(tuple(part.to(images.device).view(-1, height, width) for part in (slow, groups)))
+    return maps  # type: ignore[return-value]
 
 
 def _observe(
@@ -240,15 +248,15 @@ def _observe(
     return [streams[-1].partitions.get(index) for index in range(depth)], grids[:depth]
 
 
-def _on_finest_grid(values: list[Tensor], grids: list[tuple[int, int]]) -> Tensor:
-    """`(B, N)` of every block as one `(B, L, h, w)`."""
-    height, width = grids[0]
-    maps = []
-    for value, (rows, columns) in zip(values, grids, strict=True):
-        row = torch.arange(height, device=value.device) * rows // height
-        column = torch.arange(width, device=value.device) * columns // width
-        maps.append(value.view(-1, rows, columns)[:, row][:, :, column])
-    return torch.stack(maps, dim=1)
+def _on_finest_grid(maps: list[Tensor]) -> Tensor:
+    """`(B, h, w)` of every block as one `(B, L, h, w)`."""
+    height, width = maps[0].shape[1:]
+    finest = []
+    for coarse in maps:
+        row = torch.arange(height, device=coarse.device) * coarse.shape[1] // height
+        column = torch.arange(width, device=coarse.device) * coarse.shape[2] // width
+        finest.append(coarse[:, row][:, :, column])
+    return torch.stack(finest, dim=1)
 
 
 def grids_of(host: nn.Module, image_size: tuple[int, int]) -> list[tuple[int, int]]:

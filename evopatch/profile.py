@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import EvoConfig
 from .memory import peak_memory, saved_for_backward
-from .patch import grids_of, only_host, restored, set_config, slow_tokens
+from .patch import block_maps, only_host, restored, set_config
 from .sharing import shared_copy
 from .spec import Block
 from .stream import Patch
@@ -77,8 +77,7 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     patch: Patch = host._evo_patch
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    tokens = [rows * columns for rows, columns in grids_of(host, (image.shape[-2], image.shape[-1]))]
-    slow = slow_tokens(model, image)
+    maps = block_maps(model, image)
     names = [
         [".".join(filter(None, (name, path))) for path in block] for block in patch.blocks if _is_there(host, block)
     ]
@@ -90,12 +89,12 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
         BlockProfile(
             flops=patched.block_flops[index],
             flops_unpatched=unpatched.block_flops[index],
-            tokens=slow[index],
-            tokens_unpatched=tokens[index],
+            tokens=int(slow.sum()),
+            tokens_unpatched=slow.numel(),
             activations=patched.block_activations[index],
             activations_unpatched=unpatched.block_activations[index],
         )
-        for index in range(len(patched.block_flops))
+        for index, (slow, _) in enumerate(maps)
     ]
     return Profile(
         blocks=tuple(profiles),

@@ -15,7 +15,11 @@ from .adapter import Adapter
 # the group "evopatch.adapters", named by the library: `mylibrary = "mypackage.evopatch:MyAdapter"`.
 _BUILT_IN = {
     "timm": ("evopatch_timm.vit:ViTAdapter", "evopatch_timm.levit:LevitAdapter", "evopatch_timm.swin:SwinAdapter"),
-    "transformers": ("evopatch_transformers.vit:ViTAdapter", "evopatch_transformers.swin:SwinAdapter"),
+    "transformers": (
+        "evopatch_transformers.vit:ViTAdapter",
+        "evopatch_transformers.levit:LevitAdapter",
+        "evopatch_transformers.swin:SwinAdapter",
+    ),
 }
 _GROUP = "evopatch.adapters"
 

@@ -37,6 +37,11 @@ class HostSpec:
     trace: TraceSpec = field(default_factory=TraceSpec)
     token_inputs: tuple[str, ...] = ()
     """Those of the block's inputs that have one entry per patch token, such as a rotary table: averaged per group."""
+    received: bool = False
+    """With a `readout` of 0 rank patch tokens by the attention that they receive, averaged over queries and heads:
+    exactly their share in the pooled output. False: by the mean query's, which needs no attention weights."""
+    taper: float | None = None
+    """How much less the last run of blocks keeps than the first, see `EvoConfig.resolve`; None: as usual."""
     pyramid: Pyramid | None = None
     """None for a flat model."""
     channels_first: bool = False

@@ -57,7 +57,7 @@ class Patch:
         Raises:
             ConfigError: If the configuration doesn't fit the depth, or leaves no slow token on a pyramid's grid.
         """
-        plans = config.resolve(*self.depths)
+        plans = config.resolve(*self.depths, taper=self.spec.taper)
         if self.spec.pyramid is not None:
             for plan, stage in zip(plans, self.stage_of, strict=True):
                 _check_keeps_any(plan.keep_ratio, stage, self.spec.pyramid.grids[stage])
@@ -305,7 +305,7 @@ class Stream:
         if partition is not None:
             for name in spec.token_inputs:
                 inputs[name] = _merge_positions(inputs[name], partition, spec.prefix)
-        tap = AttentionTap(spec.prefix, spec.readout, partition, observe=plan.tradeoff is not None)
+        tap = AttentionTap(spec.prefix, spec.readout, partition, plan.tradeoff is not None, spec.received)
         out = run(x, inputs, tap)
         if not tap.used:
             raise BypassError(
@@ -390,7 +390,7 @@ class View:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         host: Any = self._host
         if host._forward_hooks or host._forward_pre_hooks:
-            return nn.Module.__call__(self, *args, **kwargs)
+            return nn.Module._call_impl(self, *args, **kwargs)  # type: ignore[arg-type]
         return self.forward(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

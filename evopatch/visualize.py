@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .benchmark import Benchmark
 from .errors import ConfigError
-from .patch import only_host, token_groups, token_selection
+from .patch import block_maps, only_host
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,12 +53,11 @@ def visualize(
         UnsupportedModelError: If several hosts in it are patched.
     """
     blocks = _checked(model, blocks)
-    selection = token_selection(model, images, **model_inputs)
+    maps = block_maps(model, images, **model_inputs)
     panels = []
-    shown = token_groups(model, images, **model_inputs) if groups else selection
     for block in blocks:
-        share = selection[:, block].float().mean()
-        panels.append((f"block {block}\n{share:.0%} slow", shown[:, block]))
+        slow, members = maps[block]
+        panels.append((f"block {block}\n{slow.float().mean():.0%} slow", members if groups else slow))
     return draw(_pixels(images) if pixels is None else pixels, panels)
 
 
@@ -94,7 +93,7 @@ def visualize_training(
     try:
         for name, state in checkpoints.items():
             model.load_state_dict(dict(state))
-            selection = token_selection(model, images)[:, block]
+            selection, _ = block_maps(model, images)[block]
             panels.append((f"{name}\nblock {block}", selection))
     finally:
         model.load_state_dict(own)

@@ -222,6 +222,15 @@ def test_profile_command(command, tmp_path):  # noqa: F811
     assert "…" not in run.stdout, "the table doesn't fit 80 columns"
 
 
+def test_profile_command_of_a_pyramid(command, tmp_path):  # noqa: F811
+    out = tmp_path / "profile.json"
+    run = command("profile", "--model", "levit_128s", "--image-size", "128", "--json", out)
+    assert run.returncode == 0, run.stderr
+    blocks = json.loads(out.read_text())["blocks"]
+    assert [block["tokens_unpatched"] for block in blocks] == [64] * 2 + [16] * 3 + [4] * 4
+    assert [block["tokens"] for block in blocks] == [64, 48] + [8] * 3 + [1] * 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

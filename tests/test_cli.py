@@ -144,12 +144,19 @@ def test_overridden_preprocessing_changes_the_result(evopatch, files, tmp_path):
             1,
             "doesn't fit",
         ),
+        (
+            ("--model", "levit_128s", "--checkpoint", "levit.pth", "--data", "images", "--image-size", "256"),
+            2,
+            "the weights of levit_128s are for images of 224 px only",
+        ),
         (("--bogus",), 2, "No such option"),
     ],
 )
 def test_bad_usage_is_one_message(evopatch, files, arguments, code, message, monkeypatch):
     if "resnet18" in arguments:
         torch.save(timm.create_model("resnet18", num_classes=3).state_dict(), files / "resnet.pth")
+    if "levit.pth" in arguments:
+        torch.save(timm.create_model("levit_128s", num_classes=3).state_dict(), files / "levit.pth")
     monkeypatch.chdir(files)
     defaults = [] if "--model" in arguments else ["--model", "deit_tiny_patch16_224"]
     classes = [] if "--num-classes" in arguments else ["--num-classes", "3"]

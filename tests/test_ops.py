@@ -191,13 +191,33 @@ def test_merge_bias(tensors, kind):
     bias = torch.randn(1, H, P + N, P + N, generator=torch.Generator().manual_seed(4))
     result = ops.merge_bias(bias, partition)
     assert result.shape == (B, H, partition.rows, partition.rows)
+    torch.testing.assert_close(ops.merge_bias(bias.expand(B, -1, -1, -1), partition), result)
+    slow = torch.nn.functional.pad(partition.slow, (P, 0), value=True)
     for b in range(B):
+        # A slow token's row has its bias whatever it stands for besides; only one representative's row is a mean.
+        share = torch.where(slow[b], 1.0, partition.weight[b] if kind == "single" else 0.0)
         expected = torch.zeros(H, partition.rows + 1, partition.rows + 1)
         for s in range(P + N):
             for t in range(P + N):
-                weight = partition.weight[b, s] * partition.weight[b, t]
+                weight = share[s] * share[t]
                 expected[:, partition.group[b, s], partition.group[b, t]] += weight * bias[0, :, s, t]
         torch.testing.assert_close(result[b], expected[:, :-1, :-1])
+
+
+@pytest.mark.parametrize(("kernel", "reach"), [(2, (0, 1)), (3, (-1, 0, 1))])
+@pytest.mark.parametrize("grid", [(14, 14), (7, 7), (5, 4), (4, 5), (2, 2), (1, 3)])
+def test_coarsen(grid, kernel, reach):
+    rows, columns = grid
+    g = torch.rand(B, rows * columns, generator=torch.Generator().manual_seed(5))
+    result = ops.coarsen(g, grid, kernel)
+    expected = []
+    for i in range(0, rows, 2):
+        for j in range(0, columns, 2):
+            near = [
+                (i + a) * columns + j + b for a in reach for b in reach if 0 <= i + a < rows and 0 <= j + b < columns
+            ]
+            expected.append(sum(g[:, n] for n in near) / len(near))
+    torch.testing.assert_close(result, torch.stack(expected, dim=1))
 
 
 @pytest.mark.parametrize(

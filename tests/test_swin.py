@@ -496,6 +496,13 @@ def test_the_same_weights_give_the_same_in_both_libraries(representative):
     assert torch.equal(evopatch.token_groups(first, x), evopatch.token_groups(second, x))
 
 
+@TYPICAL
+def test_by_default_all_stages_keep_the_same_share(name):
+    evopatch.apply(model := build(name), keep_ratio=0.4)
+    (host,) = evopatch.patch.patched_hosts(model).values()
+    assert [plan.keep_ratio for plan in host._evo_patch.plans] == [1.0, *[0.4] * 5]
+
+
 @torch.no_grad()
 def test_profile_counts_the_tokens_that_went_through():
     model = evopatch.apply(build("swin"), config=EvoConfig(keep_ratio=[0.6, 0.5, 0.5]))

@@ -1,4 +1,4 @@
-"""Every name of timm's ViT and DeiT families."""
+"""Every name of timm's ViT, DeiT and LeViT families."""
 
 import pytest
 import timm
@@ -6,13 +6,14 @@ import torch
 
 import evopatch
 
-NAMES = sorted({*timm.list_models("vit_*"), *timm.list_models("deit*")})
+NAMES = sorted({*timm.list_models("vit_*"), *timm.list_models("deit*"), *timm.list_models("levit*")})
 SMALL = 30_000_000
 
 
 def test_the_families_are_as_large_as_expected():
     assert len(timm.list_models("vit_*")) >= 214
     assert len(timm.list_models("deit*")) >= 16
+    assert len(timm.list_models("levit*")) >= 20
 
 
 def create(name, device):
@@ -29,14 +30,15 @@ def test_name(name):
     assert evopatch.is_patched(model)
     assert model(x).shape == shape
     selection = evopatch.token_selection(model, x)
-    assert selection.shape[1] == len(model.blocks)
+    blocks = model.blocks if hasattr(model, "blocks") else [block for stage in model.stages for block in stage.blocks]
+    assert selection.shape[1] == len(blocks)
     if sum(p.numel() for p in model.parameters()) > SMALL:
         return
     torch.manual_seed(0)
     model, x = create(name, "cpu")
-    # Fresh LayerScale weights are so small that no block would matter.
+    # Fresh LayerScale weights are so small that no block would matter, and LeViT's norms begin at 0.
     for parameter_name, parameter in model.named_parameters():
-        if "gamma" in parameter_name or ".norm" in parameter_name:
+        if "gamma" in parameter_name or ".norm" in parameter_name or ".bn.weight" in parameter_name:
             parameter.fill_(0.5)
     x.normal_()
     original = model.forward_features(x)

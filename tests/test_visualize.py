@@ -89,6 +89,18 @@ def test_training_checkpoints():
         evopatch.visualize(model, images(), blocks=[6])
 
 
+def test_a_coarse_grid_colours_only_real_groups():
+    """A lone token of a coarse grid covers several of the finest: it is no group."""
+    model, x = evopatch.apply(build("levit"), config=EvoConfig(keep_ratio=[0.6, 0.99, 0.75])), images()
+    pixels = torch.full((len(x), 60, 60), 0.5)
+    rows = shown(evopatch.visualize(model, x, groups=True, pixels=pixels))
+    assert [title.split("\n")[0] for title, _ in rows[0]] == ["image", "block 1", "block 2", "block 5"]
+    for row in rows:
+        coloured = [(np.ptp(picture, axis=-1) > 1e-6).mean() for _, picture in row[1:]]
+        assert coloured[1] == pytest.approx(2 / 9, abs=0.01)
+        assert coloured[2] == pytest.approx(2 / 4, abs=0.01)
+
+
 @pytest.fixture
 def pictures(tmp_path):
     for index in range(2):

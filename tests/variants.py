@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.levit import Levit, LevitDistilled
 from timm.models.vision_transformer import (
     DiffParallelScalingBlock,
     ParallelScalingBlock,
@@ -14,6 +15,7 @@ from timm.models.vision_transformer import (
 )
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
+from variants_transformers import PYRAMIDS as TRANSFORMERS_PYRAMIDS
 from variants_transformers import VARIANTS as TRANSFORMERS_VARIANTS
 
 SIZE = 40
@@ -75,7 +77,18 @@ TIMM_VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "eva_post_norm": lambda **k: Eva(**_SMALL | {"use_post_norm": True, "qkv_fused": False} | k),
 }
 
-VARIANTS = TIMM_VARIANTS | TRANSFORMERS_VARIANTS
+_PYRAMID = {"img_size": SIZE, "num_classes": 7, "embed_dim": (32, 48, 64), "key_dim": 8, "depth": (2, 3, 2)}
+_PYRAMID |= {"num_heads": (2, 3, 4), "stem_type": "s8"}  # grids of 5x5, 3x3 and 2x2
+
+TIMM_PYRAMIDS: dict[str, Callable[..., nn.Module]] = {
+    "levit": lambda **k: Levit(**_PYRAMID | k),
+    "levit_conv": lambda **k: Levit(**_PYRAMID | {"use_conv": True} | k),
+    "levit_distilled": lambda **k: LevitDistilled(**_PYRAMID | {"act_layer": "silu"} | k),
+}
+
+FLAT = TIMM_VARIANTS | TRANSFORMERS_VARIANTS
+PYRAMIDS = TIMM_PYRAMIDS | TRANSFORMERS_PYRAMIDS
+VARIANTS = FLAT | PYRAMIDS
 
 
 def build(name: str, **kwargs: object) -> nn.Module:
@@ -85,13 +98,34 @@ def build(name: str, **kwargs: object) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.08)
+        if name in PYRAMIDS:
+            _calibrate(model, images_for(name, batch=64, seed=3))
     return model
+
+
+def _calibrate(model: nn.Module, x: torch.Tensor) -> None:
+    """Batch norms as after training: the statistics of what they get, and branches as large as the residual."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+        nn.init.uniform_(norm.weight, 0.7, 1.3)
+    model.train()(x)
+    model.eval()
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.running_var.clamp_min_(0.1)  # or rounding would be magnified
 
 
 def images(batch: int = 2, size: int | tuple[int, int] = SIZE, seed: int = 1) -> torch.Tensor:
     """Random images `(B, 3, size, size)`."""
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def images_for(name: str, batch: int = 2, size: int | tuple[int, int] | None = None, seed: int = 1) -> torch.Tensor:
+    """Random images of a variant's own size."""
+    own = 2 * SIZE if name in TRANSFORMERS_PYRAMIDS else SIZE
+    return images(batch, own if size is None else size, seed)
 
 
 def call(model: nn.Module, x: torch.Tensor, **kwargs: object) -> torch.Tensor:

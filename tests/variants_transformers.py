@@ -21,6 +21,10 @@ from transformers import (
     DINOv3ViTModel,
     IJepaConfig,
     IJepaForImageClassification,
+    LevitConfig,
+    LevitForImageClassification,
+    LevitForImageClassificationWithTeacher,
+    LevitModel,
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
@@ -75,4 +79,25 @@ VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "hf_ijepa": lambda **k: IJepaForImageClassification(IJepaConfig(**_SMALL | k)),
     "hf_clip": lambda **k: CLIPVisionModelWithProjection(CLIPVisionConfig(**_SMALL | {"projection_dim": 16} | k)),
     "hf_siglip": lambda **k: SiglipVisionModel(SiglipVisionConfig(**_SMALL | k)),
+}
+
+_LEVIT = {"image_size": 80, "num_labels": 7, "hidden_sizes": [32, 48, 64], "key_dim": [8] * 3, "depths": [2, 3, 2]}
+_LEVIT |= {"num_attention_heads": [2, 3, 4]}  # grids of 5x5, 3x3 and 2x2
+
+
+def _levit(cls: type[nn.Module]) -> Callable[..., nn.Module]:
+    def build(drop_path_rate: float = 0.0) -> nn.Module:
+        model = cls(LevitConfig(**_LEVIT))
+        for module in model.modules():
+            if hasattr(module, "drop_rate"):
+                module.drop_rate = drop_path_rate  # the configuration takes whole numbers only
+        return model
+
+    return build
+
+
+PYRAMIDS: dict[str, Callable[..., nn.Module]] = {
+    "hf_levit": _levit(LevitForImageClassification),
+    "hf_levit_model": _levit(LevitModel),
+    "hf_levit_teacher": _levit(LevitForImageClassificationWithTeacher),
 }

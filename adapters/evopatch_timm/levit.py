@@ -31,6 +31,10 @@ class LevitAdapter(Adapter):
     """Linear and convolutional LeViT, distilled or not."""
 
     mixin = SlowFastLevit
+    notice = (
+        "LeViT's blocks are so small that a patched model may be slower than unpatched for single images (see "
+        "benchmarks/speed.md); measure yours with evopatch.benchmark"
+    )
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
         return (Levit,)
@@ -45,6 +49,7 @@ class LevitAdapter(Adapter):
             blocks=blocks,
             prefix=0,
             readout=0,
+            received=True,
             trace=TraceSpec(position_biases=("get_attention_biases",)),
             # Every second token is taken as a query of the strided attention.
             pyramid=Pyramid(grids, kernel=3),

@@ -74,7 +74,7 @@ class SwinAdapter(Adapter):
     def inspect(self, host: Any, name: str) -> HostSpec:
         stages: list[tuple[str, Any]] = [(p, m) for p, m in host.named_modules() if isinstance(m, tuple(_KINDS))]
         blocks = tuple(tuple((f"{path}.blocks.{i}",) for i in range(len(stage.blocks))) for path, stage in stages)
-        return HostSpec(blocks=blocks, prefix=0, readout=0)
+        return HostSpec(blocks=blocks, prefix=0, readout=0, taper=0.0)
 
     def plan(self, host: nn.Module, patch: Patch) -> list[Swap]:
         mixin = SlowFastFeatures if isinstance(host, SwinFeatures) else self.mixin

@@ -147,7 +147,7 @@ class SwinAdapter(Adapter):
             tuple((f"layers.{number}.blocks.{index}",) for index in range(len(stage.blocks)))
             for number, stage in enumerate(host.layers)
         )
-        return HostSpec(blocks=blocks, prefix=0, readout=0)
+        return HostSpec(blocks=blocks, prefix=0, readout=0, taper=0.0)
 
     def plan(self, host: Any, patch: Patch) -> list[Swap]:
         second = isinstance(host, Swinv2Encoder)

@@ -1,0 +1,65 @@
+"""LeViT of transformers: a pyramid without a class token, whose attention between stages needs the whole grid."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+from transformers.models.levit.modeling_levit import LevitAttention, LevitEncoder, LevitMLPLayer
+
+from evopatch.adapter import Adapter, HostSpec
+from evopatch.graph import TraceSpec
+from evopatch.spec import Block, Pyramid
+from evopatch.stream import walk
+from evopatch.swap import Swapped
+
+
+class SlowFastLevit(Swapped):
+    """Mixin of a patched encoder: its one method that walks over the stages."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own, on slow-fast blocks; hidden states are those between the stages."""
+        return walk(self, "forward", *args, compact=True, **kwargs)
+
+
+class LevitAdapter(Adapter):
+    """The encoder that every LeViT model and head of transformers holds."""
+
+    mixin = SlowFastLevit
+    notice = (
+        "LeViT's blocks are so small that a patched model may be slower than unpatched for single images (see "
+        "benchmarks/speed.md); measure yours with evopatch.benchmark"
+    )
+
+    def hosts(self) -> tuple[type[nn.Module], ...]:
+        return (LevitEncoder,)
+
+    def inspect(self, host: Any, name: str) -> HostSpec:
+        stages = tuple(_blocks(stage, f"stages.{number}") for number, stage in enumerate(host.stages))
+        sides = [math.isqrt(host.get_submodule(stage[0][0]).module.len_points) for stage in stages]
+        return HostSpec(
+            blocks=stages,
+            prefix=0,
+            readout=0,
+            received=True,
+            # Stochastic depth draws one number per image.
+            trace=TraceSpec(sized_functions=("rand",), position_biases=("get_attention_biases",)),
+            # Every second token is taken as a query of the strided attention.
+            pyramid=Pyramid(tuple((side, side) for side in sides), kernel=3),
+        )
+
+    def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
+        side = math.isqrt(host.stages[0].layers[0].module.len_points)
+        return side, side
+
+
+def _blocks(stage: Any, path: str) -> tuple[Block, ...]:
+    """An attention layer and the MLP layer after it; a stage's last layers, which lead to the next grid, are none."""
+    inner = [getattr(layer, "module", None) for layer in stage.layers]
+    blocks = []
+    for index, module in enumerate(inner):
+        if isinstance(module, LevitAttention):
+            has_mlp = isinstance(inner[index + 1], LevitMLPLayer) if index + 1 < len(inner) else False
+            blocks.append(tuple(f"{path}.layers.{i}" for i in range(index, index + 1 + has_mlp)))
+    return tuple(blocks)
