@@ -19,8 +19,6 @@ Schedule = Literal["taper", "constant"]
 # redundant changes fastest in the early blocks, so the first runs are the shortest: 3 and 5 of 8 blocks.
 TAPER = 0.26
 FIRST_RUN = 2
-# A pyramid's coarse grids are still more redundant: its three stages keep 0.75, 0.5 and 0.25.
-PYRAMID_TAPER = 0.5
 
 
 class BlockPlan(NamedTuple):
@@ -127,13 +125,12 @@ class EvoConfig:
         """
         return cls(keep_ratio=keep_ratio, start=0.25, stages=3, schedule="constant", importance=0.15)
 
-    def resolve(self, *depths: int, taper: float | None = None) -> tuple[BlockPlan, ...]:
+    def resolve(self, *depths: int, taper: float = TAPER) -> tuple[BlockPlan, ...]:
         """One plan per block.
 
         Args:
             depths: How many blocks each stage of the model has; a flat model is one stage.
-            taper: By what share of the mean the first run keeps more and the last one less, where they taper. None: as
-                is best for a flat model, or a pyramid.
+            taper: By what share of the mean the first run keeps more and the last one less, where they taper.
 
         Raises:
             ConfigError: If a run starts beyond the depth or goes from one stage into the next, or the number of keep
@@ -141,8 +138,6 @@ class EvoConfig:
         """
         depth = sum(depths)
         firsts = self._first_blocks(depths)
-        if taper is None:
-            taper = PYRAMID_TAPER if len(depths) > 1 else TAPER
         ratios = self._keep_ratios(firsts, taper)
         tradeoffs = self._tradeoffs(depth)
         keep = [1.0] * depth

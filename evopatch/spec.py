@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .config import TAPER
 from .graph import TraceSpec
 
 Block = tuple[str, ...]
@@ -40,8 +41,8 @@ class HostSpec:
     received: bool = False
     """With a `readout` of 0 rank patch tokens by the attention that they receive, averaged over queries and heads:
     exactly their share in the pooled output. False: by the mean query's, which needs no attention weights."""
-    taper: float | None = None
-    """How much less the last run of blocks keeps than the first, see `EvoConfig.resolve`; None: as usual."""
+    taper: float = TAPER
+    """How much less the last run of blocks keeps than the first, see `EvoConfig.resolve`."""
     pyramid: Pyramid | None = None
     """None for a flat model."""
     channels_first: bool = False

@@ -359,3 +359,10 @@ def test_saved_and_loaded(tmp_path):
         x = torch.randn(1, 3, 224, 224) if number == 0 else images_for("hf_levit")
         with torch.no_grad():
             assert torch.equal(call(twin, x), call(model, x))
+
+
+@EVERY
+def test_one_keep_ratio_tapers_over_the_stages(name):
+    model = evopatch.apply(build(name), keep_ratio=0.5)
+    patch = next(module._evo_patch for module in model.modules() if "_evo_patch" in vars(module))
+    assert [plan.keep_ratio for plan in patch.plans] == [1.0, 0.75, 0.5, 0.5, 0.5, 0.25, 0.25]

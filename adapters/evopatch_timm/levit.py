@@ -50,6 +50,7 @@ class LevitAdapter(Adapter):
             prefix=0,
             readout=0,
             received=True,
+            taper=0.5,  # coarse grids are more redundant than fine ones
             trace=TraceSpec(position_biases=("get_attention_biases",)),
             # Every second token is taken as a query of the strided attention.
             pyramid=Pyramid(grids, kernel=3),

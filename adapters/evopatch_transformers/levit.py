@@ -43,6 +43,7 @@ class LevitAdapter(Adapter):
             prefix=0,
             readout=0,
             received=True,
+            taper=0.5,  # coarse grids are more redundant than fine ones
             # Stochastic depth draws one number per image.
             trace=TraceSpec(sized_functions=("rand",), position_biases=("get_attention_biases",)),
             # Every second token is taken as a query of the strided attention.
