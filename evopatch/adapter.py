@@ -56,9 +56,12 @@ class Adapter(ABC):
             UnsupportedModelError: If this variant can't be patched; says why.
         """
 
-    @abstractmethod
     def grid(self, host: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of patch tokens for images of `(height, width)` pixels; of a pyramid the finest grid."""
+        """Rows and columns of patch tokens for images of `(height, width)` pixels.
+
+        Not for hosts whose spec has the grids of a pyramid.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says neither grid nor pyramid of {type(host).__name__}")
 
     def plan(self, host: nn.Module, patch: Patch) -> list[Swap]:
         """Every change to the host and its blocks. Everything that can fail, and nothing that changes the model.

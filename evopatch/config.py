@@ -119,9 +119,9 @@ class EvoConfig:
     def dense(cls, keep_ratio: float | Sequence[float] = (0.75, 0.52, 0.28)) -> EvoConfig:
         """For dense features: segmentation, depth, saliency, retrieval of patches, and DINOv2 in general.
 
-        Every patch token's own value is wanted, not only what the class token reads, so tokens are chosen nearly by
-        novelty alone, and in three equal runs over the last three quarters of the depth. Costs a third selection and
-        does less well than the default for classifiers.
+        For flat models. Every patch token's own value is wanted, not only what the class token reads, so tokens are
+        chosen nearly by novelty alone, and in three equal runs over the last three quarters of the depth. Costs a third
+        selection and does less well than the default for classifiers.
         """
         return cls(keep_ratio=keep_ratio, start=0.25, stages=3, schedule="constant", importance=0.15)
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .errors import CheckpointError, ConfigError, DataError, NotPatchedError
 from .evaluate import Evaluation, evaluate
-from .patch import config_of, is_patched, patched_hosts, remove
+from .patch import config_of, forget_caches, is_patched, patched_hosts, remove
 from .timing import Speed, compare_speed, compare_training_speed
 from .training import checkpoint
 from .training.config import FinetuneConfig
@@ -135,6 +135,7 @@ def _finetune(
     if len(items) == 0:
         raise DataError("no images to train on")
     objective = Objective(config, _distils(items, config, teacher is not None))
+    forget_caches(model)  # may hold tensors of a graph, which can't be copied
     original = remove(copy.deepcopy(model)).eval().requires_grad_(False)
     begun = folder is not None and resume and bool(checkpoint.steps(folder))
     if folder is not None and begun:

@@ -17,6 +17,7 @@ from .adapter import Adapter, Swap
 from .config import EvoConfig
 from .errors import AlreadyPatchedError, ConfigError, NotPatchedError, SpeedWarning, UnsupportedModelError
 from .ops import Partition
+from .spec import Block
 from .stream import Patch, Stream
 from .swap import Swapped, is_last, restore, swap
 
@@ -50,6 +51,8 @@ def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, confi
     hosts = _hosts(model)
     changes = [change for name, host, adapter in hosts for change in _plan(name, host, adapter, config)]
     _check_shared(changes)
+    for notice in dict.fromkeys(adapter.notice for _, _, adapter in hosts if adapter.notice):
+        _say_once(notice)  # before the first change, as warnings may be errors
     for change in changes:
         if change.mixin is not None:
             swap(change.module, change.mixin)
@@ -57,9 +60,6 @@ def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, confi
         if change.pre_hook is not None:
             change.module.register_forward_pre_hook(change.pre_hook, with_kwargs=True)
             change.module.__dict__["_evo_pre_hook"] = change.pre_hook
-    for adapter in {id(adapter): adapter for _, _, adapter in hosts}.values():
-        if adapter.notice:
-            _say_once(adapter.notice)
     return model
 
 
@@ -169,6 +169,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     """On leaving, every host has its configuration and every module its mode again; inside, all are in eval mode."""
     configs = [(host._evo_patch, host._evo_patch.config) for host in patched_hosts(model).values()]
     modes = [(module, module.training) for module in model.modules()]
+    forget_caches(model)
     model.eval()
     try:
         yield
@@ -176,6 +177,16 @@ def restored(model: nn.Module) -> Iterator[None]:
         _set_configs(configs)
         for module, training in modes:
             module.training = training
+        forget_caches(model)
+
+
+def forget_caches(model: nn.Module) -> None:
+    """Let a patched model compute anew what its modules keep although their weights may have changed."""
+    for host in [module for module in model.modules() if "_evo_patch" in module.__dict__]:
+        for name in host._evo_patch.spec.caches:  # type: ignore[union-attr]
+            for module in host.modules():
+                if name in module.__dict__:
+                    module.__dict__[name] = {}
 
 
 @torch.no_grad()
@@ -243,7 +254,8 @@ def _observe(
         finally:
             patch.streams = None
     if not patch.active or not streams:
-        return [None] * patch.depth, grids
+        present = sum(is_there(host, block) for block in patch.blocks)
+        return [None] * present, grids[:present]
     depth = streams[-1].depth
     return [streams[-1].partitions.get(index) for index in range(depth)], grids[:depth]
 
@@ -257,6 +269,15 @@ def _on_finest_grid(maps: list[Tensor]) -> Tensor:
         column = torch.arange(width, device=coarse.device) * coarse.shape[2] // width
         finest.append(coarse[:, row][:, :, column])
     return torch.stack(finest, dim=1)
+
+
+def is_there(host: nn.Module, block: Block) -> bool:
+    """Pruned models (timm's `prune_intermediate_layers`) have fewer blocks than were patched."""
+    try:
+        host.get_submodule(block[0])
+    except AttributeError:
+        return False
+    return True
 
 
 def grids_of(host: nn.Module, image_size: tuple[int, int]) -> list[tuple[int, int]]:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from .config import EvoConfig
 from .memory import peak_memory, saved_for_backward
-from .patch import block_maps, only_host, restored, set_config
+from .patch import block_maps, is_there, only_host, restored, set_config
 from .sharing import shared_copy
-from .spec import Block
 from .stream import Patch
 
 
@@ -79,7 +78,7 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     maps = block_maps(model, image)
     names = [
-        [".".join(filter(None, (name, path))) for path in block] for block in patch.blocks if _is_there(host, block)
+        [".".join(filter(None, (name, path))) for path in block] for block in patch.blocks if is_there(host, block)
     ]
     with restored(model):
         patched = _measure(model, image, names)
@@ -133,15 +132,6 @@ class _Measured:
     activations: int
     block_activations: list[int]
     memory: int
-
-
-def _is_there(host: nn.Module, block: Block) -> bool:
-    # Pruned models (timm's prune_intermediate_layers) have fewer blocks than were patched.
-    try:
-        host.get_submodule(block[0])
-    except AttributeError:
-        return False
-    return True
 
 
 def _measure(model: nn.Module, image: Tensor, blocks: list[list[str]]) -> _Measured:

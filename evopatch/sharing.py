@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from .patch import forget_caches
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -21,4 +23,5 @@ def shared_copy(model: Model, requires_grad: bool = False) -> Model:
         id(p): nn.Parameter(p.detach(), requires_grad=requires_grad and p.is_floating_point())
         for p in model.parameters()
     }
+    forget_caches(model)  # may hold tensors of a graph, which can't be copied
     return copy.deepcopy(model, own)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .config import TAPER
+from .errors import UnsupportedModelError
 from .graph import TraceSpec
 
 Block = tuple[str, ...]
@@ -22,7 +23,24 @@ class Pyramid:
     grids: tuple[tuple[int, int], ...]
     """Rows and columns of patch tokens in each stage."""
     kernel: int
-    """Accumulated class attention goes to the coarser grid as the mean over a square of so many tokens a side."""
+    """Accumulated class attention goes to the coarser grid, of every second token, as the mean over a square of so many
+    tokens a side."""
+
+    def check(self, name: str) -> None:
+        """
+        Args:
+            name: The host's, fully qualified.
+
+        Raises:
+            UnsupportedModelError: Unless each grid is half as fine as the one before.
+        """
+        for finer, coarser in zip(self.grids, self.grids[1:], strict=False):
+            expected = tuple(-(-side // 2) for side in finer)
+            if coarser != expected:
+                raise UnsupportedModelError(
+                    f"{name} has stages with grids of {self.grids}: expected {expected} after {finer}, every second "
+                    "token, to carry class attention from one to the next. Leave the model unpatched"
+                )
 
 
 @dataclass(frozen=True)
@@ -40,9 +58,12 @@ class HostSpec:
     """Those of the block's inputs that have one entry per patch token, such as a rotary table: averaged per group."""
     received: bool = False
     """With a `readout` of 0 rank patch tokens by the attention that they receive, averaged over queries and heads:
-    exactly their share in the pooled output. False: by the mean query's, which needs no attention weights."""
+    their share in the pooled output of the attention. False: by the mean query's, which needs no attention weights."""
     taper: float = TAPER
     """How much less the last run of blocks keeps than the first, see `EvoConfig.resolve`."""
+    caches: tuple[str, ...] = ()
+    """Attributes of modules in the host that hold a dict of what they computed from their weights, and keep it when the
+    weights change: such as LeViT's position biases."""
     pyramid: Pyramid | None = None
     """None for a flat model."""
     channels_first: bool = False

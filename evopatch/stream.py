@@ -153,7 +153,7 @@ def viewed(module: Any, path: str, stream: Stream) -> Any:
         return module
     children = {name: viewed(child, inside + name, stream) for name, child in module._modules.items()}
     if isinstance(module, (nn.Sequential, nn.ModuleList)):
-        return _Steps(_joined(list(children.values()), stream.blocks))
+        return _Steps(_joined(list(children.values()), stream.blocks), module)
     return View(module, {name: child for name, child in children.items() if child is not module._modules[name]})
 
 
@@ -356,10 +356,16 @@ class Step:
 class _Steps:
     """Stands where the host uses an `nn.Sequential` or `nn.ModuleList` that holds blocks."""
 
-    def __init__(self, steps: list[Any]) -> None:
+    def __init__(self, steps: list[Any], container: nn.Module | None = None) -> None:
         self._steps = steps
+        self._container = container
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._container is not None and _has_hooks(self._container):
+            raise BypassError(
+                f"a {type(self._container).__name__} of blocks has hooks, which would not run: the patched forward "
+                "goes through its blocks one by one. Hook the blocks, their stage or the model instead"
+            )
         for step in self._steps:
             x = step(x)
         return x
@@ -372,6 +378,11 @@ class _Steps:
 
     def __getitem__(self, index: int | slice) -> Any:
         return _Steps(self._steps[index]) if isinstance(index, slice) else self._steps[index]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forward or backward or module._backward_pre_hooks)
 
 
 class View:
@@ -389,7 +400,7 @@ class View:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         host: Any = self._host
-        if host._forward_hooks or host._forward_pre_hooks:
+        if _has_hooks(host):
             return nn.Module._call_impl(self, *args, **kwargs)  # type: ignore[arg-type]
         return self.forward(*args, **kwargs)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import EvoConfig
 from .evaluate import logits_of
-from .patch import config_of, restored, set_config
+from .patch import config_of, forget_caches, restored, set_config
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -86,6 +86,7 @@ def compare_training_speed(model: nn.Module, batch: Tensor, rounds: int = 5, war
         rounds: Timed steps of each side.
         warm_up: Steps of each side before.
     """
+    forget_caches(model)  # may hold tensors of a graph, which can't be copied
     trained = copy.deepcopy(model).train().requires_grad_(True)
 
     def step() -> None:

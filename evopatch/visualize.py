@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .benchmark import Benchmark
 from .errors import ConfigError
-from .patch import block_maps, only_host
+from .patch import block_maps, forget_caches, only_host
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,11 +92,12 @@ def visualize_training(
     panels = []
     try:
         for name, state in checkpoints.items():
-            model.load_state_dict(dict(state))
+            model.load_state_dict(dict(state))  # `block_maps` forgets what was computed from other weights
             selection, _ = block_maps(model, images)[block]
             panels.append((f"{name}\nblock {block}", selection))
     finally:
         model.load_state_dict(own)
+        forget_caches(model)
     return draw(_pixels(images) if pixels is None else pixels, panels)
 
 

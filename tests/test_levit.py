@@ -286,7 +286,7 @@ def test_profile(name):
 @torch.no_grad()
 def test_another_image_size_is_refused_with_the_numbers(name):
     model = evopatch.apply(build(name))
-    with pytest.raises(UnsupportedInputError, match=r"49 patch tokens reached stage 1 .* for 25 \(5x5\)"):
+    with pytest.raises(UnsupportedInputError, match=r"56x56 px make 7x7 patch tokens in .* for 5x5"):
         model(torch.zeros(1, 3, 56, 56))
 
 
@@ -366,3 +366,90 @@ def test_one_keep_ratio_tapers_over_the_stages(name):
     model = evopatch.apply(build(name), keep_ratio=0.5)
     patch = next(module._evo_patch for module in model.modules() if "_evo_patch" in vars(module))
     assert [plan.keep_ratio for plan in patch.plans] == [1.0, 0.75, 0.5, 0.5, 0.5, 0.25, 0.25]
+
+
+@EVERY
+@torch.no_grad()
+def test_no_position_biases_of_other_weights(name):
+    """Attention modules keep them from their first forward in eval mode on; evopatch's own functions must not."""
+    model, x = evopatch.apply(build(name)), images_for(name)
+    own = {n: t.clone() for n, t in model.state_dict().items()}
+    other = {n: torch.randn_like(t) * 3 if "attention_biases" in n else t for n, t in own.items()}
+    expected = call(model, x)
+    fresh = evopatch.apply(build(name))
+    fresh.load_state_dict(other)
+    different = evopatch.token_selection(fresh, x)
+    assert not torch.equal(different, evopatch.token_selection(model, x))
+    evopatch.visualize_training(model, x, {"first": own, "second": other}, block=1)
+    assert torch.equal(call(model, x), expected)
+    model.train()
+    evopatch.token_selection(model, x)
+    model.load_state_dict(other)
+    model.eval()
+    assert torch.equal(evopatch.token_selection(model, x), different)
+    assert torch.equal(call(model, x), call(fresh, x))
+
+
+@EVERY
+def test_copies_after_a_forward_with_gradients(name):
+    model, x = evopatch.apply(build(name)), images_for(name)
+    call(model, x)
+    assert evopatch.benchmark(model, x, rounds=2, warm_up=0).sides[1].flops < 1
+    call(model, x)
+    assert evopatch.profile(model, tuple(x.shape[1:])).ratio < 1
+
+
+def test_warnings_as_errors_leave_the_model_untouched():
+    from evopatch.patch import _say_once
+
+    model = build("levit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _say_once.cache_clear()
+        with pytest.raises(evopatch.SpeedWarning):
+            evopatch.apply(model)
+    assert not evopatch.is_patched(model)
+
+
+def test_backward_hooks_on_stages_run_and_hooks_on_containers_are_refused():
+    model, x, seen = evopatch.apply(build("levit")), images_for("levit"), []
+    handle = model.stages[1].register_full_backward_hook(lambda module, gradient, out: seen.append(out[0].shape))
+    model(x).sum().backward()
+    assert seen == [(2, 9, 48)]
+    handle.remove()
+    model.stages[1].blocks.register_forward_hook(lambda module, args, out: seen.append(out))
+    with pytest.raises(evopatch.BypassError, match="a Sequential of blocks has hooks"):
+        model(x)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"down_op": "", "embed_dim": (32, 32), "depth": (2, 2), "num_heads": (2, 2)},
+            r"expected \(3, 3\) after \(5, 5\)",
+        ),
+        ({"depth": (2, 0, 2)}, "a stage without blocks"),
+    ],
+)
+def test_pyramids_of_another_shape_are_refused(settings, message):
+    model = build("levit", **settings)
+    with pytest.raises(evopatch.UnsupportedModelError, match=message):
+        evopatch.apply(model)
+    assert not evopatch.is_patched(model)
+
+
+@pytest.mark.parametrize("name", ["levit", "levit_conv"])
+@torch.no_grad()
+def test_grids_that_are_not_square(name):
+    model, x = evopatch.apply(build(name, img_size=(40, 56))), torch.randn(2, 3, 40, 56)
+    assert [f.shape[-2:] for f in model.forward_intermediates(x)[1]] == [(5, 7), (3, 4), (2, 2)]
+    assert evopatch.token_selection(model, x).shape == (2, 7, 5, 7)
+    with pytest.raises(UnsupportedInputError, match=r"56x40 px make 7x5 patch tokens in 'model', .* for 5x7"):
+        model(x.transpose(2, 3))
+
+
+def test_profile_of_a_pruned_model_at_keep_ratio_one():
+    model = evopatch.apply(build("levit"), keep_ratio=1.0)
+    model.prune_intermediate_layers([1])
+    assert [b.tokens for b in evopatch.profile(model, (3, 40, 40)).blocks] == [25, 25, 9, 9, 9]

@@ -99,7 +99,7 @@ def build(name: str, **kwargs: object) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.08)
         if name in PYRAMIDS:
-            _calibrate(model, images_for(name, batch=64, seed=3))
+            _calibrate(model, images_for(name, batch=64, size=kwargs.get("img_size"), seed=3))
     return model
 
 

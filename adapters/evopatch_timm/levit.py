@@ -5,26 +5,46 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models.levit import Levit
-from torch import nn
+from torch import Tensor, nn
 
 from evopatch.adapter import Adapter, HostSpec
+from evopatch.errors import UnsupportedInputError, UnsupportedModelError
 from evopatch.graph import TraceSpec
 from evopatch.spec import Pyramid
-from evopatch.stream import walk
+from evopatch.stream import Patch, walk
 from evopatch.swap import Swapped
 
 
 class SlowFastLevit(Swapped):
     """Mixin of a patched timm LeViT: the two methods that walk over the stages."""
 
-    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's own, on slow-fast blocks."""
-        # Gradient checkpoints hold whole stages, and no run of blocks crosses from one into the next.
-        return walk(self, "forward_features", *args, compact=True, **kwargs)
+    _evo_patch: Patch
+    stem: Any
 
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The host's own, on slow-fast blocks."""
+        self._check_size(x)
+        # Gradient checkpoints hold whole stages, and no run of blocks crosses from one into the next.
+        return walk(self, "forward_features", x, *args, compact=True, **kwargs)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The host's own, on slow-fast blocks; intermediate features are those between the stages."""
-        return walk(self, "forward_intermediates", *args, compact=True, **kwargs)
+        self._check_size(x)
+        return walk(self, "forward_intermediates", x, *args, compact=True, **kwargs)
+
+    def _check_size(self, x: Tensor) -> None:
+        # Tokens don't tell a grid from another one with as many.
+        if not self._evo_patch.active or not hasattr(self.stem, "stride"):
+            return
+        assert self._evo_patch.spec.pyramid is not None
+        rows, columns = self._evo_patch.spec.pyramid.grids[0]
+        found = tuple(-(-side // self.stem.stride) for side in x.shape[-2:])
+        if found != (rows, columns):
+            raise UnsupportedInputError(
+                f"images of {x.shape[-2]}x{x.shape[-1]} px make {found[0]}x{found[1]} patch tokens in "
+                f"'{self._evo_patch.name or 'model'}', whose position biases are for {rows}x{columns}: give images of "
+                "the model's own size"
+            )
 
 
 class LevitAdapter(Adapter):
@@ -44,7 +64,10 @@ class LevitAdapter(Adapter):
             tuple((f"stages.{number}.blocks.{index}",) for index in range(len(stage.blocks)))
             for number, stage in enumerate(host.stages)
         )
-        grids = tuple(tuple(stage.blocks[0].attn.resolution) for stage in host.stages)
+        if not all(blocks):
+            raise UnsupportedModelError(f"{name} has a stage without blocks: expected at least one in each stage")
+        pyramid = Pyramid(tuple(tuple(stage.blocks[0].attn.resolution) for stage in host.stages), kernel=3)
+        pyramid.check(name)
         return HostSpec(
             blocks=blocks,
             prefix=0,
@@ -52,11 +75,7 @@ class LevitAdapter(Adapter):
             received=True,
             taper=0.5,  # coarse grids are more redundant than fine ones
             trace=TraceSpec(position_biases=("get_attention_biases",)),
-            # Every second token is taken as a query of the strided attention.
-            pyramid=Pyramid(grids, kernel=3),
+            caches=("attention_bias_cache",),
+            pyramid=pyramid,
             channels_first=host.use_conv,
         )
-
-    def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
-        rows, columns = host.stages[0].blocks[0].attn.resolution
-        return rows, columns

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.models.levit.modeling_levit import LevitAttention, LevitEncoder, LevitMLPLayer
 
 from evopatch.adapter import Adapter, HostSpec
+from evopatch.errors import UnsupportedModelError
 from evopatch.graph import TraceSpec
 from evopatch.spec import Block, Pyramid
 from evopatch.stream import walk
@@ -37,7 +38,11 @@ class LevitAdapter(Adapter):
 
     def inspect(self, host: Any, name: str) -> HostSpec:
         stages = tuple(_blocks(stage, f"stages.{number}") for number, stage in enumerate(host.stages))
+        if not all(stages):
+            raise UnsupportedModelError(f"{name} has a stage without blocks: expected at least one in each stage")
         sides = [math.isqrt(host.get_submodule(stage[0][0]).module.len_points) for stage in stages]
+        pyramid = Pyramid(tuple((side, side) for side in sides), kernel=3)
+        pyramid.check(name)
         return HostSpec(
             blocks=stages,
             prefix=0,
@@ -46,13 +51,9 @@ class LevitAdapter(Adapter):
             taper=0.5,  # coarse grids are more redundant than fine ones
             # Stochastic depth draws one number per image.
             trace=TraceSpec(sized_functions=("rand",), position_biases=("get_attention_biases",)),
-            # Every second token is taken as a query of the strided attention.
-            pyramid=Pyramid(tuple((side, side) for side in sides), kernel=3),
+            caches=("attention_bias_cache",),
+            pyramid=pyramid,
         )
-
-    def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
-        side = math.isqrt(host.stages[0].layers[0].module.len_points)
-        return side, side
 
 
 def _blocks(stage: Any, path: str) -> tuple[Block, ...]:
