@@ -99,11 +99,11 @@ def build(name: str, **kwargs: object) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.08)
         if name in PYRAMIDS:
-            _calibrate(model, images_for(name, batch=64, size=kwargs.get("img_size"), seed=3))
+            calibrate(model, images_for(name, batch=64, size=kwargs.get("img_size"), seed=3))
     return model
 
 
-def _calibrate(model: nn.Module, x: torch.Tensor) -> None:
+def calibrate(model: nn.Module, x: torch.Tensor) -> None:
     """Batch norms as after training: the statistics of what they get, and branches as large as the residual."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
