@@ -345,6 +345,20 @@ def test_names_that_timm_does_not_know():
             evopatch.finetune(model, Images("tuple"), config=FinetuneConfig(**settings), progress=False)
 
 
+def test_frozen_batch_norms_keep_their_statistics():
+    def statistics(freeze):
+        model = evopatch.apply(build("levit"))
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        config = FinetuneConfig(epochs=1, freeze_batch_norm=freeze)
+        evopatch.finetune(model, Images("tuple"), config=config, progress=False)
+        changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+        return {n for n in changed if "running" in n}, {n for n in changed if n.endswith("weight")}
+
+    assert statistics(freeze=True)[0] == set()
+    assert len(statistics(freeze=True)[1]) > 20
+    assert len(statistics(freeze=False)[0]) > 20
+
+
 def test_settings_as_plain_values():
     config = FinetuneConfig(epochs=3, mixup=0.8, ema_decay=0.99)
     assert FinetuneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

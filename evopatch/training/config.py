@@ -66,6 +66,7 @@ class FinetuneConfig:
             section 3.4). The model's own selection holds after it.
         keep_ratio_warmup_epochs: Epochs over which the keep ratio falls from 1 to the model's own, evenly.
         trainable: `"all"`; `"blocks"`: parameters of the patched blocks only; `"norms"`: norms and biases only.
+        freeze_batch_norm: Batch norms (LeViT's) normalise by their running statistics in training too, and keep them.
         mixed_precision: `"no"`, `"bf16"`, `"fp16"`. None: what accelerate is configured for.
         checkpoint_every: Optimizer steps between checkpoints, where there is an output folder. None: every epoch.
         checkpoints_kept: How many of the newest checkpoints stay, at least 2: should the last turn out to be damaged,
@@ -99,6 +100,7 @@ class FinetuneConfig:
     layer_to_stage: bool = False
     keep_ratio_warmup_epochs: float = 0.0
     trainable: Trainable = "all"
+    freeze_batch_norm: bool = False
     mixed_precision: MixedPrecision | None = None
     checkpoint_every: int | None = None
     checkpoints_kept: int = 2

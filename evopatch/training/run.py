@@ -289,6 +289,10 @@ class Run:
     def _epoch(self, epoch: int, done: int, request: Request, show: Callable[[int, str], None]) -> None:
         set_config(self.model, self.config.of_epoch(self._patch_config, epoch))
         self.student.train()
+        if self.config.freeze_batch_norm:
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         self.items.set_epoch(epoch)
         loader = self.loader
         if done:
