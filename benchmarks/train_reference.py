@@ -23,6 +23,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
+from timm.utils import random_seed
 from torch import Tensor, nn
 from torchvision.transforms import PILToTensor
 
@@ -80,14 +81,12 @@ def top1(model: nn.Module, data: Pixels, size: int) -> float:
 def train(arguments: argparse.Namespace, model: Any, output: Path) -> list[dict[str, float]]:
     """Train, with a checkpoint after every epoch; returns what the log says of each."""
     data, test = load(arguments.data), load(arguments.eval_data)
-    optimizer = create_optimizer_v2(
-        model, arguments.optimizer, lr=arguments.learning_rate, weight_decay=0.05, **arguments.optimizer_args
-    )
+    optimizer = create_optimizer_v2(model, arguments.optimizer, lr=arguments.learning_rate, weight_decay=0.05)
     steps = len(data.labels) // arguments.batch_size
     schedule = CosineLRScheduler(
         optimizer, t_initial=arguments.epochs * steps, lr_min=1e-6, warmup_t=2 * steps, t_in_epochs=False
     )
-    mix = Mixup(arguments.mixup, arguments.cutmix, prob=arguments.mix_probability, label_smoothing=0.1, num_classes=10)
+    mix = Mixup(arguments.mixup, arguments.cutmix, prob=0.5, label_smoothing=0.1, num_classes=10)
     criterion = SoftTargetCrossEntropy()
     log: list[dict[str, float]] = []
     checkpoint = output / "checkpoint.pt"
@@ -95,9 +94,9 @@ def train(arguments: argparse.Namespace, model: Any, output: Path) -> list[dict[
         state = torch.load(checkpoint)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
         log = state["log"]
     for epoch in range(len(log), arguments.epochs):
+        random_seed(epoch)  # Mixup draws from numpy; a run that goes on draws what it would have
         begin, total = time.time(), torch.zeros(())
         model.train()
         order = torch.randperm(len(data.labels))
@@ -120,8 +119,8 @@ def train(arguments: argparse.Namespace, model: Any, output: Path) -> list[dict[
             row["top1"] = top1(model, test, arguments.image_size)
         log.append(row)
         print(json.dumps(row), flush=True)
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save({**state, "random": torch.get_rng_state(), "log": log}, output / "checkpoint.tmp")
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "log": log}
+        torch.save(state, output / "checkpoint.tmp")
         os.replace(output / "checkpoint.tmp", checkpoint)
     return log
 
@@ -136,11 +135,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=22)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--optimizer", default="adamw", help="a timm name")
-    parser.add_argument("--optimizer-args", type=json.loads, default={}, help="JSON, its other settings")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--mixup", type=float, default=0.0, help="alpha of Mixup")
-    parser.add_argument("--cutmix", type=float, default=0.0, help="alpha of CutMix")
-    parser.add_argument("--mix-probability", type=float, default=0.5, help="share of batches with either")
+    parser.add_argument("--mixup", type=float, default=0.0, help="alpha of Mixup, on half of the batches")
+    parser.add_argument("--cutmix", type=float, default=0.0, help="alpha of CutMix, the same")
     parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--evaluate-every", type=int, default=2, help="epochs")
     parser.add_argument("--output", type=Path, required=True)

@@ -90,7 +90,7 @@ def main() -> None:
     ratios = arguments.keep_ratio or [0.7, 0.5]
 
     def show(label: str, representative: str) -> None:
-        configs = [EvoConfig(keep_ratio=r, representative=representative, schedule="constant") for r in ratios]  # type: ignore[arg-type]
+        configs = [EvoConfig(keep_ratio=r, representative=representative, schedule="constant") for r in ratios]
         for result in evaluate(model, loader, configs, size)[1:]:
             print(
                 f"{label:55s} keep {result.config.keep_ratio:.2f}  FLOPs {result.flops:.3f}  top-1 {result.top1:.2f}  "

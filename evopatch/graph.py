@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import linecache
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
@@ -180,7 +180,7 @@ def _trace(block: nn.Module, name: str, spec: TraceSpec) -> fx.Graph:
 
 
 @contextmanager
-def _leaf_methods(shim: nn.Module, tracer: fx.Tracer, names: tuple[str, ...]):  # type: ignore[no-untyped-def]
+def _leaf_methods(shim: nn.Module, tracer: fx.Tracer, names: tuple[str, ...]) -> Iterator[None]:
     """Record calls of these methods as nodes, so that what they read is read when the block runs."""
     patched: list[tuple[nn.Module, str]] = []
 
@@ -204,7 +204,7 @@ def _leaf_methods(shim: nn.Module, tracer: fx.Tracer, names: tuple[str, ...]):  
 
 
 @contextmanager
-def _sized_functions(tracer: fx.Tracer, names: tuple[str, ...]):  # type: ignore[no-untyped-def]
+def _sized_functions(tracer: fx.Tracer, names: tuple[str, ...]) -> Iterator[None]:
     """Record calls of these functions of torch where a size is a node; other threads' calls go through."""
     originals = {name: getattr(torch, name) for name in names}
 

@@ -182,8 +182,9 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 def forget_caches(model: nn.Module) -> None:
     """Let a patched model compute anew what its modules keep although their weights may have changed."""
-    for host in [module for module in model.modules() if "_evo_patch" in module.__dict__]:
-        for name in host._evo_patch.spec.caches:  # type: ignore[union-attr]
+    hosts: list[Any] = [module for module in model.modules() if "_evo_patch" in module.__dict__]
+    for host in hosts:
+        for name in host._evo_patch.spec.caches:
             for module in host.modules():
                 if name in module.__dict__:
                     module.__dict__[name] = {}
@@ -235,8 +236,9 @@ def block_maps(model: nn.Module, images: Tensor, **model_inputs: Any) -> list[tu
         groups = torch.arange(height * width, device=images.device).expand(len(images), -1)
         if partition is not None:
             slow, groups = partition.slow, partition.group[:, -height * width :]
-        maps.append(tuple(part.to(images.device).view(-1, height, width) for part in (slow, groups)))
-    return maps  # type: ignore[return-value]
+        slow, groups = slow.to(images.device), groups.to(images.device)
+        maps.append((slow.view(-1, height, width), groups.view(-1, height, width)))
+    return maps
 
 
 def _observe(
@@ -280,14 +282,14 @@ def is_there(host: nn.Module, block: Block) -> bool:
     return True
 
 
-def grids_of(host: nn.Module, image_size: tuple[int, int]) -> list[tuple[int, int]]:
+def grids_of(host: Any, image_size: tuple[int, int]) -> list[tuple[int, int]]:
     """Rows and columns of the patch tokens in every block of a patched host.
 
     Args:
         host: As `only_host` returns it.
         image_size: `(height, width)` in pixels.
     """
-    patch: Patch = host._evo_patch  # type: ignore[assignment]
+    patch: Patch = host._evo_patch
     if patch.spec.pyramid is not None:
         return [patch.spec.pyramid.grids[stage] for stage in patch.stage_of]
     height, width = adapter_of(host).grid(host, image_size)

@@ -37,6 +37,7 @@ class Patch:
         self.depths = tuple(map(len, stages))
         self.depth = sum(self.depths)
         self.blocks: tuple[Block, ...] = tuple(block for stage in stages for block in stage)
+        self.index_of = {block[0]: index for index, block in enumerate(self.blocks)}
         self.stage_of = tuple(number for number, depth in enumerate(self.depths) for _ in range(depth))
         self.streams: list[Stream] | None = None
         """Where a caller who wants to look at the state of every forward collects it."""
@@ -189,7 +190,7 @@ class Stream:
         self.name, self.spec, self.plans, self.active = patch.name, patch.spec, patch.plans, patch.active
         self.representative, self.importance = patch.config.representative, patch.config.importance
         self.blocks, self.stage_of = patch.blocks, patch.stage_of
-        self.index_of = {block[0]: index for index, block in enumerate(patch.blocks)}
+        self.index_of = patch.index_of
         self.depth = depth
         self.compact = compact
         self.g: dict[int, Tensor] = {}
@@ -269,20 +270,16 @@ class Stream:
                 f"biases are for {rows * columns} ({rows}x{columns}): give images of the model's own size"
             )
 
-    def _accumulated(self, index: int, x: Tensor) -> Tensor | None:
-        """`g` before a block, on the grid of its stage; None before the first one."""
-        if index == 0:
-            return None
-        g = self.g[index - 1].to(x.device)
-        if (stage := self.stage_of[index]) == self.stage_of[index - 1]:
+    def _carried(self, index: int, g: Tensor) -> Tensor:
+        """`g` after a block, on the grid of the block after it."""
+        stage, pyramid = self.stage_of[index], self.spec.pyramid
+        if pyramid is None or index + 1 == len(self.stage_of) or self.stage_of[index + 1] == stage:
             return g
-        assert self.spec.pyramid is not None
-        return ops.coarsen(g, self.spec.pyramid.grids[stage - 1], self.spec.pyramid.kernel)
+        return ops.coarsen(g, pyramid.grids[stage], pyramid.kernel)
 
     def _select(self, index: int, block: Any, x: Tensor, inputs: dict[str, Any]) -> ops.Partition:
         prefix = self.spec.prefix
-        g = self._accumulated(index, x)
-        assert g is not None  # the first block never selects
+        g = self.g[index - 1].to(x.device)  # the first block never selects
         keep = ops.num_slow(g.shape[1], self.plans[index].keep_ratio)
         if self.representative != "matched":
             return ops.select_top(g, keep, prefix, self.representative == "single")
@@ -322,11 +319,13 @@ class Stream:
                 "forward was. Use evopatch.remove(model) before such changes, and evopatch.apply after them"
             )
         if plan.tradeoff is not None:
-            attention, before = tap.class_attention(), self._accumulated(index, x)
+            attention = tap.class_attention()
+            before = self.g[index - 1].to(x.device) if index else None
             if partition is None or before is None:
-                self.g[index] = ops.accumulate(before, attention[:, spec.prefix :], plan.tradeoff)
+                g = ops.accumulate(before, attention[:, spec.prefix :], plan.tradeoff)
             else:
-                self.g[index] = ops.accumulate_compact(before, attention, plan.tradeoff, partition)
+                g = ops.accumulate_compact(before, attention, plan.tradeoff, partition)
+            self.g[index] = self._carried(index, g)
         return out
 
 
