@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import variants
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
@@ -66,9 +67,8 @@ def build(name: str, **kwargs: object) -> nn.Module:
 
 
 def images(batch: int = 2, size: int | tuple[int, int] = SIZE, seed: int = 1) -> torch.Tensor:
-    """Random images `(B, 3, size, size)`."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    """Random images of these variants' own size."""
+    return variants.images(batch, size, seed)
 
 
 def call(model: nn.Module, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
