@@ -132,7 +132,8 @@ class AttentionTap:
         if bias is not None:
             bias = ops.merge_bias(bias, self.partition).to(like.dtype)
         if self.partition.log_size is not None:
-            log_size = self.partition.log_size.to(like.dtype)[:, None, None, :]
+            log_size = self.partition.log_size.to(like.dtype)
+            log_size = log_size.view(log_size.shape[0], 1, 1, -1)
             bias = log_size if bias is None else bias + log_size
         return bias
 

@@ -19,9 +19,10 @@ from .errors import UnsupportedInputError
 class Partition(NamedTuple):
     """Who goes through the blocks for whom, for every token of the sequence, prefix tokens included.
 
-    `group[b, t]` is the row of the compact set that token `t` belongs to; the row `M`, one past the end, means that
-    nothing stands in for the token. `weight[b, t]` is the token's share in its row, a weighted mean. A row's
-    `log_size` is the logarithm of the number of tokens that it stands for, None where rows aren't weighted by size.
+    `group[b, t]` is the row of the compact set that token `t` belongs to; unless `complete`, the row `M`, one past the
+    end, means that nothing stands in for the token. `weight[b, t]` is the token's share in its row, a weighted mean. A
+    row's `log_size` is the logarithm of the number of tokens that it stands for, None where rows aren't weighted by
+    size.
     """
 
     group: Tensor
@@ -35,8 +36,15 @@ class Partition(NamedTuple):
     rows: int
     """`M`."""
     leader: Tensor | None = None
-    """`(B, M)` int64, whose place a row has: its prefix or slow token's. One representative's row, the last, has none:
-    `(B, M - 1)` then. None in windows, whose rows have places of their own."""
+    """`(B, K)` int64, the slow patch tokens in the order of their rows, which come after those of the prefix tokens.
+    None in windows, whose rows have places of their own."""
+    complete: bool = True
+    """Whether every token has a row."""
+
+    @property
+    def rows_there(self) -> int:
+        """`M`, and one more where a row takes the tokens that nothing stands in for."""
+        return self.rows if self.complete else self.rows + 1
 
     def to(self, device: torch.device) -> Partition:
         """The same on a device, for models spread over several."""
@@ -44,7 +52,7 @@ class Partition(NamedTuple):
             return self
         group, weight, slow = (tensor.to(device) for tensor in (self.group, self.weight, self.slow))
         log_size, leader = (None if tensor is None else tensor.to(device) for tensor in (self.log_size, self.leader))
-        return Partition(group, weight, slow, log_size, self.rows, leader)
+        return self._replace(group=group, weight=weight, slow=slow, log_size=log_size, leader=leader)
 
 
 def num_slow(num_patches: int, keep_ratio: float) -> int:
@@ -78,16 +86,24 @@ def class_attention(
     Returns:
         `(B, M)` float32, sums to 1 (section 3.2 of the paper: the class attention averaged over heads).
     """
-    query = query.detach()
+    query, key = _constant(query), _constant(key)
     if share is not None:
         query = torch.einsum("br,bhrd->bhd", share.to(query.dtype), query).unsqueeze(2)
         if bias is not None and bias.shape[-2] > 1:
             bias = torch.einsum("br,bhrm->bhm", share.to(bias.dtype), bias.expand(share.shape[0], -1, -1, -1))
             bias = bias.unsqueeze(2)
-    logits = (query * scale) @ key.detach().transpose(-2, -1)
+    # At batch 1 operator calls count: this product of all heads is a third of those of one over four axes.
+    query, heads = query.flatten(0, 1), key.shape[:2]
+    logits = torch.baddbmm(query[:, :, :1], query, key.flatten(0, 1).transpose(1, 2), beta=0, alpha=scale)
+    logits = logits.view(*heads, *logits.shape[1:])
     if bias is not None:
-        logits = logits + bias.detach()
+        logits = logits + _constant(bias)
     return logits.softmax(dim=-1, dtype=torch.float32).mean(dim=(1, 2))
+
+
+def _constant(x: Tensor) -> Tensor:
+    """Without a gradient."""
+    return x.detach() if x.requires_grad else x
 
 
 def accumulate(g: Tensor | None, attention: Tensor, tradeoff: float) -> Tensor:
@@ -148,13 +164,14 @@ def select_top(g: Tensor, keep: int, prefix: int, representative: bool) -> Parti
     """
     batch = g.shape[0]
     index = g.topk(keep, dim=1, sorted=False).indices
-    slow = torch.zeros_like(g).scatter(1, index, 1.0).bool()
+    slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, True)
     order = torch.arange(keep, device=g.device).expand(batch, keep)
     group = torch.full_like(g, keep, dtype=torch.int64).scatter(1, index, order)
     fast = torch.where(slow, 0.0, g.clamp_min(torch.finfo(g.dtype).tiny))
     weight = fast / fast.sum(1, keepdim=True) if representative else torch.zeros_like(g)
     weight = torch.where(slow, 1.0, weight)
-    return _with_prefix(group, weight, slow, None, keep + representative, index, prefix)
+    group, weight = _with_prefix(group, prefix), F.pad(weight, (prefix, 0), value=1.0)
+    return Partition(group, weight, slow, None, prefix + keep + representative, index, complete=representative)
 
 
 def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance: float) -> Partition:
@@ -172,7 +189,7 @@ def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance
         importance: The exponent, at least 0.
     """
     batch, patches = g.shape
-    unit = F.normalize(metric.detach(), dim=-1)
+    unit = F.normalize(_constant(metric), dim=-1)
     # In pieces of so many rows that they need less memory than a block's MLP, however many tokens there are.
     step = 2 * unit.shape[-1]
     redundancy = []
@@ -180,9 +197,11 @@ def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance
         similarity = rows @ unit.transpose(1, 2)
         less_important = g.unsqueeze(1) <= own.unsqueeze(2)
         redundancy.append(similarity.masked_fill(less_important, torch.finfo(similarity.dtype).min).amax(dim=-1))
-    loss = g.pow(importance) * (1.0 - torch.cat(redundancy, dim=1).float())
+    most = redundancy[0] if len(redundancy) == 1 else torch.cat(redundancy, dim=1)
+    weighted = g.pow(importance)
+    loss = torch.addcmul(weighted, weighted, most.float(), value=-1)
     index = loss.topk(keep, dim=1, sorted=False).indices
-    slow = torch.zeros_like(g).scatter(1, index, 1.0).bool()
+    slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, True)
     # The similarity to the slow tokens only: the arg max is the row of the compact set.
     if patches <= step:
         group = similarity.gather(2, index.unsqueeze(1).expand(batch, patches, keep)).argmax(dim=-1)
@@ -190,36 +209,33 @@ def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance
         slow_unit = unit.gather(1, index.unsqueeze(2).expand(batch, keep, unit.shape[-1])).transpose(1, 2)
         group = torch.cat([(rows @ slow_unit).argmax(dim=-1) for rows in unit.split(step, dim=1)], dim=1)
     order = torch.arange(keep, device=g.device).expand(batch, keep)
-    group = group.scatter(1, index, order)
-    size = torch.zeros_like(g[:, :keep]).scatter_add(1, group, torch.ones_like(g))
+    group = _with_prefix(group.scatter(1, index, order), prefix)
     share = g.clamp_min(torch.finfo(g.dtype).tiny).sqrt()
-    total = torch.zeros_like(size).scatter_add(1, group, share)
-    return _with_prefix(group, share / total.gather(1, group), slow, size.log(), keep, index, prefix)
+    if prefix:
+        share = F.pad(share, (prefix, 0), value=1.0)
+    total = share.new_zeros(batch, prefix + keep)
+    size = total.scatter_add(1, group, torch.ones_like(share))
+    weight = share / total.scatter_add(1, group, share).gather(1, group)
+    return Partition(group, weight, slow, size.log(), prefix + keep, index)
 
 
-def _with_prefix(
-    group: Tensor, weight: Tensor, slow: Tensor, log_size: Tensor | None, rows: int, leader: Tensor, prefix: int
-) -> Partition:
+def _with_prefix(group: Tensor, prefix: int) -> Tensor:
     """Prefix tokens are rows of their own, before all others."""
+    if not prefix:
+        return group
     own = torch.arange(prefix, device=group.device).expand(group.shape[0], prefix)
-    return Partition(
-        group=torch.cat([own, group + prefix], dim=1),
-        weight=F.pad(weight, (prefix, 0), value=1.0),
-        slow=slow,
-        log_size=None if log_size is None else F.pad(log_size, (prefix, 0)),
-        rows=rows + prefix,
-        leader=torch.cat([own, leader + prefix], dim=1),
-    )
+    return torch.cat([own, group + prefix], dim=1)
 
 
 def merge(x: Tensor, partition: Partition) -> Tensor:
     """`(B, T, C)` tokens to the `(B, M, C)` compact set: each row the weighted mean of its tokens (equation 5)."""
     batch, _, channels = x.shape
-    rows = partition.rows + 1  # the last one takes the tokens that nothing stands in for
+    rows = partition.rows_there
     weighted = x * partition.weight.unsqueeze(-1)
     compact = weighted.new_zeros(batch * rows, channels)
     compact = compact.index_add(0, _flat(partition.group, rows), weighted.reshape(-1, channels))
-    return compact.view(batch, rows, channels)[:, :-1].to(x.dtype)
+    compact = compact.view(batch, rows, channels).to(x.dtype)
+    return compact if partition.complete else compact[:, :-1]
 
 
 def distribute(x: Tensor, change: Tensor, partition: Partition) -> Tensor:
@@ -229,7 +245,8 @@ def distribute(x: Tensor, change: Tensor, partition: Partition) -> Tensor:
         x: `(B, T, C)`.
         change: `(B, M, C)`.
     """
-    change = F.pad(change, (0, 0, 0, 1))
+    if not partition.complete:
+        change = F.pad(change, (0, 0, 0, 1))
     batch, rows, channels = change.shape
     own = change.reshape(-1, channels).index_select(0, _flat(partition.group, rows))
     return x + own.view(batch, -1, channels)
@@ -237,7 +254,7 @@ def distribute(x: Tensor, change: Tensor, partition: Partition) -> Tensor:
 
 def _flat(group: Tensor, rows: int) -> Tensor:
     """Row numbers into the compact sets of all images laid end to end: whole rows are copied, not single elements."""
-    offset = torch.arange(group.shape[0], device=group.device).unsqueeze(1) * rows
+    offset = torch.arange(0, group.shape[0] * rows, rows, device=group.device).unsqueeze(1)
     return (group + offset).flatten()
 
 
@@ -277,10 +294,11 @@ def merge_bias(bias: Tensor, partition: Partition) -> Tensor:
         `(B, H, M, M)`.
     """
     assert partition.leader is not None
-    batch, leaders = partition.leader.shape
+    leader = _with_prefix(partition.leader, partition.group.shape[1] - partition.slow.shape[1])
+    batch, leaders = leader.shape
     heads, tokens = bias.shape[1:3]
     bias = bias.expand(batch, -1, -1, -1)
-    pairs = partition.leader.unsqueeze(2) * tokens + partition.leader.unsqueeze(1)
+    pairs = leader.unsqueeze(2) * tokens + leader.unsqueeze(1)
     pairs = pairs.view(batch, 1, -1).expand(-1, heads, -1)
     compact = bias.flatten(2).gather(2, pairs).view(batch, heads, leaders, leaders)
     if leaders == partition.rows:
@@ -289,7 +307,7 @@ def merge_bias(bias: Tensor, partition: Partition) -> Tensor:
     row = torch.einsum("bt,bhts->bhs", share, bias)
     column = torch.einsum("bs,bhts->bht", share, bias)
     corner = torch.einsum("bs,bhs->bh", share, row)[:, :, None, None]
-    own = partition.leader.unsqueeze(1).expand(-1, heads, -1)
+    own = leader.unsqueeze(1).expand(-1, heads, -1)
     row, column = row.gather(2, own).unsqueeze(2), column.gather(2, own).unsqueeze(3)
     return torch.cat([torch.cat([compact, column], dim=3), torch.cat([row, corner], dim=3)], dim=2)
 
@@ -309,7 +327,7 @@ def spread_attention(weights: Tensor, partition: Partition) -> Tensor:
     batch, heads = weights.shape[:2]
     group = partition.group[:, None]
     tokens = group.shape[-1]
-    padded = F.pad(weights, (0, 1, 0, 1))
+    padded = weights if partition.complete else F.pad(weights, (0, 1, 0, 1))
     rows = padded.gather(2, group.unsqueeze(-1).expand(batch, heads, tokens, padded.shape[-1]))
     full = rows.gather(3, group.unsqueeze(2).expand(batch, heads, tokens, tokens))
     return full * partition.weight[:, None, None].to(full.dtype)

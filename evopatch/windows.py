@@ -167,7 +167,7 @@ def select_windows(
     if windows.padded:
         held = torch.zeros(batch, (keep + 1) * area, device=loss.device).scatter(1, group, 1.0).bool()
         held = held[:, : count * area].view(batch, count, area)
-    partition = ops.Partition(group, weight, slow, None, count * area)
+    partition = ops.Partition(group, weight, slow, None, count * area, complete=representative)
     return WindowPartition(partition, count, None, index, share if representative else None, held)
 
 

@@ -43,6 +43,9 @@ def test_select_matched(tensors, keep, importance):
     _, g, metric = tensors
     partition = ops.select_matched(g, metric, keep, P, importance)
     assert partition.rows == P + keep
+    assert partition.complete
+    assert int(partition.group.max()) < partition.rows
+    assert torch.equal(partition.weight[:, :P], torch.ones(B, P))
     for b in range(B):
         slow, leader = matched_reference(g[b], metric[b], keep, importance)
         assert set(partition.slow[b].nonzero().flatten().tolist()) == slow
@@ -65,6 +68,9 @@ def test_select_top(tensors, keep, representative):
     partition = ops.select_top(g, keep, P, representative)
     assert partition.rows == P + keep + representative
     assert partition.log_size is None
+    assert partition.complete == representative
+    assert (int(partition.group.max()) < partition.rows) == representative
+    assert torch.equal(partition.weight[:, :P], torch.ones(B, P))
     for b in range(B):
         slow = top(g[b].tolist(), keep)
         assert set(partition.slow[b].nonzero().flatten().tolist()) == slow
