@@ -134,7 +134,8 @@ class AttentionTap:
         if self.partition.log_size is not None:
             log_size = self.partition.log_size.to(like.dtype)
             log_size = log_size.view(log_size.shape[0], 1, 1, -1)
-            bias = log_size if bias is None else bias + log_size
+            # In place: the merged bias is nobody else's, and may be the largest tensor of a block.
+            bias = log_size if bias is None else bias.add_(log_size)
         return bias
 
     def _share(self, like: Tensor) -> Tensor:
