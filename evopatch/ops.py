@@ -164,7 +164,7 @@ def select_top(g: Tensor, keep: int, prefix: int, representative: bool) -> Parti
     """
     batch = g.shape[0]
     index = g.topk(keep, dim=1, sorted=False).indices
-    slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, True)
+    slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, 1)
     order = torch.arange(keep, device=g.device).expand(batch, keep)
     group = torch.full_like(g, keep, dtype=torch.int64).scatter(1, index, order)
     fast = torch.where(slow, 0.0, g.clamp_min(torch.finfo(g.dtype).tiny))
@@ -201,7 +201,7 @@ def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance
     weighted = g.pow(importance)
     loss = torch.addcmul(weighted, weighted, most.float(), value=-1)
     index = loss.topk(keep, dim=1, sorted=False).indices
-    slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, True)
+    slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, 1)
     # The similarity to the slow tokens only: the arg max is the row of the compact set.
     if patches <= step:
         group = similarity.gather(2, index.unsqueeze(1).expand(batch, patches, keep)).argmax(dim=-1)
