@@ -1,7 +1,7 @@
 """Top-1 and KL against FLOPs, for the three representatives: the picture and the tables of accuracy.md.
 
-Evaluates with `evopatch.evaluate`, keeps one JSON file per model in --results (a finished one is not run again), and
-draws benchmarks/accuracy.png from them:
+Evaluates with `evopatch.measure.accuracy`, keeps one JSON file per model in --results (a finished one is not run
+again), and draws benchmarks/accuracy.png from them:
 
     python benchmarks/accuracy_curve.py --data ../shared/data --results results
 """
@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 import evopatch
 from evopatch import EvoConfig
-from evopatch.data import open_images
-from evopatch.evaluate import evaluate
-from evopatch.models import Preprocessing, open_classifier
+from evopatch.measure.accuracy import evaluate
 from evopatch.progress import progress_bar
+from evopatch.sources.images import open_images
+from evopatch.sources.models import Preprocessing, open_classifier
 
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.31, 0.25)
 HALF = (0.5, 0.5, 0.5)

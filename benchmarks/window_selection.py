@@ -20,12 +20,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 import evopatch
-from evopatch import EvoConfig, ops, windows
-from evopatch.data import open_evaluation
-from evopatch.evaluate import evaluate
-from evopatch.models import Preprocessing, open_classifier
-from evopatch.window_stream import Cut, WindowStream
-from evopatch.windows import WindowPartition
+from evopatch import EvoConfig
+from evopatch.algorithm.partition import Partition
+from evopatch.algorithm.selection import num_slow
+from evopatch.algorithm.window_selection import WindowPartition, select_windows, window_novelty
+from evopatch.algorithm.windows import in_windows, window_means
+from evopatch.forward.windowed import Cut, WindowedPass
+from evopatch.measure.accuracy import evaluate
+from evopatch.sources.images import open_evaluation
+from evopatch.sources.models import Preprocessing, open_classifier
 
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Of `(B, V)` importance and novelty, and `(B, V)` mean norms of the tokens."""
@@ -39,18 +42,18 @@ SCORES: dict[str, Score] = {
 
 
 def chooser(score: Score, matched: bool) -> Callable[..., WindowPartition]:
-    """What takes the place of `WindowStream._choose`."""
+    """What takes the place of `WindowedPass._choose`."""
 
     def choose(self: Any, index: int, first: int, block: Any, tokens: Tensor, cut: Cut) -> WindowPartition:
         places = cut.windows.places(tokens.device)
         order = cut.windows.tokens(places)
         seen = block._evo_blocks.seen(block, tokens)
-        importance = windows.window_means(self._accumulated(first, tokens), places, cut.windows)
-        novelty = windows.window_novelty(seen, order, cut.windows)
-        norm = windows.window_means(tokens.norm(dim=-1), places, cut.windows)
-        keep = ops.num_slow(cut.windows.number, self.plans[index].keep_ratio)
+        importance = window_means(self._accumulated(first, tokens), places, cut.windows)
+        novelty = window_novelty(seen, order, cut.windows)
+        norm = window_means(tokens.norm(dim=-1), places, cut.windows)
+        keep = num_slow(cut.windows.number, self.plans[index].keep_ratio)
         single = self.representative == "single" and not matched
-        chosen = windows.select_windows(score(importance, novelty, norm), importance, keep, places, cut.windows, single)
+        chosen = select_windows(score(importance, novelty, norm), importance, keep, places, cut.windows, single)
         return follow(chosen, seen, places, order, cut) if matched else chosen
 
     return choose
@@ -61,7 +64,7 @@ def follow(chosen: WindowPartition, seen: Tensor, places: Tensor, order: Tensor,
     assert chosen.window is not None
     batch, keep = chosen.window.shape
     area, number = cut.windows.area, cut.windows.number
-    unit = torch.nn.functional.normalize(windows.in_windows(seen, order, cut.windows).flatten(2), dim=-1)
+    unit = torch.nn.functional.normalize(in_windows(seen, order, cut.windows).flatten(2), dim=-1)
     similarity = unit @ unit.transpose(1, 2)
     if cut.mask is not None:
         same = (cut.mask.unsqueeze(0) == cut.mask.unsqueeze(1)).flatten(2).all(-1)
@@ -70,7 +73,7 @@ def follow(chosen: WindowPartition, seen: Tensor, places: Tensor, order: Tensor,
     leader = leader.scatter(1, chosen.window, torch.arange(keep).expand(batch, keep))
     group = leader[:, places // area] * area + places % area
     size = torch.zeros(batch, keep * area).scatter_add(1, group, torch.ones(group.shape))
-    partition = ops.Partition(group, 1 / size.gather(1, group), chosen.partition.slow, None, keep * area)
+    partition = Partition(group, 1 / size.gather(1, group), chosen.partition.slow, None, keep * area)
     return chosen._replace(partition=partition)
 
 
@@ -102,7 +105,7 @@ def main() -> None:
     for name, score in SCORES.items():
         for kind in ("single", "none", "matched"):
             torch.manual_seed(0)
-            with mock.patch.object(WindowStream, "_choose", chooser(score, kind == "matched")):
+            with mock.patch.object(WindowedPass, "_choose", chooser(score, kind == "matched")):
                 label = "matched windows" if kind == "matched" else f"{kind} window{'s' * (kind == 'none')}"
                 show(f"{label} by {name}", "none" if kind == "none" else "single")
 

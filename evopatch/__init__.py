@@ -1,8 +1,10 @@
 """Slow-fast token evolution for existing vision transformers (Evo-ViT, arXiv 2108.01390)."""
 
-from .autopatch import autopatch
-from .benchmark import Benchmark, benchmark
-from .checkpoint import load_pretrained, save_pretrained
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .config import EvoConfig
 from .errors import (
     AlreadyPatchedError,
@@ -20,23 +22,36 @@ from .errors import (
     UnsupportedInputError,
     UnsupportedModelError,
 )
-from .finetune import FinetuneConfig, FinetuneResult, finetune
-from .patch import (
-    apply,
-    config_of,
-    is_patched,
-    patched,
-    remove,
-    set_config,
-    set_keep_ratio,
-    supported,
-    token_groups,
-    token_selection,
-)
-from .profile import Profile, profile
-from .visualize import visualize, visualize_training
+from .patching.apply import apply, config_of, is_patched, patched, remove, set_config, set_keep_ratio, supported
+from .version import VERSION as __version__  # noqa: N811
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .measure.comparison import Benchmark, benchmark
+    from .measure.pictures import visualize, visualize_training
+    from .measure.profiling import Profile, profile
+    from .patching.autopatch import autopatch
+    from .patching.inspect import token_groups, token_selection
+    from .patching.saving import load_pretrained, save_pretrained
+    from .training.finetuning import FinetuneConfig, FinetuneResult, finetune
+
+# Loaded when they are first asked for (PEP 562): patching a model needs none of them.
+_LAZY = {
+    "Benchmark": "measure.comparison",
+    "FinetuneConfig": "training.finetuning",
+    "FinetuneResult": "training.finetuning",
+    "Profile": "measure.profiling",
+    "autopatch": "patching.autopatch",
+    "benchmark": "measure.comparison",
+    "finetune": "training.finetuning",
+    "load_pretrained": "patching.saving",
+    "profile": "measure.profiling",
+    "save_pretrained": "patching.saving",
+    "token_groups": "patching.inspect",
+    "token_selection": "patching.inspect",
+    "visualize": "measure.pictures",
+    "visualize_training": "measure.pictures",
+}
+
 __all__ = [
     "AlreadyPatchedError",
     "AttentionNotFoundError",
@@ -57,6 +72,7 @@ __all__ = [
     "UnreadableImageError",
     "UnsupportedInputError",
     "UnsupportedModelError",
+    "__version__",
     "apply",
     "autopatch",
     "benchmark",
@@ -76,3 +92,15 @@ __all__ = [
     "visualize",
     "visualize_training",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

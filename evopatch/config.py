@@ -1,4 +1,4 @@
-"""What to patch a model with: `EvoConfig`, and its resolution to one `BlockPlan` per block."""
+"""What to patch a model with: `EvoConfig`."""
 
 from __future__ import annotations
 
@@ -7,31 +7,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 
 Representative = Literal["matched", "single", "none"]
 Selection = Literal["stage", "layer"]
 Schedule = Literal["taper", "constant"]
-
-# Late blocks bear fewer tokens than early ones: two runs at a mean keep ratio of 0.5 keep 0.63 and 0.37. What is
-# redundant changes fastest in the early blocks, so the first runs are the shortest: 3 and 5 of 8 blocks.
-TAPER = 0.26
-FIRST_RUN = 2
-
-
-class BlockPlan(NamedTuple):
-    """What one block does in a forward pass."""
-
-    keep_ratio: float
-    """Share of the patch tokens that go through the block one by one; 1.0 leaves the block as it is."""
-    selects: bool
-    """Slow and fast tokens are chosen anew before this block."""
-    ends: bool
-    """Slow and fast tokens are put back on the grid after this block."""
-    tradeoff: float | None
-    """Weight of this block's class attention in the accumulated one; None where nothing later reads it."""
 
 
 @dataclass(frozen=True)
@@ -125,95 +107,6 @@ class EvoConfig:
         """
         return cls(keep_ratio=keep_ratio, start=0.25, stages=3, schedule="constant", importance=0.15)
 
-    def resolve(self, *depths: int, taper: float = TAPER) -> tuple[BlockPlan, ...]:
-        """One plan per block.
-
-        Args:
-            depths: How many blocks each stage of the model has; a flat model is one stage.
-            taper: By what share of the mean the first run keeps more and the last one less, where they taper.
-
-        Raises:
-            ConfigError: If a run starts beyond the depth or goes from one stage into the next, or the number of keep
-                ratios or tradeoffs doesn't fit.
-        """
-        depth = sum(depths)
-        firsts = self._first_blocks(depths)
-        ratios = self._keep_ratios(firsts, taper)
-        tradeoffs = self._tradeoffs(depth)
-        keep = [1.0] * depth
-        selecting: set[int] = set()
-        for run, (first, ratio) in enumerate(zip(firsts, ratios, strict=True)):
-            end = firsts[run + 1] if run + 1 < len(firsts) else depth
-            keep[first:end] = [ratio] * (end - first)
-            if ratio < 1.0:
-                selecting.update(range(first, end) if self.selection == "layer" else [first])
-        last_selection = max(selecting, default=0)
-        return tuple(
-            BlockPlan(
-                keep_ratio=keep[i],
-                selects=i in selecting,
-                ends=keep[i] < 1.0 and (i + 1 == depth or i + 1 in selecting or i + 1 in firsts),
-                tradeoff=tradeoffs[i] if i < last_selection else None,
-            )
-            for i in range(depth)
-        )
-
-    def _first_blocks(self, depths: tuple[int, ...]) -> list[int]:
-        depth = sum(depths)
-        if depth < 2:
-            raise ConfigError(f"a model with {depth} block(s): expected at least 2, one to rank the tokens by")
-        begins = [sum(depths[:stage]) for stage in range(len(depths))]
-        if isinstance(self.stages, tuple):
-            firsts = list(self.stages)
-            if crossed := [begin for begin in begins if begin > firsts[0] and begin not in firsts]:
-                raise ConfigError(
-                    f"stages={self.stages}: a run would go on from one stage of the model into the next, at block(s) "
-                    f"{crossed} of stages with {depths} blocks; expected the first block of each stage among them"
-                )
-        else:
-            start = self._start(depths)
-            runs = cast(int, self.stages or (2 if len(depths) == 1 else 1))
-            growth = 1 if self.schedule == "taper" else 0
-            firsts = []
-            for begin, length in zip(begins, depths, strict=True):
-                first, end = max(begin, start), begin + length
-                # A shallow model has fewer blocks left than the default number of runs asks for.
-                firsts += _run_starts(first, end, max(0, min(runs, end - first)), growth)
-            firsts = firsts or [start]
-        if firsts[-1] >= depth:
-            raise ConfigError(
-                f"a run starts at block {firsts[-1]}, beyond the model's {depth} blocks (0 to {depth - 1})"
-            )
-        return firsts
-
-    def _start(self, depths: tuple[int, ...]) -> int:
-        depth = sum(depths)
-        if self.start is None:
-            return max(1, depth // 3 if len(depths) == 1 else depths[0] // 2)
-        return min(max(1, round(self.start * depth)), depth - 1) if isinstance(self.start, float) else self.start
-
-    def _keep_ratios(self, firsts: list[int], taper: float) -> list[float]:
-        runs = len(firsts)
-        if isinstance(self.keep_ratio, tuple):
-            if len(self.keep_ratio) != runs:
-                raise ConfigError(
-                    f"{len(self.keep_ratio)} keep ratios {self.keep_ratio} for {runs} run(s) of blocks "
-                    f"starting at {firsts}: give one per run, or one number"
-                )
-            return list(self.keep_ratio)
-        mean = cast(float, self.keep_ratio)
-        if self.schedule == "constant" or runs == 1:
-            return [mean] * runs
-        spread = min(taper * mean, 1.0 - mean)
-        return [mean + spread * (1.0 - 2.0 * run / (runs - 1)) for run in range(runs)]
-
-    def _tradeoffs(self, depth: int) -> list[float]:
-        if not isinstance(self.tradeoff, tuple):
-            return [cast(float, self.tradeoff)] * depth
-        if len(self.tradeoff) != depth:
-            raise ConfigError(f"{len(self.tradeoff)} tradeoffs for {depth} blocks: give one per block, or one number")
-        return list(self.tradeoff)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as `from_dict` takes them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
@@ -248,13 +141,6 @@ class EvoConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"expected a JSON object with the settings, found {type(values).__name__}")
         return cls.from_dict(values)
-
-
-def _run_starts(start: int, depth: int, runs: int, growth: int) -> list[int]:
-    lengths = [FIRST_RUN + growth * run for run in range(runs)]
-    starts = [start + round((depth - start) * sum(lengths[:i]) / sum(lengths)) for i in range(runs)]
-    # Rounding must not leave a run without a block.
-    return [max(first, start + i) for i, first in enumerate(starts)]
 
 
 def _listed(value: Any) -> tuple[Any, ...]:

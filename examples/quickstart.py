@@ -9,7 +9,7 @@ import timm
 import torch
 
 import evopatch
-from evopatch.timing import compare_speed
+from evopatch.measure.timing import compare_speed
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="deit_small_patch16_224")

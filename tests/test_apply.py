@@ -12,8 +12,9 @@ from torch import nn
 from variants import TIMM_VARIANTS, build, images
 
 import evopatch
-from evopatch import EvoConfig, graph
-from evopatch.timing import compare_speed
+from evopatch import EvoConfig
+from evopatch.measure.timing import compare_speed
+from evopatch.rewrite import graph
 
 
 @torch.no_grad()
@@ -178,7 +179,7 @@ def test_importing_evopatch_imports_neither_timm_nor_transformers():
 def test_third_party_adapters_by_entry_point(monkeypatch):
     from importlib.metadata import EntryPoint
 
-    from evopatch import registry
+    from evopatch.patching import registry
 
     entry = EntryPoint(name="timm", value="third_party_adapter:ToyAdapter", group="evopatch.adapters")
     monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == "evopatch.adapters" else [])
@@ -259,8 +260,8 @@ def test_deepcopy_does_not_trace_again():
     model = evopatch.apply(build("vit"))
     twin = copy.deepcopy(model)
     assert twin.blocks[0]._evo_code is model.blocks[0]._evo_code
-    assert twin.blocks[0]._evo_patch is not model.blocks[0]._evo_patch
-    assert twin.blocks[0]._evo_patch is twin._evo_patch
+    assert twin.blocks[0]._evo_state is not model.blocks[0]._evo_state
+    assert twin.blocks[0]._evo_state is twin._evo_state
 
 
 def test_selection_and_profile_of_a_pruned_model():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from evopatch.augment import Augmentation, training_transform
 from evopatch.errors import ConfigError
-from evopatch.models import Preprocessing, open_classifier
+from evopatch.sources.augment import Augmentation, training_transform
+from evopatch.sources.models import Preprocessing, open_classifier
 from evopatch.training.randomness import seed_everything
 
 

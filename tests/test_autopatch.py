@@ -60,7 +60,7 @@ def test_a_refused_model_is_a_warning(caplog, monkeypatch):
     def refuse(*arguments):
         raise UnsupportedModelError("no way")
 
-    monkeypatch.setattr(sys.modules["evopatch.autopatch"], "apply", refuse)
+    monkeypatch.setattr(sys.modules["evopatch.patching.autopatch"], "apply", refuse)
     with autopatch() as patched:
         model = timm.create_model("vit_tiny_patch16_224", **TINY)
     assert "left unpatched: no way" in caplog.text

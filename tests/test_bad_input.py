@@ -44,7 +44,7 @@ def test_unknown_model():
 def test_a_library_in_a_version_without_adapter(monkeypatch):
     import transformers
 
-    from evopatch import registry
+    from evopatch.patching import registry
 
     def failing(target):
         if "transformers" in target:
@@ -236,7 +236,7 @@ def test_configurations_of_another_type():
 
 @pytest.mark.parametrize("label", [-1, 7])
 def test_labels_outside_the_classes(label):
-    from evopatch.evaluate import evaluate
+    from evopatch.measure.accuracy import evaluate
 
     model = evopatch.apply(build("vit"))
     batch = (images(), torch.tensor([0, label]))

@@ -14,8 +14,8 @@ from variants import build, images
 
 import evopatch
 from evopatch import ConfigError, EvoConfig, NotPatchedError
-from evopatch.memory import peak_memory
-from evopatch.profile import count_flops
+from evopatch.measure.memory import peak_memory
+from evopatch.measure.profiling import count_flops
 
 SIZE = (3, 40, 40)
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def test_the_unpatched_side_is_the_stock_model(monkeypatch):
         stepped.update({name: call() for name, call in calls.items()})
         return {name: [1.0] * rounds for name in calls}
 
-    monkeypatch.setattr(sys.modules["evopatch.benchmark"], "alternate", record)
+    monkeypatch.setattr(sys.modules["evopatch.measure.comparison"], "alternate", record)
     model = build("vit").eval()
     x = images()
     with torch.no_grad():

@@ -12,8 +12,8 @@ import timm
 import torch
 from PIL import Image
 
-from evopatch import demo
 from evopatch.cli import console, main
+from evopatch.cli import digits as demo
 from evopatch.progress import progress_bar
 
 

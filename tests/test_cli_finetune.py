@@ -91,7 +91,7 @@ def test_without_labels_the_model_teaches_itself(run_in, photos, tmp_path):
 
 
 def test_a_teacher_sees_pixels_as_it_was_trained_to():
-    from evopatch.models import Renormalised, open_classifier
+    from evopatch.sources.models import Renormalised, open_classifier
 
     torch.manual_seed(0)
     teacher = open_classifier("vit_tiny_patch16_224", pretrained=False)

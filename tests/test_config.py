@@ -1,14 +1,15 @@
 import pytest
 
 from evopatch import ConfigError, EvoConfig
+from evopatch.plan import plan_blocks
 
 
 def ratios(config, depth=12):
-    return [round(plan.keep_ratio, 3) for plan in config.resolve(depth)]
+    return [round(plan.keep_ratio, 3) for plan in plan_blocks(config, depth)]
 
 
 def marks(config, attribute, depth=12):
-    return [i for i, plan in enumerate(config.resolve(depth)) if getattr(plan, attribute)]
+    return [i for i, plan in enumerate(plan_blocks(config, depth)) if getattr(plan, attribute)]
 
 
 def test_default_tapers_around_the_mean_after_the_first_third():
@@ -43,7 +44,7 @@ def test_start_as_a_block_or_a_share_of_the_depth(start, first):
 @pytest.mark.parametrize("stages", [1, 2, 3, [4, 5], [3, 5, 9, 10]])
 @pytest.mark.parametrize("depth", [11, 12, 24])
 def test_one_keep_ratio_is_the_mean_over_the_runs(mean, stages, depth):
-    plans = EvoConfig(keep_ratio=mean, stages=stages).resolve(depth)
+    plans = plan_blocks(EvoConfig(keep_ratio=mean, stages=stages), depth)
     count = len(stages) if isinstance(stages, list) else stages
     runs = [plan.keep_ratio for plan in plans if plan.selects]
     if mean == 1.0:
@@ -64,15 +65,15 @@ def test_layer_wise_selects_before_every_block():
 
 
 def test_class_attention_is_only_computed_where_a_later_selection_reads_it():
-    tradeoffs = [plan.tradeoff for plan in EvoConfig(tradeoff=[i / 12 for i in range(12)]).resolve(12)]
+    tradeoffs = [plan.tradeoff for plan in plan_blocks(EvoConfig(tradeoff=[i / 12 for i in range(12)]), 12)]
     assert tradeoffs == [i / 12 for i in range(7)] + [None] * 5
-    assert all(plan.tradeoff is None for plan in EvoConfig(keep_ratio=1.0).resolve(12))
+    assert all(plan.tradeoff is None for plan in plan_blocks(EvoConfig(keep_ratio=1.0), 12))
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("depth", [2, 3, 4, 5, 6, 7, 11, 40])
 def test_any_depth(depth, stages):
-    plans = EvoConfig(stages=stages).resolve(depth)
+    plans = plan_blocks(EvoConfig(stages=stages), depth)
     assert len(plans) == depth
     runs = [i for i, plan in enumerate(plans) if plan.selects]
     assert len(runs) == min(stages, depth - max(1, depth // 3))
@@ -123,7 +124,7 @@ def test_bad_settings(settings, message):
 )
 def test_settings_that_do_not_fit_the_depth(settings, depth, message):
     with pytest.raises(ConfigError, match=message):
-        EvoConfig(**settings).resolve(depth)
+        plan_blocks(EvoConfig(**settings), depth)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from variants import (
 
 import evopatch
 from evopatch import EvoConfig
+from evopatch.plan import plan_blocks
 
 REPRESENTATIVES = ("matched", "single", "none")
 EVERY = pytest.mark.parametrize("name", sorted(VARIANTS))
@@ -372,7 +373,7 @@ def test_dynamic_image_sizes(name):
         torch.testing.assert_close(model.forward_features(x), result, atol=2e-5, rtol=2e-5)
         selection = evopatch.token_selection(model, x)
         patches = selection.shape[-2] * selection.shape[-1]
-        keep = evopatch.config_of(model).resolve(6)[-1].keep_ratio
+        keep = plan_blocks(evopatch.config_of(model), 6)[-1].keep_ratio
         assert selection[:, -1].sum() == 2 * int(patches * keep + 0.5)
         assert moved(result, evopatch.remove(copy.deepcopy(model)).forward_features(x)) > 1e-4
 
@@ -436,7 +437,7 @@ def test_a_failed_apply_leaves_the_model_untouched(name, monkeypatch):
     model, x = build(name), images_for(name)
     original, classes = call(model, x), [type(m) for m in model.modules()]
     attributes = [dict(vars(m)) for m in model.modules()]
-    from evopatch import graph
+    from evopatch.rewrite import graph
 
     calls = []
 

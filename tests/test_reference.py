@@ -9,7 +9,8 @@ from variants import build, images
 
 import evopatch
 from evopatch import EvoConfig
-from evopatch.ops import num_slow
+from evopatch.algorithm.selection import num_slow
+from evopatch.plan import plan_blocks
 
 
 def attention(attn, x, log_size):
@@ -49,7 +50,7 @@ def reference(model, image, config):
     prefix = model.num_prefix_tokens
     x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
     g, groups, outputs = None, None, []
-    for block, plan in zip(model.blocks, config.resolve(len(model.blocks)), strict=True):
+    for block, plan in zip(model.blocks, plan_blocks(config, len(model.blocks)), strict=True):
         patches = x.shape[0] - prefix
         if plan.keep_ratio == 1.0:
             zeros = torch.zeros(len(x))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import evopatch
-from evopatch.training import checkpoint
+from evopatch.training import checkpoints
 
 SCRIPT = Path(__file__).with_name("training_script.py")
 EVERYTHING = {
@@ -47,7 +47,7 @@ def finish(process):
 def wait_for(process, folder, steps):
     """Until the run has checkpoints of so many steps, or is done."""
     deadline = time.monotonic() + 240
-    while process.poll() is None and max(checkpoint.steps(folder), default=0) < steps:
+    while process.poll() is None and max(checkpoints.steps(folder), default=0) < steps:
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -77,7 +77,7 @@ def test_killed_at_random_steps(uninterrupted, tmp_path):
         time.sleep(random.random() * 0.1)
         process.kill()
         finish(process)
-        kills.append(checkpoint.steps(folder)[-1])
+        kills.append(checkpoints.steps(folder)[-1])
     assert kills[0] < STEPS, "nothing was killed"
     assert not weights.exists()
     code, errors = finish(start(folder, weights))
@@ -86,8 +86,8 @@ def test_killed_at_random_steps(uninterrupted, tmp_path):
     events = [json.loads(line).get("event") for line in (folder / "log.jsonl").read_text().splitlines()]
     assert events.count("begin") == 1
     assert events.count("resumed") == 3
-    assert len(checkpoint.steps(folder)) == 2
-    assert not list((folder / checkpoint.FOLDER).glob("unfinished-*"))
+    assert len(checkpoints.steps(folder)) == 2
+    assert not list((folder / checkpoints.FOLDER).glob("unfinished-*"))
 
 
 def test_other_seeds_end_elsewhere(uninterrupted, tmp_path):
@@ -108,7 +108,7 @@ def test_interrupted_between_checkpoints(number, uninterrupted, tmp_path):
     process.send_signal(number)
     code, errors = finish(process)
     assert code != 0
-    (step,) = checkpoint.steps(folder)
+    (step,) = checkpoints.steps(folder)
     assert 10 <= step < STEPS
     assert f"stopped after step {step} of {STEPS}; everything up to there is saved in {folder}" in errors
     code, errors = finish(start(folder, weights))
@@ -122,7 +122,7 @@ def truncate(path):
 
 
 def newest(folder):
-    return folder / checkpoint.FOLDER / f"step-{checkpoint.steps(folder)[-1]:09d}"
+    return folder / checkpoints.FOLDER / f"step-{checkpoints.steps(folder)[-1]:09d}"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "manifest.json"])
@@ -142,10 +142,10 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(name, uninterrupted,
 def test_no_whole_checkpoint(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     subprocess.run(["cp", "-r", uninterrupted / "run", folder], check=True)
-    for step in checkpoint.steps(folder):
-        (folder / checkpoint.FOLDER / f"step-{step:09d}" / "optimizer.bin").unlink()
+    for step in checkpoints.steps(folder):
+        (folder / checkpoints.FOLDER / f"step-{step:09d}" / "optimizer.bin").unlink()
     with pytest.raises(evopatch.CheckpointError, match=r"no checkpoint in .* is whole: .*optimizer.bin is missing"):
-        checkpoint.latest(folder)
+        checkpoints.latest(folder)
 
 
 def test_other_settings_are_refused(uninterrupted, tmp_path):
@@ -159,14 +159,14 @@ def test_with_workers_from_the_middle_of_an_epoch(uninterrupted, tmp_path):
     folder, weights = tmp_path / "run", tmp_path / "weights.pt"
     subprocess.run(["cp", "-r", uninterrupted / "run", folder], check=True)
     subprocess.run(["rm", "-r", newest(folder)], check=True)
-    assert checkpoint.steps(folder)[-1] % 6, "at the end of an epoch"
+    assert checkpoints.steps(folder)[-1] % 6, "at the end of an epoch"
     code, errors = finish(start(folder, weights, workers=2))
     assert code == 0, errors
     assert_equal(weights, uninterrupted / "weights.pt")
 
 
 class SavesItself:
-    """What `checkpoint.write` needs of an accelerator."""
+    """What `checkpoints.write` needs of an accelerator."""
 
     is_main_process = True
 
@@ -179,16 +179,16 @@ class SavesItself:
 
 def test_pruning_keeps_what_a_run_goes_on_from(tmp_path):
     for step in (28, 32, 36):
-        checkpoint.write(tmp_path, step, SavesItself(), {}, keep=3)
+        checkpoints.write(tmp_path, step, SavesItself(), {}, keep=3)
     for step in (32, 36):
-        truncate(tmp_path / checkpoint.FOLDER / f"step-{step:09d}" / "state")
-    (tmp_path / checkpoint.FOLDER / "unfinished-000000040").mkdir()
+        truncate(tmp_path / checkpoints.FOLDER / f"step-{step:09d}" / "state")
+    (tmp_path / checkpoints.FOLDER / "unfinished-000000040").mkdir()
     with pytest.warns(UserWarning, match="is damaged"):
-        assert checkpoint.latest(tmp_path).name == "step-000000028"
-    checkpoint.write(tmp_path, 30, SavesItself(), {"a": 1}, keep=2)
-    assert checkpoint.steps(tmp_path) == [28, 30]
-    assert checkpoint.settings_of(checkpoint.latest(tmp_path)) == {"a": 1}
-    assert not list((tmp_path / checkpoint.FOLDER).glob("unfinished-*"))
+        assert checkpoints.latest(tmp_path).name == "step-000000028"
+    checkpoints.write(tmp_path, 30, SavesItself(), {"a": 1}, keep=2)
+    assert checkpoints.steps(tmp_path) == [28, 30]
+    assert checkpoints.settings_of(checkpoints.latest(tmp_path)) == {"a": 1}
+    assert not list((tmp_path / checkpoints.FOLDER).glob("unfinished-*"))
 
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):

@@ -12,7 +12,9 @@ from timm.utils import ModelEmaV3
 from variants_swin import DEPTH, SIZE, TIMM_VARIANTS, TRANSFORMERS_VARIANTS, VARIANTS, between, build, call, images
 
 import evopatch
-from evopatch import EvoConfig, ops, window_stream, windows
+from evopatch import EvoConfig
+from evopatch.forward import windowed
+from evopatch.patching.handle import Patched
 
 REPRESENTATIVES = ("matched", "single", "none")
 EVERY = pytest.mark.parametrize("name", sorted(VARIANTS))
@@ -117,8 +119,8 @@ def test_features_between_the_stages_are_full_grids_and_looking_changes_nothing(
 def test_hooks_on_blocks_see_the_full_grid(name):
     model, x = evopatch.apply(build(name)), images()
     plain, shapes = call(model, x), []
-    host = next(iter(evopatch.patch.patched_hosts(model).values()))
-    for (path,) in host._evo_patch.blocks:
+    host = Patched(model).host.module
+    for (path,) in host._evo_state.blocks:
         host.get_submodule(path).register_forward_hook(
             lambda module, args, out: shapes.append((args[0].shape, (out[0] if isinstance(out, tuple) else out).shape))
         )
@@ -410,7 +412,7 @@ def test_a_failed_apply_leaves_the_model_untouched(name):
 @torch.no_grad()
 def test_a_block_called_from_outside_is_refused(name):
     model, x = evopatch.apply(build(name)), images()
-    block = next(m for m in model.modules() if isinstance(m, window_stream.SlowFastWindowBlock))
+    block = next(m for m in model.modules() if isinstance(m, windowed.SlowFastWindowBlock))
     arguments = (torch.randn(2, 256, 24), (16, 16)) if name.startswith("hf") else (torch.randn(2, 16, 16, 24),)
     with pytest.raises(evopatch.BypassError, match=r"0\.blocks\.0 was called from outside"):
         block(*arguments)
@@ -439,10 +441,10 @@ def test_with_every_window_or_token_slow_the_views_equal_the_blocks(name, size, 
     original = call(model, x)
     evopatch.apply(model, config=EvoConfig(keep_ratio=0.9, schedule="constant", representative=representative))
     assert moved(call(model, x), original) > 1e-4
-    match, merge, entered = windows.match_tokens, ops.merge, []
-    monkeypatch.setattr(ops, "num_slow", lambda number, ratio: number - (representative == "matched"))
-    monkeypatch.setattr(windows, "match_tokens", lambda metric, keep, *a: match(metric, a[1].area, *a))
-    monkeypatch.setattr(ops, "merge", lambda *a: entered.append(merge(*a)) or entered[-1])
+    match, merge, entered = windowed.match_tokens, windowed.merge, []
+    monkeypatch.setattr(windowed, "num_slow", lambda number, ratio: number - (representative == "matched"))
+    monkeypatch.setattr(windowed, "match_tokens", lambda metric, keep, *a: match(metric, a[1].area, *a))
+    monkeypatch.setattr(windowed, "merge", lambda *a: entered.append(merge(*a)) or entered[-1])
     torch.testing.assert_close(call(model, x), original, atol=2e-5, rtol=2e-5)
     assert len(entered) == (5 if representative == "matched" or size != (SIZE, SIZE) else 3)
 
@@ -499,8 +501,8 @@ def test_the_same_weights_give_the_same_in_both_libraries(representative):
 @TYPICAL
 def test_by_default_all_stages_keep_the_same_share(name):
     evopatch.apply(model := build(name), keep_ratio=0.4)
-    (host,) = evopatch.patch.patched_hosts(model).values()
-    assert [plan.keep_ratio for plan in host._evo_patch.plans] == [1.0, *[0.4] * 5]
+    host = Patched(model).host.module
+    assert [plan.keep_ratio for plan in host._evo_state.plans] == [1.0, *[0.4] * 5]
 
 
 @torch.no_grad()
@@ -510,7 +512,7 @@ def test_profile_counts_the_tokens_that_went_through():
     assert [block.tokens for block in profile.blocks] == [256, 160, 32, 32, 8, 8]
     assert all(block.flops < block.flops_unpatched for block in profile.blocks[1:])
     assert 0.45 < profile.ratio < 0.8
-    evopatch.patch.set_config(model, EvoConfig(representative="none", keep_ratio=[0.6, 0.5, 0.5]))
+    evopatch.set_config(model, EvoConfig(representative="none", keep_ratio=[0.6, 0.5, 0.5]))
     profile = evopatch.profile(model, (3, SIZE, SIZE))
     assert [block.tokens for block in profile.blocks] == [256, 160, 32, 32, 16, 16]
 
@@ -583,7 +585,7 @@ def test_a_stage_with_a_single_window_is_left_alone_where_windows_are_chosen():
     config = EvoConfig(keep_ratio=[1.0, 1.0, 0.5], representative="single")
     original = call(model, x)
     assert torch.equal(call(evopatch.apply(model, config=config), x), original)
-    evopatch.patch.set_config(model, EvoConfig(keep_ratio=[1.0, 1.0, 0.5]))
+    evopatch.set_config(model, EvoConfig(keep_ratio=[1.0, 1.0, 0.5]))
     assert moved(call(model, x), original) > 1e-4
 
 

@@ -8,8 +8,9 @@ from variants_swin import build, images
 
 import evopatch
 from evopatch import EvoConfig
-from evopatch.ops import num_slow
-from evopatch.windows import TIE
+from evopatch.algorithm.selection import num_slow
+from evopatch.algorithm.window_selection import TIE
+from evopatch.plan import plan_blocks
 
 SECOND = {"swin": False, "swinv2": True}
 WINDOW = 4
@@ -102,7 +103,7 @@ def reference(model, image, config):
     """Feature maps `(h * w, C)` after every block, for one image."""
     x = model.patch_embed(image[None])
     depths = [len(stage.blocks) for stage in model.layers]
-    plans, outputs, g, chosen = iter(config.resolve(*depths)), [], None, {}
+    plans, outputs, g, chosen = iter(plan_blocks(config, *depths)), [], None, {}
     for stage in model.layers:
         x = stage.downsample(x)
         side = x.shape[1]

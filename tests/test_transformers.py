@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import transformers
+from evopatch_transformers import interface
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -38,7 +39,7 @@ from transformers_weights import DINOV2_KEYS, VIT_KEYS, deit_tiny, rename
 from variants import TRANSFORMERS_VARIANTS, build, call, images
 
 import evopatch
-from evopatch import EvoConfig, ops
+from evopatch import EvoConfig
 
 EVERY = pytest.mark.parametrize("name", sorted(TRANSFORMERS_VARIANTS))
 SMALL = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
@@ -106,8 +107,8 @@ def test_same_weights_give_the_same_as_timm(name, config):
 )
 @torch.no_grad()
 def test_deit_tiny_gives_the_same_as_timm(real_data, config):
-    from evopatch.data import open_images
-    from evopatch.models import Preprocessing, open_classifier
+    from evopatch.sources.images import open_images
+    from evopatch.sources.models import Preprocessing, open_classifier
 
     file = real_data / "deit_tiny" / "model.safetensors"
     theirs = open_classifier("deit_tiny_patch16_224", file, preprocessing=Preprocessing(crop_pct=1.0))
@@ -234,14 +235,14 @@ def test_attentions_of_a_matched_group_are_split_as_its_mean_is():
     model, x = build("hf_vit_eager"), images()
     evopatch.apply(model)
     seen = []
-    spread = ops.spread_attention
+    spread = interface.spread_attention
 
     def recording(weights, partition):
         seen.append((weights, partition))
         return spread(weights, partition)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "spread_attention", recording)
+        patch.setattr(interface, "spread_attention", recording)
         attentions = model(x, output_attentions=True).attentions
         count = len(seen)
         model(x)
@@ -368,7 +369,7 @@ def test_attention_masks_are_refused(name):
     mask = torch.zeros(2, 1, tokens, tokens)
     evopatch.apply(model)
     with pytest.raises(evopatch.UnsupportedInputError, match="attention_mask was passed .* at block 0"):
-        layer(torch.randn(2, tokens, 48), mask, evo_stream=_stream(model))
+        layer(torch.randn(2, tokens, 48), mask, evo_pass=_stream(model))
     if name in ("hf_vit", "hf_vit_eager", "hf_dinov2"):
         keep = torch.ones(2, tokens, dtype=torch.long)
         torch.testing.assert_close(call(model, x, attention_mask=keep), call(model, x))
@@ -381,10 +382,10 @@ def test_attention_masks_are_refused(name):
 
 
 def _stream(model):
-    from evopatch.stream import Stream
+    from evopatch.forward.tokens import TokenPass
 
-    patch = next(m._evo_patch for m in model.modules() if hasattr(m, "_evo_patch"))
-    return Stream(patch, patch.depth, compact=True)
+    patch = next(m._evo_state for m in model.modules() if hasattr(m, "_evo_state"))
+    return TokenPass(patch, patch.depth, compact=True)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from variants import build, images
 
 import evopatch
 from evopatch import ConfigError, EvoConfig, NotPatchedError
-from evopatch.visualize import draw
+from evopatch.measure.pictures import draw
 
 CONFIG = EvoConfig(keep_ratio=[0.6, 0.3], stages=[2, 4])
 

@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from evopatch.adapter import Adapter, HostSpec
-from evopatch.stream import walk
-from evopatch.swap import Swapped
+from evopatch.forward.tokens import walk
+from evopatch.patching.adapter import Adapter, HostSpec
+from evopatch.rewrite.classes import Swapped
 
 
 class ToyBlock(nn.Module):

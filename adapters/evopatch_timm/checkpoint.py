@@ -12,8 +12,8 @@ from timm.models import save_for_hf
 from torch import nn
 
 from evopatch.errors import CheckpointError
-from evopatch.structure import check_rebuilt
-from evopatch.swap import host_class
+from evopatch.patching.rebuilt import check_rebuilt
+from evopatch.rewrite.classes import host_class
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 

@@ -7,18 +7,18 @@ from typing import Any
 from timm.models.levit import Levit
 from torch import Tensor, nn
 
-from evopatch.adapter import Adapter, HostSpec
 from evopatch.errors import UnsupportedInputError, UnsupportedModelError
-from evopatch.graph import TraceSpec
-from evopatch.spec import Pyramid
-from evopatch.stream import Patch, walk
-from evopatch.swap import Swapped
+from evopatch.forward.spec import Pyramid
+from evopatch.forward.tokens import HostState, walk
+from evopatch.patching.adapter import Adapter, HostSpec
+from evopatch.rewrite.classes import Swapped
+from evopatch.rewrite.graph import TraceSpec
 
 
 class SlowFastLevit(Swapped):
     """Mixin of a patched timm LeViT: the two methods that walk over the stages."""
 
-    _evo_patch: Patch
+    _evo_state: HostState
     stem: Any
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -34,15 +34,15 @@ class SlowFastLevit(Swapped):
 
     def _check_size(self, x: Tensor) -> None:
         # Tokens don't tell a grid from another one with as many.
-        if not self._evo_patch.active or not hasattr(self.stem, "stride"):
+        if not self._evo_state.active or not hasattr(self.stem, "stride"):
             return
-        assert self._evo_patch.spec.pyramid is not None
-        rows, columns = self._evo_patch.spec.pyramid.grids[0]
+        assert self._evo_state.spec.pyramid is not None
+        rows, columns = self._evo_state.spec.pyramid.grids[0]
         found = tuple(-(-side // self.stem.stride) for side in x.shape[-2:])
         if found != (rows, columns):
             raise UnsupportedInputError(
                 f"images of {x.shape[-2]}x{x.shape[-1]} px make {found[0]}x{found[1]} patch tokens in "
-                f"'{self._evo_patch.name or 'model'}', whose position biases are for {rows}x{columns}: give images of "
+                f"'{self._evo_state.name or 'model'}', whose position biases are for {rows}x{columns}: give images of "
                 "the model's own size"
             )
 

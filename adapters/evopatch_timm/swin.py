@@ -10,10 +10,10 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr, SwinTransformerV2CrStage
 from torch import nn
 
-from evopatch.adapter import Adapter, HostSpec, Swap, named_blocks
-from evopatch.stream import Patch, viewed, walk
-from evopatch.swap import Swapped
-from evopatch.window_stream import BlockView, SlowFastWindowBlock, WindowStream
+from evopatch.forward.tokens import HostState, viewed, walk
+from evopatch.forward.windowed import BlockView, SlowFastWindowBlock, WindowedPass
+from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks
+from evopatch.rewrite.classes import Swapped
 
 from .swin_blocks import SwinBlocks, SwinV2Blocks, SwinV2CrBlocks
 
@@ -29,23 +29,23 @@ class SlowFastSwin(Swapped):
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         """The host's own, on slow-fast blocks."""
-        return walk(self, "forward_features", *args, compact=True, stream_class=WindowStream, **kwargs)
+        return walk(self, "forward_features", *args, compact=True, pass_class=WindowedPass, **kwargs)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """The host's own, on slow-fast blocks; intermediate features are those between the stages."""
-        return walk(self, "forward_intermediates", *args, compact=True, stream_class=WindowStream, **kwargs)
+        return walk(self, "forward_intermediates", *args, compact=True, pass_class=WindowedPass, **kwargs)
 
 
 class SlowFastFeatures(Swapped):
     """Mixin of a patched feature extractor (timm's `features_only`), which calls the stages itself."""
 
-    _evo_patch: Patch
+    _evo_state: HostState
     _modules: dict[str, nn.Module]
 
     def forward(self, x: Any) -> Any:
         """The host's own, on slow-fast blocks."""
-        stream = WindowStream(self._evo_patch, 0, compact=True)
-        modules = {name: viewed(module, name, stream) for name, module in self._modules.items()}
+        evo_pass = WindowedPass(self._evo_state, 0, compact=True)
+        modules = {name: viewed(module, name, evo_pass) for name, module in self._modules.items()}
         return _FeaturesView(self, {"_modules": modules}).forward(x)
 
 
@@ -76,15 +76,15 @@ class SwinAdapter(Adapter):
         blocks = tuple(tuple((f"{path}.blocks.{i}",) for i in range(len(stage.blocks))) for path, stage in stages)
         return HostSpec(blocks=blocks, prefix=0, readout=0, taper=0.0)
 
-    def plan(self, host: nn.Module, patch: Patch) -> list[Swap]:
+    def plan(self, host: nn.Module, state: HostState) -> list[Change]:
         mixin = SlowFastFeatures if isinstance(host, SwinFeatures) else self.mixin
-        swaps = [Swap(host, mixin, {"_evo_patch": patch})]
-        for (path, *_), (name, block) in zip(patch.blocks, named_blocks(host, patch), strict=True):
+        changes = [Change(host, mixin, {"_evo_state": state})]
+        for (path, *_), (name, block) in zip(state.blocks, named_blocks(host, state), strict=True):
             stage = host.get_submodule(path.partition(".blocks.")[0])
             kind = next(kind for cls, kind in _KINDS.items() if isinstance(stage, cls))
-            own = {"_evo_patch": patch, "_evo_name": name, "_evo_blocks": kind()}
-            swaps.append(Swap(block, SlowFastWindowBlock, own))
-        return swaps
+            own = {"_evo_state": state, "_evo_name": name, "_evo_blocks": kind()}
+            changes.append(Change(block, SlowFastWindowBlock, own))
+        return changes
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
         rows, columns = host.get_submodule("patch_embed").patch_size

@@ -9,8 +9,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from evopatch.window_stream import BlockView, Cut, MaskByHead, WindowedBlocks
-from evopatch.windows import Windows, continuous_bias, cosine_logits
+from evopatch.algorithm.window_bias import continuous_bias, cosine_logits
+from evopatch.algorithm.windows import Windows
+from evopatch.forward.windowed import BlockView, Cut, MaskByHead, WindowedBlocks
 
 
 class SwinBlocks(WindowedBlocks):

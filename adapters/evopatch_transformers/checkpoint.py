@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from evopatch.errors import CheckpointError
-from evopatch.structure import check_rebuilt
+from evopatch.patching.rebuilt import check_rebuilt
 
 
 def owns(model: nn.Module) -> bool:

@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from evopatch import graph, ops
-from evopatch.attention import AttentionTap
+from evopatch.algorithm.partition import spread_attention
 from evopatch.errors import AttentionNotFoundError
-from evopatch.swap import Swapped, host_class
+from evopatch.forward.tap import AttentionTap
+from evopatch.rewrite import graph
+from evopatch.rewrite.classes import Swapped, host_class
 
 CORE_NAMES = frozenset({"ALL_ATTENTION_FUNCTIONS"})
 _TRACED = "evopatch_traced"
@@ -114,7 +115,7 @@ class _Interface:
         output, weights = function(module, query, key, value, bias, **kwargs, **self._kwargs)
         if weights is None or partition is None:
             return output, weights
-        return output, ops.spread_attention(weights, partition) if self._weights_wanted() else None
+        return output, spread_attention(weights, partition) if self._weights_wanted() else None
 
     def _weights_wanted(self) -> bool:
         return bool(self._kwargs.get("output_attentions", getattr(self._module.config, "output_attentions", False)))

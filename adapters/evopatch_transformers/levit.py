@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 from transformers.models.levit.modeling_levit import LevitAttention, LevitEncoder, LevitMLPLayer
 
-from evopatch.adapter import Adapter, HostSpec
 from evopatch.errors import UnsupportedModelError
-from evopatch.graph import TraceSpec
-from evopatch.spec import Block, Pyramid
-from evopatch.stream import walk
-from evopatch.swap import Swapped
+from evopatch.forward.spec import Block, Pyramid
+from evopatch.forward.tokens import walk
+from evopatch.patching.adapter import Adapter, HostSpec
+from evopatch.rewrite.classes import Swapped
+from evopatch.rewrite.graph import TraceSpec
 
 
 class SlowFastLevit(Swapped):

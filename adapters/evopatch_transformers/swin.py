@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers.models.swin.modeling_swin import SwinEncoder
 from transformers.models.swinv2.modeling_swinv2 import Swinv2Encoder
 
-from evopatch.adapter import Adapter, HostSpec, Swap, named_blocks
+from evopatch.algorithm.window_bias import continuous_bias, cosine_logits
+from evopatch.algorithm.windows import Windows
 from evopatch.errors import UnsupportedInputError
-from evopatch.stream import Patch, viewed
-from evopatch.swap import Swapped
-from evopatch.window_stream import BlockView, Cut, MaskByHead, SlowFastWindowBlock, WindowedBlocks, WindowStream
-from evopatch.windows import Windows, continuous_bias, cosine_logits
+from evopatch.forward.tokens import HostState, viewed
+from evopatch.forward.windowed import BlockView, Cut, MaskByHead, SlowFastWindowBlock, WindowedBlocks, WindowedPass
+from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks
+from evopatch.rewrite.classes import Swapped
 
 
 class _Swin(WindowedBlocks):
@@ -94,46 +95,46 @@ def _cut(layer: Any, x: Tensor, grid: tuple[int, int]) -> Cut:
 class SlowFastStage(Swapped):
     """Mixin of a patched stage."""
 
-    _evo_patch: Patch
+    _evo_state: HostState
     _evo_name: str
     _evo_path: str
 
-    def forward(self, *args: Any, evo_stream: WindowStream | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, evo_pass: WindowedPass | None = None, **kwargs: Any) -> Any:
         """The stage's own, on the steps of this forward."""
-        if evo_stream is None:
-            self._evo_patch.refuse_bypass(self._evo_name)
+        if evo_pass is None:
+            self._evo_state.refuse_bypass(self._evo_name)
             return self._evo_host_class.forward(self, *args, **kwargs)
-        return viewed(self, self._evo_path, evo_stream).forward(*args, **kwargs)
+        return viewed(self, self._evo_path, evo_pass).forward(*args, **kwargs)
 
 
 class SlowFastEncoder(Swapped):
     """Mixin of a patched Swin V2 encoder."""
 
-    _evo_patch: Patch
+    _evo_state: HostState
     layers: nn.ModuleList
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder's own, whose stages are given the state of this forward."""
         wanted = kwargs.get("output_attentions", args[2] if len(args) > 2 else False)
-        stream = _stream(self._evo_patch, bool(wanted))
-        stages = [partial(stage, evo_stream=stream) for stage in self.layers]
+        evo_pass = _pass(self._evo_state, bool(wanted))
+        stages = [partial(stage, evo_pass=evo_pass) for stage in self.layers]
         return BlockView(self, {"layers": stages}).forward(*args, **kwargs)
 
 
-def start_stream(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def start_pass(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of a Swin encoder: a new state for this forward pass, among its keyword arguments."""
     wanted = kwargs.get("output_attentions", getattr(host.config, "output_attentions", False))
-    return args, {**kwargs, "evo_stream": _stream(host._evo_patch, bool(wanted))}
+    return args, {**kwargs, "evo_pass": _pass(host._evo_state, bool(wanted))}
 
 
-def _stream(patch: Patch, attentions_wanted: bool) -> WindowStream:
-    if attentions_wanted and patch.active:
+def _pass(state: HostState, attentions_wanted: bool) -> WindowedPass:
+    if attentions_wanted and state.active:
         raise UnsupportedInputError(
-            f"output_attentions was asked of '{patch.name or 'model'}', whose blocks attend inside windows of chosen "
+            f"output_attentions was asked of '{state.name or 'model'}', whose blocks attend inside windows of chosen "
             "or merged tokens: expected no such output while the model is patched. Leave it out, or use "
             "evopatch.set_keep_ratio(model, 1.0) or evopatch.remove(model) for this call"
         )
-    return WindowStream(patch, patch.depth, compact=True)
+    return WindowedPass(state, state.depth, compact=True)
 
 
 class SwinAdapter(Adapter):
@@ -149,21 +150,21 @@ class SwinAdapter(Adapter):
         )
         return HostSpec(blocks=blocks, prefix=0, readout=0, taper=0.0)
 
-    def plan(self, host: Any, patch: Patch) -> list[Swap]:
+    def plan(self, host: Any, state: HostState) -> list[Change]:
         second = isinstance(host, Swinv2Encoder)
         kind = _Swinv2() if second else _Swin()
-        swaps = [
-            Swap(host, SlowFastEncoder if second else None, {"_evo_patch": patch}, None if second else start_stream)
+        changes = [
+            Change(host, SlowFastEncoder if second else None, {"_evo_state": state}, None if second else start_pass)
         ]
         for number, stage in enumerate(host.layers):
             path = f"layers.{number}"
-            name = ".".join(filter(None, (patch.name, path)))
-            swaps.append(Swap(stage, SlowFastStage, {"_evo_patch": patch, "_evo_name": name, "_evo_path": path}))
-        for name, block in named_blocks(host, patch):
-            swaps.append(
-                Swap(block, SlowFastWindowBlock, {"_evo_patch": patch, "_evo_name": name, "_evo_blocks": kind})
+            name = ".".join(filter(None, (state.name, path)))
+            changes.append(Change(stage, SlowFastStage, {"_evo_state": state, "_evo_name": name, "_evo_path": path}))
+        for name, block in named_blocks(host, state):
+            changes.append(
+                Change(block, SlowFastWindowBlock, {"_evo_state": state, "_evo_name": name, "_evo_blocks": kind})
             )
-        return swaps
+        return changes
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
         size = host.config.patch_size

@@ -17,10 +17,10 @@ from transformers.models.vit.modeling_vit import ViTModel
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEModel
 from transformers.models.vit_msn.modeling_vit_msn import ViTMSNModel
 
-from evopatch.adapter import Adapter, HostSpec, Swap
 from evopatch.errors import UnsupportedInputError
-from evopatch.graph import TraceSpec
-from evopatch.stream import Patch
+from evopatch.forward.tokens import HostState
+from evopatch.patching.adapter import Adapter, Change, HostSpec
+from evopatch.rewrite.graph import TraceSpec
 
 from . import layer
 from .interface import CORE_NAMES, CORES
@@ -66,8 +66,8 @@ class ViTAdapter(Adapter):
         )
         return HostSpec(family.blocks, family.prefix(host.config), family.readout, trace, token_inputs=inputs)
 
-    def plan(self, host: nn.Module, patch: Patch) -> list[Swap]:
-        return layer.plan(host, patch)
+    def plan(self, host: nn.Module, state: HostState) -> list[Change]:
+        return layer.plan(host, state)
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
         if isinstance(host, ViTMAEModel):

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evopatch.profile import count_flops
-from evopatch.sharing import shared_copy
+from evopatch.measure.profiling import count_flops
+from evopatch.patching.handle import shared_copy
 
 NAME = "token merging"
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..benchmark import Benchmark, side_names
 from ..config import EvoConfig
 from ..errors import ConfigError
+from ..measure.comparison import Benchmark, side_names
 from ..progress import progress_bar
 from . import options
 from .options import Precision
@@ -60,9 +60,9 @@ def benchmark(
     """
     import torch
 
-    from ..benchmark import benchmark as run
-    from ..models import open_architecture
-    from ..patch import apply
+    from ..measure.comparison import benchmark as run
+    from ..patching.apply import apply
+    from ..sources.models import open_architecture
 
     options.check_folder_of(json_out, "--json")
     options.check_folder_of(plot, "--plot")
@@ -96,7 +96,7 @@ def benchmark(
     if json_out is not None:
         json_out.write_text(json.dumps([result.to_dict() for result in results], indent=2) + "\n")
     if plot is not None:
-        from ..visualize import draw_speed
+        from ..measure.pictures import draw_speed
 
         draw_speed(results, plot, model)
 
@@ -115,9 +115,9 @@ def _load(path: Path) -> Any:
 def _peers(other: Any, network: Any, image: Any, configs: list[EvoConfig]) -> dict[str, Any]:
     import torch
 
-    from ..patch import apply
-    from ..profile import count_flops
-    from ..sharing import shared_copy
+    from ..measure.profiling import count_flops
+    from ..patching.apply import apply
+    from ..patching.handle import shared_copy
 
     found = {}
     for name, config in zip(side_names(configs), configs, strict=True):

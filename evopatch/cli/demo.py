@@ -24,7 +24,7 @@ def demo(
     """
     import matplotlib  # noqa: F401, before minutes of training
 
-    from ..demo import run
+    from .digits import run
 
     options.check_folder_of(out, "--out")
     run(out, console, progress_bar)

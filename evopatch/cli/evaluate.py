@@ -51,10 +51,10 @@ def evaluate(
     """
     from torch.utils.data import DataLoader, Subset
 
-    from ..data import open_evaluation
-    from ..evaluate import evaluate as run
-    from ..models import Preprocessing, open_classifier
-    from ..patch import apply
+    from ..measure.accuracy import evaluate as run
+    from ..patching.apply import apply
+    from ..sources.images import open_evaluation
+    from ..sources.models import Preprocessing, open_classifier
     from ..training.items import Items, collate
 
     options.check_folder_of(json_out, "--json")

@@ -13,10 +13,10 @@ import typer
 from rich.markup import escape
 
 from ..errors import ConfigError, TrainingError, TrainingInterruptedError
-from ..finetune import TIMED_BATCH, FinetuneConfig, FinetuneResult
 from ..progress import errors
-from ..training import checkpoint as checkpoints
-from ..training.config import MAY_DIFFER, described
+from ..training import checkpoints
+from ..training.finetuning import TIMED_BATCH, FinetuneConfig, FinetuneResult
+from ..training.settings import MAY_DIFFER, described
 from . import options
 from .options import RepresentativeName
 from .tables import console, percent, table_of
@@ -136,12 +136,12 @@ def finetune(
 
         evopatch finetune --config evopatch-finetune-deit_tiny_patch16_224/config.toml --resume
     """
-    from ..augment import Augmentation, training_transform
-    from ..checkpoint import save_pretrained
-    from ..finetune import finetune as run
-    from ..models import Preprocessing, count_classes, open_classifier, reset_head
-    from ..patch import apply
+    from ..patching.apply import apply
+    from ..patching.saving import save_pretrained
+    from ..sources.augment import Augmentation, training_transform
+    from ..sources.models import Preprocessing, count_classes, open_classifier, reset_head
     from ..training import processes
+    from ..training.finetuning import finetune as run
     from ..training.randomness import seed_everything
 
     finetune_config = FinetuneConfig(**training)
@@ -192,7 +192,7 @@ def finetune(
 
 
 def _open(data: str, eval_data: str | None) -> _Splits:
-    from ..data import open_evaluation, open_images, open_part
+    from ..sources.images import open_evaluation, open_images, open_part
 
     train = open_images(data)
     evaluation = open_part(data, "eval") if eval_data is None else open_evaluation(eval_data)
@@ -220,7 +220,7 @@ def _pair(text: str) -> tuple[float, float]:
 
 
 def _teacher(name: str | None, checkpoint: Path | None, student: Any) -> Any:
-    from ..models import Renormalised, open_classifier
+    from ..sources.models import Renormalised, open_classifier
 
     if name is None:
         if checkpoint is not None:

@@ -22,7 +22,7 @@ def list_models(
     """
     import timm
 
-    from ..patch import supported
+    from ..patching.apply import supported
 
     names = timm.list_models([pattern] if pattern else ["vit_*", "deit*", "levit*", "swin*"])
     if not names:

@@ -25,9 +25,9 @@ def profile(
 
     evopatch profile --model vit_base_patch16_224 --keep-ratio 0.4
     """
-    from ..models import open_architecture
-    from ..patch import apply
-    from ..profile import profile as run
+    from ..measure.profiling import profile as run
+    from ..patching.apply import apply
+    from ..sources.models import open_architecture
 
     options.check_folder_of(json_out, "--json")
     patch_config = options.patch_config(keep_ratio, representative, paper, selection, schedule, start, stages)

@@ -35,7 +35,7 @@ def run(
 
     evopatch run --keep-ratio 0.4 -m mypackage.train --batch-size 64
     """
-    from ..autopatch import autopatch, logger
+    from ..patching.autopatch import autopatch, logger
 
     if not module and not Path(script).is_file():
         raise ConfigError(f"{script}: no such file; expected a Python script, or a module's name after -m")

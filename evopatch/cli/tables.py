@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import EvoConfig
-from ..evaluate import Evaluation
+from ..measure.accuracy import Evaluation
 
 console = Console()
 

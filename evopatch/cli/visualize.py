@@ -56,10 +56,10 @@ def visualize(
     import timm
     import torch
 
-    from ..models import Preprocessing, open_classifier
-    from ..patch import apply
-    from ..visualize import visualize as run
-    from ..visualize import visualize_training
+    from ..measure.pictures import visualize as run
+    from ..measure.pictures import visualize_training
+    from ..patching.apply import apply
+    from ..sources.models import Preprocessing, open_classifier
 
     options.check_folder_of(out, "--out")
     if checkpoints is not None and (groups or len(block or ()) > 1):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import FinetuneConfig
+from .settings import FinetuneConfig
 from .student import Outputs
 
 

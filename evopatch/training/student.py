@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..evaluate import logits_of
-from ..patch import only_host, restored
+from ..measure.accuracy import logits_of
+from ..patching.handle import Patched
 
 
 class Outputs(NamedTuple):
@@ -89,31 +89,26 @@ def _set_distilled_training(model: Any, enable: bool) -> None:
 
 
 def _last_block(model: nn.Module) -> nn.Module:
-    _, host = only_host(model)
-    block: nn.Module = host.get_submodule(host._evo_patch.blocks[-1][-1])
-    return block
+    return model.get_submodule(Patched(model).host.blocks()[-1][-1])
 
 
 @torch.no_grad()
 def _probe(model: nn.Module, image: Tensor) -> tuple[Tensor, int]:
     last: list[Tensor] = []
-    hook = _last_block(model).register_forward_hook(lambda module, args, out: last.append(out))
+    probed = Patched(model).copy().eval()
+    _last_block(probed).register_forward_hook(lambda module, args, out: last.append(out))
     parameter = next(model.parameters())
-    try:
-        with restored(model):
-            logits = logits_of(model(image.unsqueeze(0).to(parameter.device, parameter.dtype)))
-    finally:
-        hook.remove()
+    logits = logits_of(probed(image.unsqueeze(0).to(parameter.device, parameter.dtype)))
     return logits, last[0].shape[-1]
 
 
 def _check_class_token(model: nn.Module) -> None:
-    name, host = only_host(model)
-    spec = host._evo_patch.spec
-    has_class_token = any(path.split(".")[-1] == "cls_token" for path, _ in host.named_parameters())
+    host = Patched(model).host
+    spec = host.state.spec
+    has_class_token = any(path.split(".")[-1] == "cls_token" for path, _ in host.module.named_parameters())
     if not has_class_token or spec.readout > 0:
         found = "reads its class token" if spec.readout > 0 else "has no class token"
         raise ConfigError(
-            f"assisted_weight: '{name or type(host).__name__}' {found}; expected a model that reads pooled patches "
-            "beside a class token. Leave assisted_weight at 0"
+            f"assisted_weight: '{host.name or type(host.module).__name__}' {found}; expected a model that reads pooled "
+            "patches beside a class token. Leave assisted_weight at 0"
         )

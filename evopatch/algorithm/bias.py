@@ -1,0 +1,40 @@
+"""Position biases of attention, for a compact set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .partition import Partition, with_prefix
+
+
+def merge_bias(bias: Tensor, partition: Partition) -> Tensor:
+    """An attention bias per pair of tokens, for the rows of the compact set.
+
+    A matched group has the bias of its slow token: the mean over its members, which lie close to each other, is no more
+    accurate on real models and costs most of what the smaller attention saves. One representative stands for half of
+    the image and has the mean over its members, weighted as they are in it.
+
+    Args:
+        bias: `(1 or B, H, T, T)`.
+
+    Returns:
+        `(B, H, M, M)`.
+    """
+    assert partition.leader is not None
+    leader = with_prefix(partition.leader, partition.group.shape[1] - partition.slow.shape[1])
+    batch, leaders = leader.shape
+    heads, tokens = bias.shape[1:3]
+    bias = bias.expand(batch, -1, -1, -1)
+    pairs = leader.unsqueeze(2) * tokens + leader.unsqueeze(1)
+    pairs = pairs.view(batch, 1, -1).expand(-1, heads, -1)
+    compact = bias.flatten(2).gather(2, pairs).view(batch, heads, leaders, leaders)
+    if leaders == partition.rows:
+        return compact
+    share = torch.where(partition.group == leaders, partition.weight, 0.0).to(bias.dtype)
+    row = torch.einsum("bt,bhts->bhs", share, bias)
+    column = torch.einsum("bs,bhts->bht", share, bias)
+    corner = torch.einsum("bs,bhs->bh", share, row)[:, :, None, None]
+    own = leader.unsqueeze(1).expand(-1, heads, -1)
+    row, column = row.gather(2, own).unsqueeze(2), column.gather(2, own).unsqueeze(3)
+    return torch.cat([torch.cat([compact, column], dim=3), torch.cat([row, corner], dim=3)], dim=2)

@@ -1,0 +1,99 @@
+"""How important tokens are: the class attention of a block, accumulated over depth (Evo-ViT, section 3.2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .partition import Partition
+
+
+def class_attention(
+    query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None, share: Tensor | None = None
+) -> Tensor:
+    """Attention of the readout over all tokens, averaged over heads: one row of the softmax, not the whole matrix.
+
+    Args:
+        query: `(B, H, R, D)`, the queries of the tokens that the head reads: the class token, class and distillation
+            token, or all patch tokens where the head averages them. Of the latter their mean query is used.
+        key: `(B, H, M, D)`.
+        scale: Factor on the logits, `D ** -0.5` as a rule.
+        bias: Added to the logits, broadcastable to `(B, H, R, M)`: log sizes and position biases.
+        share: `(B, R)`, sums to 1 over `R`: take the mean query weighted so. None: attend with each query, then
+            average the attention.
+
+    Returns:
+        `(B, M)` float32, sums to 1 (section 3.2 of the paper: the class attention averaged over heads).
+    """
+    query, key = detached(query), detached(key)
+    if share is not None:
+        query = torch.einsum("br,bhrd->bhd", share.to(query.dtype), query).unsqueeze(2)
+        if bias is not None and bias.shape[-2] > 1:
+            bias = torch.einsum("br,bhrm->bhm", share.to(bias.dtype), bias.expand(share.shape[0], -1, -1, -1))
+            bias = bias.unsqueeze(2)
+    # At batch 1 operator calls count: this product of all heads is a third of those of one over four axes.
+    query, heads = query.flatten(0, 1), key.shape[:2]
+    logits = torch.baddbmm(query[:, :, :1], query, key.flatten(0, 1).transpose(1, 2), beta=0, alpha=scale)
+    logits = logits.view(*heads, *logits.shape[1:])
+    if bias is not None:
+        logits = logits + detached(bias)
+    return logits.softmax(dim=-1, dtype=torch.float32).mean(dim=(1, 2))
+
+
+def detached(x: Tensor) -> Tensor:
+    """Without a gradient."""
+    return x.detach() if x.requires_grad else x
+
+
+def accumulate(g: Tensor | None, attention: Tensor, tradeoff: float) -> Tensor:
+    """Equation 4: `g_l = (1 - t) * g_{l-1} + t * a_l`; the first observation is taken whole.
+
+    Args:
+        g: `(B, N)` float32, or None before the first block.
+        attention: `(B, N)` float32.
+        tradeoff: `t` in [0, 1].
+    """
+    return attention if g is None else torch.lerp(g, attention, tradeoff)
+
+
+def accumulate_compact(g: Tensor, attention: Tensor, tradeoff: float, partition: Partition) -> Tensor:
+    """Equation 4 where only the compact set went through the block.
+
+    A token of a size-weighted row gets that row's attention divided by the row's size. Without sizes only the slow
+    tokens are updated, the others keep their value.
+
+    Args:
+        g: `(B, N)` float32.
+        attention: `(B, M)` float32, over the compact set.
+        tradeoff: `t` in [0, 1].
+        partition: Of the block's run.
+    """
+    group = partition.group[:, partition.group.shape[1] - g.shape[1] :]
+    if partition.log_size is not None:
+        return torch.lerp(g, (attention * partition.log_size.neg().exp()).gather(1, group), tradeoff)
+    member = F.pad(attention, (0, 1)).gather(1, group)
+    return torch.where(partition.slow, torch.lerp(g, member, tradeoff), g)
+
+
+def coarsen(g: Tensor, grid: tuple[int, int], kernel: int) -> Tensor:
+    """Accumulated class attention on the grid of a pyramid's next stage, half as fine.
+
+    Args:
+        g: `(B, N)` float32.
+        grid: Rows and columns of it.
+        kernel: A coarser token gets the mean over a square of so many tokens a side: 2 where each stands for four
+            tokens, 3 where every second token is taken and its neighbours count.
+    """
+    odd = kernel % 2 == 1
+    pooled = F.avg_pool2d(
+        g.view(-1, 1, *grid), kernel, 2, kernel // 2 if odd else 0, ceil_mode=not odd, count_include_pad=False
+    )
+    return pooled.flatten(1)
+
+
+def default_scale(query: Tensor) -> float:
+    """`D ** -0.5` for queries `(B, H, R, D)`."""
+    return 1.0 / math.sqrt(query.shape[-1])

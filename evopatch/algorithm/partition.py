@@ -1,0 +1,135 @@
+"""Who goes through the blocks for whom, and how tokens are merged into a compact set and put back.
+
+Axes, in all of `evopatch.algorithm`: `B` images, `P` prefix tokens, `N` patch tokens in raster order, `T = P + N`
+tokens, `C` channels, `H` heads, `K` slow tokens, `M` tokens of the compact set (prefix tokens, slow tokens and, with
+one representative, that one).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Partition(NamedTuple):
+    """Who goes through the blocks for whom, for every token of the sequence, prefix tokens included.
+
+    `group[b, t]` is the row of the compact set that token `t` belongs to; unless `complete`, the row `M`, one past the
+    end, means that nothing stands in for the token. `weight[b, t]` is the token's share in its row, a weighted mean. A
+    row's `log_size` is the logarithm of the number of tokens that it stands for, None where rows aren't weighted by
+    size.
+    """
+
+    group: Tensor
+    """`(B, T)` int64."""
+    weight: Tensor
+    """`(B, T)` float32."""
+    slow: Tensor
+    """`(B, N)` bool, True for the patch tokens that are slow."""
+    log_size: Tensor | None
+    """`(B, M)` float32, or None."""
+    rows: int
+    """`M`."""
+    leader: Tensor | None = None
+    """`(B, K)` int64, the slow patch tokens in the order of their rows, which come after those of the prefix tokens.
+    None in windows, whose rows have places of their own."""
+    complete: bool = True
+    """Whether every token has a row."""
+
+    @property
+    def rows_there(self) -> int:
+        """`M`, and one more where a row takes the tokens that nothing stands in for."""
+        return self.rows if self.complete else self.rows + 1
+
+    def to(self, device: torch.device) -> Partition:
+        """The same on a device, for models spread over several."""
+        if self.group.device == device:
+            return self
+        group, weight, slow = (tensor.to(device) for tensor in (self.group, self.weight, self.slow))
+        log_size, leader = (None if tensor is None else tensor.to(device) for tensor in (self.log_size, self.leader))
+        return self._replace(group=group, weight=weight, slow=slow, log_size=log_size, leader=leader)
+
+
+def with_prefix(group: Tensor, prefix: int) -> Tensor:
+    """Prefix tokens are rows of their own, before all others."""
+    if not prefix:
+        return group
+    own = torch.arange(prefix, device=group.device).expand(group.shape[0], prefix)
+    return torch.cat([own, group + prefix], dim=1)
+
+
+def merge(x: Tensor, partition: Partition) -> Tensor:
+    """`(B, T, C)` tokens to the `(B, M, C)` compact set: each row the weighted mean of its tokens (equation 5)."""
+    batch, _, channels = x.shape
+    rows = partition.rows_there
+    weighted = x * partition.weight.unsqueeze(-1)
+    compact = weighted.new_zeros(batch * rows, channels)
+    compact = compact.index_add(0, _flat(partition.group, rows), weighted.reshape(-1, channels))
+    compact = compact.view(batch, rows, channels).to(x.dtype)
+    return compact if partition.complete else compact[:, :-1]
+
+
+def distribute(x: Tensor, change: Tensor, partition: Partition) -> Tensor:
+    """Every token of `x` keeps its own value and adds the change of its row (equations 6 and 7).
+
+    Args:
+        x: `(B, T, C)`.
+        change: `(B, M, C)`.
+    """
+    if not partition.complete:
+        change = F.pad(change, (0, 0, 0, 1))
+    batch, rows, channels = change.shape
+    own = change.reshape(-1, channels).index_select(0, _flat(partition.group, rows))
+    return x + own.view(batch, -1, channels)
+
+
+def _flat(group: Tensor, rows: int) -> Tensor:
+    """Row numbers into the compact sets of all images laid end to end: whole rows are copied, not single elements."""
+    offset = torch.arange(0, group.shape[0] * rows, rows, device=group.device).unsqueeze(1)
+    return (group + offset).flatten()
+
+
+def merge_positions(table: Tensor, partition: Partition, prefix: int) -> Tensor:
+    """A positional input per patch token, averaged like the tokens.
+
+    Rotary embeddings act linearly through their table of sines and cosines, so the mean over a row's places is what
+    its mean token would see on average.
+
+    Args:
+        table: `(N, D)`, `(H, N, D)` (one per head), or with a batch axis before `(B, 1, N, D)` or `(B, H, N, D)`.
+        prefix: `P`; the table has no entries for prefix tokens.
+
+    Returns:
+        `(B, 1 or H, M - P, D)`.
+    """
+    batch = partition.group.shape[0]
+    while table.dim() < 4:
+        table = table.unsqueeze(0)
+    heads, patches, channels = table.shape[1:]
+    tokens = table.transpose(1, 2).reshape(-1, patches, heads * channels).expand(batch, -1, -1)
+    compact = merge(F.pad(tokens, (0, 0, prefix, 0)), partition)[:, prefix:]
+    return compact.view(batch, -1, heads, channels).transpose(1, 2)
+
+
+def spread_attention(weights: Tensor, partition: Partition) -> Tensor:
+    """Attention between the rows of a compact set, as attention between all tokens.
+
+    A token attends as its row does, and a row's share is split among its tokens as they are in the row's mean. Tokens
+    that nothing stands for neither attend nor are attended to: zeros.
+
+    Args:
+        weights: `(B, H, M, M)`, rows sum to 1.
+
+    Returns:
+        `(B, H, T, T)`, rows sum to 1 but for those zeros.
+    """
+    batch, heads = weights.shape[:2]
+    group = partition.group[:, None]
+    tokens = group.shape[-1]
+    padded = weights if partition.complete else F.pad(weights, (0, 1, 0, 1))
+    rows = padded.gather(2, group.unsqueeze(-1).expand(batch, heads, tokens, padded.shape[-1]))
+    full = rows.gather(3, group.unsqueeze(2).expand(batch, heads, tokens, tokens))
+    return full * partition.weight[:, None, None].to(full.dtype)

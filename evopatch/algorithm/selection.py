@@ -1,0 +1,92 @@
+"""Which tokens are slow, and whom the fast ones follow."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UnsupportedInputError
+from .importance import detached
+from .partition import Partition, with_prefix
+
+
+def num_slow(num_patches: int, keep_ratio: float) -> int:
+    """`K`, a fixed function of the number of patch tokens and the keep ratio, at least 1 and less than `N`.
+
+    Raises:
+        UnsupportedInputError: With fewer than two patch tokens there is nothing to choose from.
+    """
+    if num_patches < 2:
+        raise UnsupportedInputError(
+            f"{num_patches} patch token(s): expected at least 2 to split them into slow and fast ones; "
+            "use a larger image or keep_ratio=1.0"
+        )
+    return min(max(1, int(num_patches * keep_ratio + 0.5)), num_patches - 1)
+
+
+def select_top(g: Tensor, keep: int, prefix: int, representative: bool) -> Partition:
+    """The paper's selection (section 3.2): the `K` patch tokens of largest accumulated class attention are slow.
+
+    Args:
+        g: `(B, N)` float32.
+        keep: `K`, less than `N`.
+        prefix: `P`.
+        representative: True: the fast tokens share one row, their mean weighted by `g` (equation 5).
+            False: nothing stands in for them.
+    """
+    batch = g.shape[0]
+    index = g.topk(keep, dim=1, sorted=False).indices
+    slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, 1)
+    order = torch.arange(keep, device=g.device).expand(batch, keep)
+    group = torch.full_like(g, keep, dtype=torch.int64).scatter(1, index, order)
+    fast = torch.where(slow, 0.0, g.clamp_min(torch.finfo(g.dtype).tiny))
+    weight = fast / fast.sum(1, keepdim=True) if representative else torch.zeros_like(g)
+    weight = torch.where(slow, 1.0, weight)
+    group, weight = with_prefix(group, prefix), F.pad(weight, (prefix, 0), value=1.0)
+    return Partition(group, weight, slow, None, prefix + keep + representative, index, complete=representative)
+
+
+def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance: float) -> Partition:
+    """Matched representatives: every fast token joins the slow token most similar to it.
+
+    What would be lost if token `i` were fast is its importance times how little of it a *more important* token
+    already says: `g_i ** importance * (1 - max_{j: g_j > g_i} <f_i, f_j>)`, with `f` the normalised metric. The `K`
+    tokens of largest loss are slow. A group's row is the mean of its members weighted by `sqrt(g)`.
+
+    Args:
+        g: `(B, N)` float32.
+        metric: `(B, N, C)`, what the tokens are compared by.
+        keep: `K`, less than `N`.
+        prefix: `P`.
+        importance: The exponent, at least 0.
+    """
+    batch, patches = g.shape
+    unit = F.normalize(detached(metric), dim=-1)
+    # In pieces of so many rows that they need less memory than a block's MLP, however many tokens there are.
+    step = 2 * unit.shape[-1]
+    redundancy = []
+    for rows, own in zip(unit.split(step, dim=1), g.split(step, dim=1), strict=True):
+        similarity = rows @ unit.transpose(1, 2)
+        less_important = g.unsqueeze(1) <= own.unsqueeze(2)
+        redundancy.append(similarity.masked_fill(less_important, torch.finfo(similarity.dtype).min).amax(dim=-1))
+    most = redundancy[0] if len(redundancy) == 1 else torch.cat(redundancy, dim=1)
+    weighted = g.pow(importance)
+    loss = torch.addcmul(weighted, weighted, most.float(), value=-1)
+    index = loss.topk(keep, dim=1, sorted=False).indices
+    slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, 1)
+    # The similarity to the slow tokens only: the arg max is the row of the compact set.
+    if patches <= step:
+        group = similarity.gather(2, index.unsqueeze(1).expand(batch, patches, keep)).argmax(dim=-1)
+    else:
+        slow_unit = unit.gather(1, index.unsqueeze(2).expand(batch, keep, unit.shape[-1])).transpose(1, 2)
+        group = torch.cat([(rows @ slow_unit).argmax(dim=-1) for rows in unit.split(step, dim=1)], dim=1)
+    order = torch.arange(keep, device=g.device).expand(batch, keep)
+    group = with_prefix(group.scatter(1, index, order), prefix)
+    share = g.clamp_min(torch.finfo(g.dtype).tiny).sqrt()
+    if prefix:
+        share = F.pad(share, (prefix, 0), value=1.0)
+    total = share.new_zeros(batch, prefix + keep)
+    size = total.scatter_add(1, group, torch.ones_like(share))
+    weight = share / total.scatter_add(1, group, share).gather(1, group)
+    return Partition(group, weight, slow, size.log(), prefix + keep, index)

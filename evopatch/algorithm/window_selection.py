@@ -1,0 +1,141 @@
+"""Which windows, or which tokens inside windows, are slow, and who stands in for the others.
+
+Swin's blocks attend inside windows, so a compact set has to be whole windows of equally many rows. This is the
+project's own extension; the paper has no windowed models. Two ways to get there, both of them a `Partition` over the
+tokens in raster order, whose rows lie window by window:
+
+* Windows are slow or fast as a whole (`select_windows`); the compact set is some of the windows.
+* All windows stay, and inside each the tokens are matched (`match_tokens`); the compact set is smaller windows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .partition import Partition
+from .windows import Windows, in_windows
+
+TIE = 1e-4
+"""Sums of up to some hundred cosines that differ by less count as equal."""
+
+
+class WindowPartition(NamedTuple):
+    """Who goes through a windowed block for whom."""
+
+    partition: Partition
+    """Over the tokens in raster order; its rows are those of the first window, then of the second, and so on."""
+    windows: int
+    """`W`."""
+    place: Tensor | None
+    """`(B, W, R)` int64: the place in its window that a row stands at; None: the `A` places of a whole window."""
+    window: Tensor | None
+    """`(B, K)` int64: the windows that are slow; None: all windows are in the compact set."""
+    share: Tensor | None
+    """`(B, V)` float32: each window's share in the representative window, the last one; None: there is none."""
+    held: Tensor | None
+    """`(B, W, R)` bool, False where a row stands for no token but for padding; None: all stand for tokens."""
+
+
+def window_novelty(metric: Tensor, tokens: Tensor, windows: Windows) -> Tensor:
+    """How little of a window another one already says: `1 - max_{w not v} <f_v, f_w>`.
+
+    Args:
+        metric: `(B, N, C)`, what the windows are compared by, place by place.
+        tokens: `(V * A,)`.
+        windows: How the map is cut, into at least two.
+
+    Returns:
+        `(B, V)` float32 with `f` the normalised metric of all places of a window.
+    """
+    unit = F.normalize(in_windows(metric, tokens, windows).flatten(2), dim=-1)
+    similarity = unit @ unit.transpose(1, 2)
+    itself = torch.eye(windows.number, device=metric.device, dtype=torch.bool)
+    return 1.0 - similarity.masked_fill(itself, -1.0).amax(dim=-1).float()
+
+
+def select_windows(
+    loss: Tensor, importance: Tensor, keep: int, places: Tensor, windows: Windows, representative: bool
+) -> WindowPartition:
+    """The `K` windows that would lose most are slow.
+
+    Args:
+        loss: `(B, V)` float32, what would be lost if a window were fast.
+        importance: `(B, V)` float32, at least 0.
+        keep: `K`, less than `V`.
+        places: `(N,)`.
+        windows: How the map is cut.
+        representative: True: the fast windows share one more window, place by place their mean weighted by importance
+            (equation 5 for every place). False: nothing stands in for them.
+    """
+    batch, area = loss.shape[0], windows.area
+    index = loss.topk(keep, dim=1, sorted=False).indices
+    order = torch.arange(keep, device=loss.device).expand(batch, keep)
+    row = torch.full(loss.shape, keep, device=loss.device).scatter(1, index, order)
+    importance = importance.clamp_min(torch.finfo(importance.dtype).tiny)
+    share = torch.where(row == keep, importance, 0.0)
+    share = share / share.sum(1, keepdim=True)
+    window, place = places.div(area, rounding_mode="floor"), places.remainder(area)
+    own_row = row.index_select(1, window)
+    slow = own_row < keep
+    group = own_row * area + (place if representative else torch.where(slow, place, 0))
+    weight = share.index_select(1, window)
+    # Where the map is padded, some places hold a token in few of the windows.
+    total = torch.zeros(batch, area, device=loss.device).index_add(1, place, weight).index_select(1, place)
+    weight = torch.where(slow, 1.0, weight / total if representative else 0.0)
+    count = keep + representative
+    held = None
+    if windows.padded:
+        held = torch.zeros(batch, (keep + 1) * area, device=loss.device).scatter(1, group, 1.0).bool()
+        held = held[:, : count * area].view(batch, count, area)
+    partition = Partition(group, weight, slow, None, count * area, complete=representative)
+    return WindowPartition(partition, count, None, index, share if representative else None, held)
+
+
+def match_tokens(metric: Tensor, keep: int, places: Tensor, windows: Windows, mask: Tensor | None) -> WindowPartition:
+    """Matched representatives inside every window: each fast token joins the slow token of its window most like it.
+
+    What would be lost if a token were fast is how little of it an earlier one of its window already says,
+    `1 - max_{j before i} <f_i, f_j>`, with `f` the normalised metric. First come the tokens that are most like all of
+    their window. The `K` tokens of each window that would lose most are slow. A group's row is the mean of its members,
+    and weighs in attention by its size. Where the map is padded, the padding of each window is one more row.
+
+    Args:
+        metric: `(B, N, C)`, what the tokens are compared by.
+        keep: `K`, less than `A`; with a mask at least as many as there are regions in a window, 4.
+        places: `(N,)`.
+        windows: How the map is cut.
+        mask: `(V, A, A)`, 0 where two tokens attend to each other: only such tokens share a group. None: all do.
+    """
+    batch, number = metric.shape[:2]
+    count, area = windows.number, windows.area
+    tokens = windows.tokens(places)
+    unit = in_windows(F.normalize(metric, dim=-1), tokens, windows)
+    similarity = unit @ unit.transpose(2, 3)
+    lowest = torch.finfo(similarity.dtype).min
+    # Equal tokens, as in a plain background, need an order too: all but the first of them are redundant.
+    typical = similarity.sum(dim=-1, dtype=torch.float32) - TIE * torch.arange(area, device=metric.device)
+    if mask is not None:
+        similarity = similarity.masked_fill(mask != 0, lowest)
+    not_before = typical.unsqueeze(3) >= typical.unsqueeze(2)
+    redundancy = similarity.masked_fill(not_before, lowest).amax(dim=-1)
+    is_token = (tokens < number).view(count, area)
+    if windows.padded:
+        redundancy = redundancy.masked_fill(~is_token, torch.inf)
+    index = redundancy.topk(keep, dim=2, largest=False, sorted=False).indices
+    leader = similarity.gather(3, index.unsqueeze(2).expand(batch, count, area, keep)).argmax(dim=-1)
+    leader = leader.scatter(2, index, torch.arange(keep, device=metric.device).expand(batch, count, keep))
+    rows = keep + windows.padded
+    window = torch.arange(count, device=metric.device).view(count, 1)
+    group = (leader + rows * window).flatten(1).index_select(1, places)
+    size = torch.zeros(batch, count * rows, device=metric.device)
+    size = size.scatter_add(1, group, torch.ones_like(group, dtype=size.dtype))
+    slow = torch.zeros(batch, count, area, device=metric.device).scatter(2, index, 1.0).bool()
+    partition = Partition(
+        group, size.gather(1, group).reciprocal(), slow.flatten(1).index_select(1, places), size.log(), count * rows
+    )
+    held = (size > 0).view(batch, count, rows) if windows.padded else None
+    return WindowPartition(partition, count, place=index, window=None, share=None, held=held)

@@ -1,0 +1,77 @@
+"""What an architecture says about one host module: where its blocks are, and which tokens are which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..plan import TAPER
+from ..rewrite.graph import TraceSpec
+
+Block = tuple[str, ...]
+"""Paths of the modules that make up one block, from the host: the first holds the attention core, the others run after
+it, one on the output of the other."""
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """What there is to know of a host whose stages have coarser and coarser grids."""
+
+    grids: tuple[tuple[int, int], ...]
+    """Rows and columns of patch tokens in each stage."""
+    kernel: int
+    """Accumulated class attention goes to the coarser grid, of every second token, as the mean over a square of so many
+    tokens a side."""
+
+    def check(self, name: str) -> None:
+        """
+        Args:
+            name: The host's, fully qualified.
+
+        Raises:
+            UnsupportedModelError: Unless each grid is half as fine as the one before.
+        """
+        for finer, coarser in zip(self.grids, self.grids[1:], strict=False):
+            expected = tuple(-(-side // 2) for side in finer)
+            if coarser != expected:
+                raise UnsupportedModelError(
+                    f"{name} has stages with grids of {self.grids}: expected {expected} after {finer}, every second "
+                    "token, to carry class attention from one to the next. Leave the model unpatched"
+                )
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """One host module: the module whose forward walks over the attention blocks."""
+
+    blocks: str | tuple[tuple[Block, ...], ...]
+    """Path of the container that holds the blocks, such as `"blocks"`; or the blocks of each stage of a pyramid."""
+    prefix: int
+    """`P`: how many prefix tokens (class, distillation, registers) precede the patch tokens."""
+    readout: int
+    """How many of the first prefix tokens the head reads; 0 where it averages the patch tokens."""
+    trace: TraceSpec = field(default_factory=TraceSpec)
+    token_inputs: tuple[str, ...] = ()
+    """Those of the block's inputs that have one entry per patch token, such as a rotary table: averaged per group."""
+    received: bool = False
+    """With a `readout` of 0 rank patch tokens by the attention that they receive, averaged over queries and heads:
+    their share in the pooled output of the attention. False: by the mean query's, which needs no attention weights."""
+    taper: float = TAPER
+    """How much less the last run of blocks keeps than the first, see `plan.plan_blocks`."""
+    caches: tuple[str, ...] = ()
+    """Attributes of modules in the host that hold a dict of what they computed from their weights, and keep it when the
+    weights change: such as LeViT's position biases."""
+    pyramid: Pyramid | None = None
+    """None for a flat model."""
+    channels_first: bool = False
+    """Blocks take `(B, C, h, w)` instead of `(B, T, C)`."""
+
+    def stages(self, host: nn.Module) -> tuple[tuple[Block, ...], ...]:
+        """The blocks of each stage; a flat model has one."""
+        if not isinstance(self.blocks, str):
+            return self.blocks
+        container: Any = host.get_submodule(self.blocks)
+        return (tuple((f"{self.blocks}.{index}",) for index in range(len(container))),)

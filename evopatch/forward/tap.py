@@ -1,0 +1,159 @@
+"""What a block's attention core calls while the block runs on a slow-fast forward.
+
+The generated block code (`graph.py`) hands its attention core to an `AttentionTap`: fused attention stays in use, the
+class attention is computed beside it, position biases are averaged for the compact set, and groups weigh by size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..algorithm.bias import merge_bias
+from ..algorithm.importance import class_attention, default_scale
+from ..algorithm.partition import Partition
+from ..errors import UnsupportedInputError
+
+
+class AttentionTap:
+    """One block's run in one forward pass.
+
+    Args:
+        prefix: `P`, the number of prefix tokens.
+        readout: How many of the first prefix tokens the head reads; 0 where it averages the patch tokens.
+        partition: Of the compact set that goes through the block, None if all tokens do.
+        observe: Compute the class attention.
+        received: With a `readout` of 0 and materialised attention weights, take the attention that a token receives
+            instead of the mean query's.
+    """
+
+    def __init__(
+        self, prefix: int, readout: int, partition: Partition | None, observe: bool, received: bool = False
+    ) -> None:
+        self.prefix = prefix
+        self.readout = readout
+        self.partition = partition
+        self.observe = observe
+        self.received = received
+        self.used = False
+        """Whether an attention core called."""
+        self._observed: list[Tensor] = []
+        self._sizes_added = False
+
+    def class_attention(self) -> Tensor:
+        """`(B, M)` float32, the mean over the block's attention cores."""
+        total = self._observed[0]
+        for attention in self._observed[1:]:
+            total = total + attention
+        return total / len(self._observed)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Stands where the block calls `scaled_dot_product_attention`; `attn_mask` is a position bias.
+
+        Args:
+            query: `(B, H, M, D)`, key and value likewise.
+        """
+        if is_causal:
+            raise UnsupportedInputError("causal attention in a patched block: slow and fast tokens have no order")
+        bias = self.prepare(query, key, attn_mask, scale)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale, **kwargs
+        )
+
+    def prepare(
+        self, query: Tensor, key: Tensor, bias: Tensor | None = None, scale: float | None = None
+    ) -> Tensor | None:
+        """Observe the class attention where it is wanted.
+
+        Args:
+            query: `(B, H, M, D)`, key likewise.
+            bias: Position bias for all tokens, `(1 or B, H, T, T)`.
+            scale: Factor on the logits; None: `D ** -0.5`.
+
+        Returns:
+            What to add to the logits of the compact set, broadcastable to `(B, H, M, M)`, or None.
+        """
+        self.used = True
+        bias = self._bias(bias, query)
+        if self.observe:
+            self._observe(query, key, default_scale(query) if scale is None else scale, bias)
+        return bias
+
+    def position_bias(self, bias: Tensor) -> Tensor:
+        """Stands around the position bias that a block adds to its logits before it calls `softmax`.
+
+        Args:
+            bias: For all tokens, `(H, T, T)`.
+
+        Returns:
+            For those that go through the block, log sizes included: `(H, T, T)` or `(B, H, M, M)`.
+        """
+        if self.partition is None:
+            return bias
+        merged = self._bias(bias.unsqueeze(0), bias)
+        assert merged is not None
+        self._sizes_added = True
+        return merged
+
+    def softmax(self, logits: Tensor, dim: int = -1, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Tensor:
+        """Stands where a block takes the softmax of its `(B, H, M, M)` attention logits."""
+        self.used = True
+        bias = None if self._sizes_added else self._bias(None, logits)
+        if bias is not None:
+            logits = logits + bias
+        probabilities = logits.softmax(dim, dtype=dtype)
+        if self.observe:
+            if self.readout:
+                observed = probabilities[:, :, : self.readout].detach().float()
+            elif self.received:
+                share = self._share(logits[:, 0]).unsqueeze(1).to(probabilities.dtype)
+                observed = (share @ probabilities[:, :, self.prefix :].detach()).float()
+            else:
+                # Logits are linear in the query: their mean is the mean query's, as `attend` takes it.
+                share = self._share(logits[:, 0]).unsqueeze(1).to(logits.dtype)
+                observed = (share @ logits[:, :, self.prefix :].detach()).softmax(-1, dtype=torch.float32)
+            self._observed.append(observed.mean((1, 2)))
+        return probabilities
+
+    def _bias(self, bias: Tensor | None, like: Tensor) -> Tensor | None:
+        if self.partition is None:
+            return bias
+        if bias is not None:
+            bias = merge_bias(bias, self.partition).to(like.dtype)
+        if self.partition.log_size is not None:
+            log_size = self.partition.log_size.to(like.dtype)
+            log_size = log_size.view(log_size.shape[0], 1, 1, -1)
+            # In place: the merged bias is nobody else's, and may be the largest tensor of a block.
+            bias = log_size if bias is None else bias.add_(log_size)
+        return bias
+
+    def _share(self, like: Tensor) -> Tensor:
+        """`(B, 1, M - P)`: each patch row's share in the pooled output, by its size."""
+        if self.partition is None or self.partition.log_size is None:
+            rows = like.shape[1] - self.prefix
+            return like.new_full((like.shape[0], 1, rows), 1.0 / rows)
+        return self.partition.log_size[:, None, self.prefix :].softmax(-1)
+
+    def _observe(self, query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> None:
+        rows: slice
+        share: Tensor | None
+        if self.readout:
+            rows, share = slice(self.readout), None
+        else:
+            rows, share = slice(self.prefix, None), self._share(query[:, 0]).squeeze(1)
+        if bias is not None and bias.shape[-2] > 1:
+            bias = bias[:, :, rows]
+        self._observed.append(class_attention(query[:, :, rows], key, scale, bias, share))

@@ -1,0 +1,1 @@
+"""What a patched model costs and gains: FLOPs, memory, time, accuracy, pictures."""

@@ -1,0 +1,147 @@
+"""FLOPs, tokens and memory of a patched model against the unpatched one, measured on real forwards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import EvoConfig
+from ..patching.handle import Patched, shared_copy
+from ..patching.inspect import block_maps
+from .memory import peak_memory, saved_for_backward
+
+
+@dataclass(frozen=True)
+class BlockProfile:
+    """One block, for one image: FLOPs (two per multiply-add), the patch tokens that went through one by one, and the
+    bytes that its forward keeps for the backward pass."""
+
+    flops: int
+    flops_unpatched: int
+    tokens: int
+    tokens_unpatched: int
+    activations: int
+    activations_unpatched: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One image through a patched model and through the same model unpatched; FLOPs, two per multiply-add."""
+
+    blocks: tuple[BlockProfile, ...]
+    flops: int
+    """Whole model, selection included."""
+    flops_unpatched: int
+    activations: int
+    """Bytes that the whole model's forward keeps for the backward pass."""
+    activations_unpatched: int
+    memory: int
+    """Peak bytes of a forward without gradients, beyond weights and input; see `measure.memory.peak_memory`."""
+    memory_unpatched: int
+
+    @property
+    def ratio(self) -> float:
+        """FLOPs of the whole model relative to unpatched."""
+        return self.flops / self.flops_unpatched
+
+    @property
+    def blocks_ratio(self) -> float:
+        """FLOPs of the blocks, selection included, relative to unpatched: all but embedding and head."""
+        unpatched = sum(block.flops_unpatched for block in self.blocks)
+        return (self.flops - self.flops_unpatched + unpatched) / unpatched
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self) | {"ratio": self.ratio, "blocks_ratio": self.blocks_ratio}
+
+
+def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
+    """Measure one image, patched and unpatched, in eval mode.
+
+    Args:
+        model: A model that takes images and holds one patched host, or is one.
+        input_size: `(channels, height, width)` in pixels.
+
+    Raises:
+        NotPatchedError: If nothing in the model is patched.
+        UnsupportedModelError: If several hosts in it are patched.
+    """
+    handle = Patched(model)
+    model = handle.model
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    maps = block_maps(model, image)
+    names = handle.host.blocks()
+    patched = _measure(handle.at(handle.config), image, names)
+    unpatched = _measure(handle.at(EvoConfig(keep_ratio=1.0)), image, names)
+    profiles = [
+        BlockProfile(
+            flops=patched.block_flops[index],
+            flops_unpatched=unpatched.block_flops[index],
+            tokens=int(slow.sum()),
+            tokens_unpatched=slow.numel(),
+            activations=patched.block_activations[index],
+            activations_unpatched=unpatched.block_activations[index],
+        )
+        for index, (slow, _) in enumerate(maps)
+    ]
+    return Profile(
+        blocks=tuple(profiles),
+        flops=patched.flops,
+        flops_unpatched=unpatched.flops,
+        activations=patched.activations,
+        activations_unpatched=unpatched.activations,
+        memory=patched.memory,
+        memory_unpatched=unpatched.memory,
+    )
+
+
+def count_flops(call: Callable[[], object]) -> tuple[int, dict[str, int]]:
+    """FLOPs of a call, two per multiply-add: in all, and by module with its path below the root module's class name."""
+    # Imports triton, a quarter of a second.
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+    aten: Any = torch.ops.aten
+    on_cpu: dict[Any, Callable[..., int]] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    # torch before 2.15 doesn't count them.
+    missing = {operator: formula for operator, formula in on_cpu.items() if operator not in flop_registry}
+    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
+        call()
+    return counter.get_total_flops(), {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    flops: int
+    block_flops: list[int]
+    activations: int
+    block_activations: list[int]
+    memory: int
+
+
+def _measure(model: nn.Module, image: Tensor, blocks: list[list[str]]) -> _Measured:
+    with torch.no_grad():
+        flops, by_module = count_flops(lambda: model(image))
+        memory = peak_memory(lambda: model(image), image.device)
+    root = type(model).__name__
+    # All weights take gradients: a frozen layer would keep nothing.
+    paths = [path for block in blocks for path in block]
+    activations, kept = saved_for_backward(shared_copy(model, requires_grad=True), image, paths)
+    kept_by = dict(zip(paths, kept, strict=True))
+    return _Measured(
+        flops,
+        [sum(by_module[f"{root}.{path}"] for path in block) for block in blocks],
+        activations,
+        [sum(kept_by[path] for path in block) for block in blocks],
+        memory,
+    )

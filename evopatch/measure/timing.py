@@ -1,0 +1,118 @@
+"""Times of several calls, alternating in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import EvoConfig
+from ..patching.handle import Patched
+from .accuracy import logits_of
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians over the rounds."""
+
+    patched: float
+    """Images per second."""
+    unpatched: float
+    """Images per second."""
+    ratio: float
+    """Median of the rounds' ratios, patched over unpatched: above 1 is faster."""
+
+
+def alternate(
+    calls: Mapping[Key, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    warm_up: int = 1,
+    on_round: Callable[[], object] = lambda: None,
+) -> dict[Key, list[float]]:
+    """Time calls in turn, so that a machine whose speed drifts slows all of them alike.
+
+    Args:
+        calls: What to time, by name.
+        device: Waited for before and after each call.
+        rounds: Timed calls of each.
+        warm_up: Calls of each before.
+        on_round: Called after each round, the warm-up's included.
+
+    Returns:
+        Seconds, one entry per round.
+    """
+    seconds: dict[Key, list[float]] = {key: [] for key in calls}
+    for step in range(warm_up + rounds):
+        for key, call in calls.items():
+            _synchronise(device)
+            begin = time.perf_counter()
+            call()
+            _synchronise(device)
+            if step >= warm_up:
+                seconds[key].append(time.perf_counter() - begin)
+        on_round()
+    return seconds
+
+
+@torch.no_grad()
+def compare_speed(model: nn.Module, batch: Tensor, rounds: int = 5, warm_up: int = 1) -> Speed:
+    """Forwards of a patched model against those of itself at `keep_ratio=1`, which are the unpatched ones.
+
+    Args:
+        model: A patched model; timed in eval mode, with its first host's configuration.
+        batch: Images `(B, 3, height, width)` on the model's device.
+        rounds: Timed forwards of each side.
+        warm_up: Forwards of each side before.
+    """
+    patched = Patched(model)
+    own, unpatched = patched.at(patched.config), patched.at(EvoConfig(keep_ratio=1.0))
+    return _compare(partial(own, batch), partial(unpatched, batch), batch, rounds, warm_up)
+
+
+def compare_training_speed(model: nn.Module, batch: Tensor, rounds: int = 5, warm_up: int = 1) -> Speed:
+    """The same for forward and backward in train mode, on a copy of a classifier.
+
+    Args:
+        model: A patched classifier of timm or transformers.
+        batch: Images `(B, 3, height, width)` on the model's device.
+        rounds: Timed steps of each side.
+        warm_up: Steps of each side before.
+    """
+
+    def side(config: EvoConfig) -> Callable[[], None]:
+        trained = Patched(model).copy(requires_grad=True).train()
+        Patched(trained).set_config(config)
+
+        def step() -> None:
+            logits_of(trained(batch)).float().logsumexp(1).sum().backward()
+            trained.zero_grad()
+
+        return step
+
+    return _compare(side(Patched(model).config), side(EvoConfig(keep_ratio=1.0)), batch, rounds, warm_up)
+
+
+def _compare(
+    patched: Callable[[], object], unpatched: Callable[[], object], batch: Tensor, rounds: int, warm_up: int
+) -> Speed:
+    seconds = alternate({"patched": patched, "unpatched": unpatched}, batch.device, rounds, warm_up)
+    pairs = zip(seconds["unpatched"], seconds["patched"], strict=True)
+    return Speed(
+        patched=len(batch) / statistics.median(seconds["patched"]),
+        unpatched=len(batch) / statistics.median(seconds["unpatched"]),
+        ratio=statistics.median(slow / fast for slow, fast in pairs),
+    )
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

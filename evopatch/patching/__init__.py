@@ -1,0 +1,1 @@
+"""Patching models in place and back: adapters, what a patched model is, saving it."""

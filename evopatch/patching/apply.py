@@ -1,0 +1,168 @@
+"""Patch a model in place and back: look, check everything, then change it."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..config import EvoConfig
+from ..errors import AlreadyPatchedError, ConfigError, SpeedWarning, UnsupportedModelError
+from ..forward.tokens import HostState
+from . import changes, registry
+from .adapter import Adapter
+from .changes import Change
+from .handle import Patched, unpatch
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, config: EvoConfig | None = None) -> Model:
+    """Rewrite a model's blocks into slow-fast two-stream blocks, in place.
+
+    State-dict keys, parameters and `isinstance` stay as they are; `remove` undoes it.
+
+    Args:
+        model: A supported model, or one that holds supported ones as submodules: each of them is patched.
+        keep_ratio: Share of the patch tokens that are slow, in (0, 1]; overrides the one in `config`. Default 0.5.
+        config: All other settings.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ConfigError: If a setting is outside its range or doesn't fit the model's depth.
+        UnsupportedModelError: If nothing in the model can be patched, or a variant is refused; says why.
+        AlreadyPatchedError: If the model, or a part of it, is patched already.
+
+    In every case of an error the model is left untouched. For an architecture that doesn't get faster in some setting
+    (LeViT at batch 1) there is a `SpeedWarning`, once in a program.
+    """
+    if config is None:
+        config = EvoConfig()
+    elif not isinstance(config, EvoConfig):
+        raise ConfigError(f"config is a {type(config).__name__}: expected an evopatch.EvoConfig")
+    if keep_ratio is not None:
+        config = dataclasses.replace(config, keep_ratio=keep_ratio)
+    hosts = _hosts(model)
+    planned = [change for name, host, adapter in hosts for change in _plan(name, host, adapter, config)]
+    changes.check(planned)
+    for notice in dict.fromkeys(adapter.notice for _, _, adapter in hosts if adapter.notice):
+        _say_once(notice)  # before the first change, as warnings may be errors
+    changes.make(planned)
+    return model
+
+
+@cache
+def _say_once(notice: str) -> None:
+    warnings.warn(notice, SpeedWarning, stacklevel=3)
+
+
+def remove(model: Model) -> Model:
+    """Undo `apply`: bit-identical results, the same parameter objects.
+
+    Raises:
+        NotPatchedError: If nothing in the model is patched.
+        UnsupportedModelError: If something else changed a patched module's class since; the model stays as it is.
+    """
+    return unpatch(model)
+
+
+@contextmanager
+def patched(
+    model: Model, keep_ratio: float | Sequence[float] | None = None, config: EvoConfig | None = None
+) -> Iterator[Model]:
+    """`apply` on entering, `remove` on leaving, also after an exception. Arguments and errors as for `apply`."""
+    apply(model, keep_ratio, config)
+    try:
+        yield model
+    finally:
+        remove(model)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, is patched."""
+    return any("_evo_state" in module.__dict__ for module in model.modules())
+
+
+def supported(model: nn.Module) -> bool:
+    """Whether `apply` would take this model with the default settings."""
+    try:
+        changes.check(
+            [change for name, host, adapter in _hosts(model) for change in _plan(name, host, adapter, EvoConfig())]
+        )
+    except (UnsupportedModelError, AlreadyPatchedError, ConfigError):
+        return False
+    return True
+
+
+def config_of(model: nn.Module) -> EvoConfig:
+    """The configuration of a patched model.
+
+    Raises:
+        NotPatchedError: If nothing in the model is patched.
+    """
+    return Patched(model).config
+
+
+def set_keep_ratio(model: nn.Module, keep_ratio: float | Sequence[float]) -> None:
+    """Change the keep ratio of a patched model. 1.0 is exactly the original forward.
+
+    Args:
+        model: A patched model.
+        keep_ratio: One number, or one per run of blocks.
+
+    Raises:
+        ConfigError: If it is outside (0, 1] or the number of ratios doesn't fit; the old one stays then.
+        NotPatchedError: If nothing in the model is patched.
+    """
+    Patched(model).set_keep_ratio(keep_ratio)
+
+
+def set_config(model: nn.Module, config: EvoConfig) -> None:
+    """Change all settings of a patched model.
+
+    Raises:
+        ConfigError: If the configuration doesn't fit the model; the old one stays then.
+        NotPatchedError: If nothing in the model is patched.
+    """
+    Patched(model).set_config(config)
+
+
+def _hosts(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a torch.nn.Module: expected a model to patch")
+    for name, module in model.named_modules():
+        if "_evo_state" in module.__dict__:
+            raise AlreadyPatchedError(
+                f"'{name or type(module).__name__}' is already patched: use evopatch.set_keep_ratio or "
+                "evopatch.set_config to change it, or evopatch.remove(model) first"
+            )
+    hosts = registry.find_hosts(model)
+    if not hosts:
+        raise UnsupportedModelError(_nothing_found(model))
+    return hosts
+
+
+def _nothing_found(model: nn.Module) -> str:
+    served = sorted({_full_name(cls) for adapter in registry.adapters() for cls in adapter.hosts()})
+    text = (
+        f"found nothing to patch in {_full_name(type(model))}: no adapter serves it or any of its submodules. Leave it "
+        "unpatched, or write an adapter (docs/adapters.md). Served classes: "
+        f"{', '.join(served) or 'none, as no library with an adapter is imported'}"
+    )
+    return text + "".join(f". The adapter for {name} can't be used: {why}" for name, why in registry.failures().items())
+
+
+def _full_name(cls: type[Any]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _plan(name: str, host: nn.Module, adapter: Adapter, config: EvoConfig) -> list[Change]:
+    spec = adapter.inspect(host, name or type(host).__name__)
+    return adapter.plan(host, HostState(name, spec, spec.stages(host), config))

@@ -1,0 +1,98 @@
+"""Changing a model's modules in place, all of them or none, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..rewrite.classes import Swapped, is_last, restore, swap, swapped_class
+
+
+@dataclass(frozen=True)
+class Change:
+    """One module's change."""
+
+    module: nn.Module
+    mixin: type[Swapped] | None
+    """Goes before the module's class; None leaves the class alone."""
+    attributes: Mapping[str, Any]
+    """All named `_evo_...`."""
+    pre_hook: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any] | None = None
+    """A forward pre-hook, a function of the module, its arguments and keyword arguments."""
+
+
+def check(changes: Iterable[Change]) -> None:
+    """Everything that can fail about making changes, before the first of them.
+
+    Raises:
+        UnsupportedModelError: If a module would be changed twice, or its class can't be derived from.
+    """
+    seen: dict[int, str] = {}
+    for change in changes:
+        name = change.attributes.get("_evo_name", "")
+        if id(change.module) in seen:
+            raise UnsupportedModelError(
+                f"{name} is the same module as {seen[id(change.module)]}: expected a block of its own at every depth, "
+                "since each has its own plan"
+            )
+        seen[id(change.module)] = name
+        if change.mixin is None:
+            continue
+        try:
+            swapped_class(type(change.module), change.mixin)
+        except Exception as error:  # whatever a user's __init_subclass__ or metaclass raises
+            raise UnsupportedModelError(
+                f"{name or 'the model'} ({type(change.module).__module__}.{type(change.module).__qualname__}): no "
+                f"subclass of its class can be made, which patching needs: {type(error).__name__}: {error}"
+            ) from error
+
+
+def make(changes: Iterable[Change]) -> None:
+    """Make all changes, or after an exception none."""
+    made: list[nn.Module] = []
+    try:
+        for change in changes:
+            made.append(change.module)
+            if change.mixin is not None:
+                swap(change.module, change.mixin)
+            change.module.__dict__.update(change.attributes)
+            if change.pre_hook is not None:
+                change.module.register_forward_pre_hook(change.pre_hook, with_kwargs=True)
+                change.module.__dict__["_evo_pre_hook"] = change.pre_hook
+    except BaseException:
+        for module in made:
+            undo(module)
+        raise
+
+
+def check_undo(model: nn.Module) -> None:
+    """
+    Raises:
+        UnsupportedModelError: If something else changed a patched module's class since.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Swapped) and not is_last(type(module)):
+            raise UnsupportedModelError(
+                f"'{name or type(module).__name__}' got another class after evopatch.apply, {type(module)}: undo that "
+                "first, such as torch's parametrizations or fully_shard"
+            )
+
+
+def undo(module: nn.Module) -> None:
+    """Take back the change of one module, if there is one."""
+    _remove_pre_hook(module, module.__dict__.get("_evo_pre_hook"))
+    for key in [key for key in module.__dict__ if key.startswith("_evo_")]:
+        del module.__dict__[key]
+    if isinstance(module, Swapped):
+        restore(module)
+
+
+def _remove_pre_hook(module: nn.Module, hook: Any) -> None:
+    # By identity: the handle that registering returns doesn't survive deepcopy.
+    for key in [key for key, value in module._forward_pre_hooks.items() if hook is not None and value is hook]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -1,0 +1,126 @@
+"""What each block does in a forward pass: a configuration, for a model of some depth."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+from .config import EvoConfig
+from .errors import ConfigError
+
+# Late blocks bear fewer tokens than early ones: two runs at a mean keep ratio of 0.5 keep 0.63 and 0.37. What is
+# redundant changes fastest in the early blocks, so the first runs are the shortest: 3 and 5 of 8 blocks.
+TAPER = 0.26
+FIRST_RUN = 2
+
+
+class BlockPlan(NamedTuple):
+    """What one block does in a forward pass."""
+
+    keep_ratio: float
+    """Share of the patch tokens that go through the block one by one; 1.0 leaves the block as it is."""
+    selects: bool
+    """Slow and fast tokens are chosen anew before this block."""
+    ends: bool
+    """Slow and fast tokens are put back on the grid after this block."""
+    tradeoff: float | None
+    """Weight of this block's class attention in the accumulated one; None where nothing later reads it."""
+
+
+def plan_blocks(config: EvoConfig, *depths: int, taper: float = TAPER) -> tuple[BlockPlan, ...]:
+    """One plan per block.
+
+    Args:
+        config: What is asked for.
+        depths: How many blocks each stage of the model has; a flat model is one stage.
+        taper: By what share of the mean the first run keeps more and the last one less, where they taper.
+
+    Raises:
+        ConfigError: If a run starts beyond the depth or goes from one stage into the next, or the number of keep
+            ratios or tradeoffs doesn't fit.
+    """
+    depth = sum(depths)
+    firsts = _first_blocks(config, depths)
+    ratios = _keep_ratios(config, firsts, taper)
+    tradeoffs = _tradeoffs(config, depth)
+    keep = [1.0] * depth
+    selecting: set[int] = set()
+    for run, (first, ratio) in enumerate(zip(firsts, ratios, strict=True)):
+        end = firsts[run + 1] if run + 1 < len(firsts) else depth
+        keep[first:end] = [ratio] * (end - first)
+        if ratio < 1.0:
+            selecting.update(range(first, end) if config.selection == "layer" else [first])
+    last_selection = max(selecting, default=0)
+    return tuple(
+        BlockPlan(
+            keep_ratio=keep[i],
+            selects=i in selecting,
+            ends=keep[i] < 1.0 and (i + 1 == depth or i + 1 in selecting or i + 1 in firsts),
+            tradeoff=tradeoffs[i] if i < last_selection else None,
+        )
+        for i in range(depth)
+    )
+
+
+def _first_blocks(config: EvoConfig, depths: tuple[int, ...]) -> list[int]:
+    depth = sum(depths)
+    if depth < 2:
+        raise ConfigError(f"a model with {depth} block(s): expected at least 2, one to rank the tokens by")
+    begins = [sum(depths[:stage]) for stage in range(len(depths))]
+    if isinstance(config.stages, tuple):
+        firsts = list(config.stages)
+        if crossed := [begin for begin in begins if begin > firsts[0] and begin not in firsts]:
+            raise ConfigError(
+                f"stages={config.stages}: a run would go on from one stage of the model into the next, at block(s) "
+                f"{crossed} of stages with {depths} blocks; expected the first block of each stage among them"
+            )
+    else:
+        start = _start(config, depths)
+        runs = cast(int, config.stages or (2 if len(depths) == 1 else 1))
+        growth = 1 if config.schedule == "taper" else 0
+        firsts = []
+        for begin, length in zip(begins, depths, strict=True):
+            first, end = max(begin, start), begin + length
+            # A shallow model has fewer blocks left than the default number of runs asks for.
+            firsts += _run_starts(first, end, max(0, min(runs, end - first)), growth)
+        firsts = firsts or [start]
+    if firsts[-1] >= depth:
+        raise ConfigError(f"a run starts at block {firsts[-1]}, beyond the model's {depth} blocks (0 to {depth - 1})")
+    return firsts
+
+
+def _start(config: EvoConfig, depths: tuple[int, ...]) -> int:
+    depth = sum(depths)
+    if config.start is None:
+        return max(1, depth // 3 if len(depths) == 1 else depths[0] // 2)
+    return min(max(1, round(config.start * depth)), depth - 1) if isinstance(config.start, float) else config.start
+
+
+def _keep_ratios(config: EvoConfig, firsts: list[int], taper: float) -> list[float]:
+    runs = len(firsts)
+    if isinstance(config.keep_ratio, tuple):
+        if len(config.keep_ratio) != runs:
+            raise ConfigError(
+                f"{len(config.keep_ratio)} keep ratios {config.keep_ratio} for {runs} run(s) of blocks "
+                f"starting at {firsts}: give one per run, or one number"
+            )
+        return list(config.keep_ratio)
+    mean = cast(float, config.keep_ratio)
+    if config.schedule == "constant" or runs == 1:
+        return [mean] * runs
+    spread = min(taper * mean, 1.0 - mean)
+    return [mean + spread * (1.0 - 2.0 * run / (runs - 1)) for run in range(runs)]
+
+
+def _tradeoffs(config: EvoConfig, depth: int) -> list[float]:
+    if not isinstance(config.tradeoff, tuple):
+        return [cast(float, config.tradeoff)] * depth
+    if len(config.tradeoff) != depth:
+        raise ConfigError(f"{len(config.tradeoff)} tradeoffs for {depth} blocks: give one per block, or one number")
+    return list(config.tradeoff)
+
+
+def _run_starts(start: int, depth: int, runs: int, growth: int) -> list[int]:
+    lengths = [FIRST_RUN + growth * run for run in range(runs)]
+    starts = [start + round((depth - start) * sum(lengths[:i]) / sum(lengths)) for i in range(runs)]
+    # Rounding must not leave a run without a block.
+    return [max(first, start + i) for i, first in enumerate(starts)]

@@ -1,0 +1,1 @@
+"""Models, images and augmentation by name."""

@@ -1,0 +1,287 @@
+"""Classifiers by name for the command line, with their preprocessing: timm's names, and transformers' folders."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, ConfigError, UnsupportedModelError
+from .hub import no_retries
+
+
+class Classifier(NamedTuple):
+    """A model in eval mode and what turns a PIL image into its input."""
+
+    model: nn.Module
+    transform: Callable[[Any], Tensor]
+    input_size: tuple[int, int, int]
+    """`(channels, height, width)`."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    """How images are resized: `"bicubic"`, `"bilinear"` ..."""
+
+
+class Preprocessing(NamedTuple):
+    """What to change in the model's own preprocessing; None leaves it."""
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    image_size: int | None = None
+
+
+_OWN = Preprocessing()
+
+
+def open_classifier(
+    name: str,
+    checkpoint: Path | None = None,
+    num_classes: int | None = None,
+    preprocessing: Preprocessing = _OWN,
+    pretrained: bool = True,
+) -> Classifier:
+    """A classifier with pretrained weights.
+
+    Args:
+        name: A timm name, also `hf-hub:owner/name` and `local-dir:folder`, a folder that transformers or timm (or
+            `evopatch.save_pretrained`) wrote, or `owner/name` of a transformers model on the Hugging Face hub.
+        checkpoint: For timm names: weights in timm's layout.
+        num_classes: For a checkpoint with another head than the model's default.
+        preprocessing: Changes to the model's own.
+        pretrained: False for random weights, of a timm model.
+
+    Raises:
+        UnsupportedModelError: If there is no such model; names similar ones.
+        CheckpointError: If the weights are missing, unreadable, don't fit, or can't be downloaded.
+        ConfigError: If an argument isn't for this kind of model.
+    """
+    library, source = _library_and_source(name)
+    if library == "timm":
+        with no_retries():
+            return _timm_classifier(source, checkpoint, num_classes, preprocessing, pretrained)
+    only_timm: dict[str, Any] = {
+        "--checkpoint": checkpoint,
+        "--num-classes": num_classes,
+        "--crop-pct": preprocessing.crop_pct,
+    }
+    only_timm |= {"--image-size": preprocessing.image_size, "--no-pretrained": None if pretrained else False}
+    if given := [option for option, value in only_timm.items() if value is not None]:
+        raise ConfigError(f"{', '.join(given)}: only for timm models; '{name}' is a transformers model with its own")
+    with no_retries():
+        return _transformers_classifier(source, preprocessing)
+
+
+def _library_and_source(name: str) -> tuple[str, str]:
+    config = Path(name) / "config.json"
+    if config.is_file():
+        try:
+            values = json.loads(config.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{config} is damaged or no JSON: {error}") from error
+        return ("timm", f"local-dir:{name}") if "architecture" in values else ("transformers", name)
+    if Path(name).is_dir():
+        raise CheckpointError(f"{name} is a folder without config.json: expected one that transformers or timm wrote")
+    return "transformers" if "/" in name and ":" not in name else "timm", name
+
+
+def _transformers_classifier(name: str, preprocessing: Preprocessing) -> Classifier:
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    try:
+        # Resampling by PIL, as models are trained and evaluated with; that of tensors differs by rounding.
+        processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil")
+        loaded: Any = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"no image classifier could be loaded from '{name}': {_first_lines(error)}. Without network give "
+            "a local folder with config.json, weights and preprocessor_config.json; with it, a name on its hub"
+        ) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise CheckpointError(f"'{name}' holds no trained classifier: missing {sorted(info['missing_keys'])[:3]}")
+    own = {"image_mean": preprocessing.mean, "image_std": preprocessing.std}
+    changed = {key: list(value) for key, value in own.items() if value is not None}
+
+    def transform(image: Any) -> Tensor:
+        return cast(Tensor, processor(images=image, return_tensors="pt", **changed)["pixel_values"][0])
+
+    from PIL import Image
+
+    channels, height, width = transform(Image.new("RGB", (640, 480))).shape
+    normalises = getattr(processor, "do_normalize", True)
+    return Classifier(
+        model.eval(),
+        transform,
+        (channels, height, width),
+        mean=preprocessing.mean or (tuple(processor.image_mean) if normalises else (0.0,) * 3),
+        std=preprocessing.std or (tuple(processor.image_std) if normalises else (1.0,) * 3),
+        interpolation=Image.Resampling(getattr(processor, "resample", None) or Image.Resampling.BICUBIC).name.lower(),
+    )
+
+
+def _timm_classifier(
+    name: str, checkpoint: Path | None, num_classes: int | None, preprocessing: Preprocessing, pretrained: bool
+) -> Classifier:
+    import timm
+    import timm.data
+
+    _check_timm_name(name)
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    if checkpoint is not None:
+        model = _from_file(name, checkpoint, options)
+    else:
+        model = _pretrained(name, options) if pretrained else timm.create_model(name, pretrained=False, **options)
+    override: dict[str, Any] = {k: v for k, v in preprocessing._asdict().items() if v is not None}
+    if (size := override.pop("image_size", None)) is not None:
+        if not hasattr(model, "set_input_size"):
+            own = cast(Any, model).pretrained_cfg["input_size"][-1]
+            raise ConfigError(
+                f"--image-size {size}: the weights of {name} are for images of {own} px only, as its positions don't "
+                "interpolate; leave it out"
+            )
+        cast(Any, model).set_input_size(img_size=(size, size))
+        override["input_size"] = (3, size, size)
+    data = timm.data.resolve_data_config(override, model=model, use_test_size=False)
+    transform = timm.data.create_transform(**data, is_training=False)
+    size, mean, std = tuple(data["input_size"]), tuple(data["mean"]), tuple(data["std"])
+    return Classifier(model.eval(), transform, size, mean, std, data["interpolation"])
+
+
+def open_architecture(name: str, image_size: int | None = None) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A classifier with random weights, in eval mode, and its input's `(channels, height, width)`.
+
+    Args:
+        name: As for `open_classifier`.
+        image_size: In pixels. None: the model's own.
+
+    Raises:
+        UnsupportedModelError: If there is no such model; names similar ones.
+        CheckpointError: If its configuration is missing or can't be downloaded.
+        ConfigError: If the image size doesn't suit it.
+    """
+    library, source = _library_and_source(name)
+    with no_retries():
+        if library == "timm":
+            return _timm_architecture(source, image_size)
+        from transformers import AutoConfig, AutoModelForImageClassification
+
+        try:
+            config: Any = AutoConfig.from_pretrained(source)
+            if image_size is not None:
+                config.image_size = image_size
+            model = AutoModelForImageClassification.from_config(config)
+        except Exception as error:
+            raise CheckpointError(f"no image classifier could be made from '{name}': {_first_lines(error)}") from error
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return model.eval(), (config.num_channels, height, width)
+
+
+def _timm_architecture(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
+    import timm
+    import timm.data
+
+    _check_timm_name(name)
+    try:
+        model: Any = timm.create_model(name)
+        if image_size is not None and hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=(image_size, image_size))
+        elif image_size is not None:
+            model = timm.create_model(name, img_size=image_size)
+    except Exception as error:
+        raise ConfigError(f"{name} can't be made for images of {image_size} px: {_first_lines(error)}") from error
+    channels, height, width = timm.data.resolve_data_config(model=model, use_test_size=False)["input_size"]
+    return model.eval(), (channels, image_size or height, image_size or width)
+
+
+def _check_timm_name(name: str) -> None:
+    import timm
+
+    if ":" not in name and not timm.is_model(name):
+        known = timm.list_models()
+        similar = difflib.get_close_matches(name.split(".")[0], known, n=3, cutoff=0.6)
+        hint = f"did you mean {' or '.join(similar)}?" if similar else "`evopatch list` shows the names."
+        raise UnsupportedModelError(f"timm has no model named '{name}': {hint}")
+
+
+class Renormalised(nn.Module):
+    """A classifier behind another one's normalisation.
+
+    Args:
+        classifier: The one to run.
+        mean: What its input was normalised with.
+        std: The same.
+    """
+
+    def __init__(self, classifier: Classifier, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.model = classifier.model.requires_grad_(False)
+        # x * std + mean are pixels again; both steps as one.
+        scale = torch.tensor(std) / torch.tensor(classifier.std)
+        shift = (torch.tensor(mean) - torch.tensor(classifier.mean)) / torch.tensor(classifier.std)
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", scale.view(-1, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Any:
+        """`(B, 3, height, width)`."""
+        return self.model(images * self.scale + self.shift)
+
+
+def reset_head(model: Any, classes: int) -> None:
+    """Give a classifier a new, random head for another number of classes."""
+    if hasattr(model, "reset_classifier"):
+        model.reset_classifier(classes)
+        return
+    for name in ("classifier", "cls_classifier", "distillation_classifier"):
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear):
+            setattr(model, name, nn.Linear(head.in_features, classes))
+    model.config.num_labels = classes
+    model.num_labels = classes
+
+
+def count_classes(model: Any) -> int:
+    """How many classes a classifier of timm or transformers has."""
+    return int(model.num_classes if hasattr(model, "num_classes") else model.config.num_labels)
+
+
+def _from_file(name: str, checkpoint: Path, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    if not checkpoint.is_file():
+        raise CheckpointError(f"{checkpoint}: no such file; expected weights for {name} in timm's layout")
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, **options)
+        timm.models.load_checkpoint(model, str(checkpoint))
+    except Exception as error:
+        raise CheckpointError(
+            f"{checkpoint} doesn't fit {name}: {_first_lines(error)}. Expected a state dict in timm's layout for this "
+            "model; a head with another number of classes needs --num-classes"
+        ) from error
+    return model
+
+
+def _pretrained(name: str, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True, **options)
+    except Exception as error:
+        raise CheckpointError(
+            f"no pretrained weights for {name} could be had: {_first_lines(error)}. Without network give a file with "
+            "--checkpoint, or --no-pretrained to train from scratch; `--data digits` needs no network either"
+        ) from error
+    return model
+
+
+def _first_lines(error: BaseException) -> str:
+    return " ".join(str(error).split("\n")[:3])[:400]

@@ -1,0 +1,277 @@
+"""Fine-tune a patched model: with labels, or without any by the unpatched model's own predictions."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import CheckpointError, ConfigError, DataError
+from ..measure.accuracy import Evaluation, evaluate
+from ..measure.timing import Speed, compare_speed, compare_training_speed
+from ..patching.handle import Patched, unpatch
+from . import checkpoints
+from .items import Batch, Items, collate, refuse_unreadable
+from .randomness import preserved
+from .settings import FinetuneConfig
+
+if TYPE_CHECKING:
+    from .loop import Run
+
+__all__ = ["FinetuneConfig", "FinetuneResult", "finetune"]
+
+TIMED_BATCH = 16
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a fine-tuning run did."""
+
+    losses: tuple[float, ...]
+    """Mean training loss of every epoch."""
+    steps: int
+    """Optimizer steps."""
+    seconds: float
+    """Training time, without evaluations; of a resumed run, all parts together."""
+    images_per_second: float
+    """Training speed, all processes together."""
+    unreadable: tuple[str, ...]
+    """Training images that could not be read and were replaced by others."""
+    unreadable_evaluation: tuple[str, ...]
+    """Evaluation images that could not be read and were left out."""
+    unpatched: Evaluation | None
+    """The unpatched model on the evaluation data, before training."""
+    before: Evaluation | None
+    """The patched model before training; agreement and KL are to the unpatched model before training."""
+    after: Evaluation | None
+    """The patched model after training; agreement and KL are to the unpatched model before training."""
+    speed: Speed
+    """Inference of the trained model, patched against unpatched, alternating."""
+    training_speed: Speed
+    """Forward and backward of the trained model, patched against unpatched, alternating."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        evaluations = {"unpatched": self.unpatched, "before": self.before, "after": self.after}
+        return {
+            **asdict(self),
+            **{name: value and value.to_dict() for name, value in evaluations.items()},
+        }
+
+
+def finetune(
+    model: nn.Module,
+    train_data: Dataset[Any],
+    eval_data: Dataset[Any] | None = None,
+    config: FinetuneConfig = FinetuneConfig(),
+    *,
+    teacher: nn.Module | str | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> FinetuneResult:
+    """Train a patched classifier in place, on the devices that accelerate is configured for.
+
+    The objective and its equations are in `evopatch.training.objective.Objective`.
+
+    Args:
+        model: A patched classifier of timm or transformers.
+        train_data: Items are `(image, label)`, mappings with `pixel_values` and maybe `labels` (as for
+            transformers' Trainer), or images alone: `(3, height, width)`, normalised as the model expects.
+        eval_data: The same: evaluated before and after.
+        config: How.
+        teacher: Whose predictions are learned: another classifier of the same classes and input, or its name (as for
+            `evopatch evaluate --model`). None: for distillation, the model as it is given, unpatched.
+        output: A folder for checkpoints and the log. A damaged or interrupted run can be resumed from it.
+        resume: Go on from the newest checkpoint in `output`; call with the same model, data and settings as before.
+            The weights end up the same as without the interruption (CPU, same number of processes).
+        progress: Show a progress bar.
+
+    Returns:
+        Losses, speed, and evaluations if there are evaluation data. The model is in eval mode.
+
+    Raises:
+        NotPatchedError: If nothing in the model is patched.
+        ConfigError: If parts of the model are patched with different settings, or a setting doesn't fit the model,
+            the teacher, or the run that is resumed.
+        CheckpointError: If the output folder holds a run and `resume` isn't set, or no checkpoint in it is whole.
+        DataError: If the training data are empty, of another kind, the objective needs labels and they have none, or
+            a label is outside the model's classes,
+            or more than 1 % of the images can't be read.
+        TrainingError: If loss or gradient are no longer finite; the model keeps the weights before that step.
+        TrainingInterruptedError: After Ctrl-C or SIGTERM where there is an output folder; a KeyboardInterrupt.
+    """
+    _check_patch(model)
+    folder = None if output is None else Path(output)
+    _check_output(folder, resume)
+    with preserved():
+        return _finetune(model, train_data, eval_data, config, teacher, folder, resume, progress)
+
+
+def _finetune(
+    model: nn.Module,
+    train_data: Dataset[Any],
+    eval_data: Dataset[Any] | None,
+    config: FinetuneConfig,
+    teacher: nn.Module | str | None,
+    folder: Path | None,
+    resume: bool,
+    progress: bool,
+) -> FinetuneResult:
+    from ..progress import progress_bar
+    from . import processes
+    from .loop import Run
+    from .objective import Objective
+
+    items = Items(train_data, config.seed)
+    if len(items) == 0:
+        raise DataError("no images to train on")
+    objective = Objective(config, _distils(items, config, teacher is not None))
+    patched = Patched(model)
+    patched.forget_caches()  # may hold tensors of a graph, which can't be copied
+    original = unpatch(copy.deepcopy(model)).eval().requires_grad_(False)
+    begun = folder is not None and resume and bool(checkpoints.steps(folder))
+    if folder is not None and begun:
+        checkpoints.load_initial(folder, original)
+    elif folder is not None and processes.is_main():
+        checkpoints.write_initial(folder, original)
+    taught_by = _teacher(teacher, original, model) if objective.distils else None
+    identity = None if taught_by is None else "itself" if teacher is None else _digest(taught_by)
+    patch_config = patched.config
+    evaluation = None if eval_data is None else _EvaluationData(eval_data, config.batch_size)
+    unpatched = before = after = None
+    modes = None if taught_by is None else taught_by.training
+    try:
+        run = Run(model, items, config, objective, taught_by and taught_by.eval(), folder, identity)
+        try:
+            reached = run.resumable() if resume else None
+            if begun:  # a model that was trained before it was interrupted begins anew
+                model.load_state_dict(original.state_dict())
+            if evaluation is not None:
+                unpatched, before = evaluation.run(model)
+            if reached is not None:
+                run.resume(reached)
+            hidden = not progress or not run.accelerator.is_main_process
+            description = "fine-tuning" + (", resumed" if reached else "")
+            with progress_bar(description, run.steps, disable=hidden) as advance:
+                run.train(advance)
+        finally:
+            run.close()
+    finally:
+        if taught_by is not None and modes is not None:
+            taught_by.train(modes)
+    assert patched.config == patch_config
+    if evaluation is not None:
+        _, after = evaluation.run(model, original)
+    result = _result(run, items, evaluation, unpatched, before, after)
+    if folder is not None and run.accelerator.is_main_process:
+        (folder / "result.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    return result
+
+
+def _check_patch(model: nn.Module) -> None:
+    if len(set(Patched(model).configs.values())) > 1:
+        raise ConfigError("parts of the model are patched with different settings: expected one for all")
+
+
+def _check_output(folder: Path | None, resume: bool) -> None:
+    if folder is None:
+        if resume:
+            raise ConfigError("resume=True without an output folder: give the one of the run to go on with")
+        return
+    if checkpoints.steps(folder) and not resume:
+        raise CheckpointError(
+            f"{folder} holds the checkpoints of a run: give resume=True to go on with it, or another output folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _distils(items: Items, config: FinetuneConfig, has_teacher: bool) -> bool:
+    labelled = items[0].label is not None
+    if not labelled and config.objective == "labels":
+        raise DataError("objective='labels', but the training data have none: use objective='distillation'")
+    if not labelled and config.label_weight > 0:
+        raise DataError(f"label_weight={config.label_weight}, but the training data have no labels")
+    if has_teacher and config.objective == "labels":
+        raise ConfigError("objective='labels' with a teacher: expected objective='distillation', or no teacher")
+    return config.objective == "distillation" or (config.objective == "auto" and (has_teacher or not labelled))
+
+
+def _teacher(teacher: nn.Module | str | None, original: nn.Module, model: nn.Module) -> nn.Module:
+    if teacher is None:
+        return original
+    if isinstance(teacher, nn.Module):
+        if teacher is model:
+            raise ConfigError("the teacher is the model itself: leave it out, for the model as it is now, unpatched")
+        return teacher
+    from ..sources.models import open_classifier
+
+    return open_classifier(teacher).model.requires_grad_(False)
+
+
+def _digest(teacher: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(teacher.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _EvaluationData:
+    def __init__(self, data: Dataset[Any], batch_size: int) -> None:
+        self._items, self._batch_size = Items(data), batch_size
+        self.unreadable: dict[str, None] = {}
+        images = (item.image for item in map(self._items.__getitem__, range(len(self._items))))
+        first = next((image for image in images if image is not None), None)
+        if first is None:
+            raise DataError("no images to evaluate on")
+        self._size = cast(tuple[int, int, int], tuple(first.shape))
+
+    def run(self, model: nn.Module, original: nn.Module | None = None) -> tuple[Evaluation, Evaluation]:
+        """Of the unpatched (or original) and of the patched model."""
+        unpatched, patched = evaluate(model, self._batches(), [Patched(model).config], self._size, original=original)
+        return unpatched, patched
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for batch in cast(Iterator[Batch], DataLoader(self._items, self._batch_size, collate_fn=collate)):
+            self.unreadable |= dict.fromkeys(batch.unreadable)
+            refuse_unreadable(list(self.unreadable), len(self._items), "evaluation")
+            yield batch.images, batch.labels
+
+
+def _result(
+    run: Run,
+    items: Items,
+    evaluation: _EvaluationData | None,
+    unpatched: Evaluation | None,
+    before: Evaluation | None,
+    after: Evaluation | None,
+) -> FinetuneResult:
+    image = items[0].image
+    assert image is not None
+    parameter = next(run.model.parameters())
+    # The same image over and over: the time of a dense forward doesn't depend on what it shows.
+    shape = (min(run.config.batch_size, TIMED_BATCH), *image.shape)
+    batch = image.to(parameter.device, parameter.dtype).expand(shape).contiguous()
+    done = run.progress
+    return FinetuneResult(
+        losses=tuple(done.losses),
+        steps=done.step,
+        seconds=done.seconds,
+        images_per_second=done.images / done.seconds if done.seconds else float("nan"),
+        unreadable=tuple(done.unreadable),
+        unreadable_evaluation=() if evaluation is None else tuple(evaluation.unreadable),
+        unpatched=unpatched,
+        before=before,
+        after=after,
+        speed=compare_speed(run.model, batch, rounds=3),
+        training_speed=compare_training_speed(run.model, batch, rounds=3),
+    )
