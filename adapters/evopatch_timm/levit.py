@@ -8,11 +8,12 @@ from timm.models.levit import Levit
 from torch import Tensor, nn
 
 from evopatch.errors import UnsupportedInputError, UnsupportedModelError
+from evopatch.forward.host_state import HostState
 from evopatch.forward.spec import Pyramid
-from evopatch.forward.tokens import HostState, walk
+from evopatch.forward.walk import walk
 from evopatch.patching.adapter import Adapter, HostSpec
 from evopatch.rewrite.classes import Swapped
-from evopatch.rewrite.graph import TraceSpec
+from evopatch.rewrite.tracing import TraceSpec
 
 
 class SlowFastLevit(Swapped):

@@ -10,10 +10,13 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr, SwinTransformerV2CrStage
 from torch import nn
 
-from evopatch.forward.tokens import HostState, viewed, walk
-from evopatch.forward.windowed import BlockView, SlowFastWindowBlock, WindowedPass
-from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks
-from evopatch.rewrite.classes import Swapped
+from evopatch.forward.host_state import HostState
+from evopatch.forward.walk import viewed, walk
+from evopatch.forward.window_blocks import SlowFastWindowBlock
+from evopatch.forward.windowed import WindowedPass
+from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks, passages
+from evopatch.rewrite.classes import Steered, Swapped
+from evopatch.rewrite.view import View
 
 from .swin_blocks import SwinBlocks, SwinV2Blocks, SwinV2CrBlocks
 
@@ -44,12 +47,14 @@ class SlowFastFeatures(Swapped):
 
     def forward(self, x: Any) -> Any:
         """The host's own, on slow-fast blocks."""
-        evo_pass = WindowedPass(self._evo_state, 0, compact=True)
-        modules = {name: viewed(module, name, evo_pass) for name, module in self._modules.items()}
+        forward_pass = WindowedPass(self._evo_state)
+        seen: Any = viewed(self, forward_pass)
+        # It goes through its dict of modules by name.
+        modules = {name: seen.__dict__.get(name, module) for name, module in self._modules.items()}
         return _FeaturesView(self, {"_modules": modules}).forward(x)
 
 
-class _FeaturesView(BlockView):
+class _FeaturesView(View):
     def __len__(self) -> int:
         return len(self._modules)
 
@@ -78,12 +83,12 @@ class SwinAdapter(Adapter):
 
     def plan(self, host: nn.Module, state: HostState) -> list[Change]:
         mixin = SlowFastFeatures if isinstance(host, SwinFeatures) else self.mixin
-        changes = [Change(host, mixin, {"_evo_state": state})]
+        changes = [Change(host, mixin, {"_evo_state": state}), *passages(host, state.index_of)]
         for (path, *_), (name, block) in zip(state.blocks, named_blocks(host, state), strict=True):
             stage = host.get_submodule(path.partition(".blocks.")[0])
             kind = next(kind for cls, kind in _KINDS.items() if isinstance(stage, cls))
             own = {"_evo_state": state, "_evo_name": name, "_evo_blocks": kind()}
-            changes.append(Change(block, SlowFastWindowBlock, own))
+            changes += [Change(block, SlowFastWindowBlock, own), Change(block.get_submodule("attn"), Steered, {})]
         return changes
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from evopatch.algorithm.window_bias import continuous_bias, cosine_logits
 from evopatch.algorithm.windows import Windows
-from evopatch.forward.windowed import BlockView, Cut, MaskByHead, WindowedBlocks
+from evopatch.forward.window_blocks import Cut, MaskByHead, WindowedBlocks
+from evopatch.rewrite.view import View
 
 
 class SwinBlocks(WindowedBlocks):
@@ -37,18 +37,18 @@ class SwinBlocks(WindowedBlocks):
         return block.forward(x.unsqueeze(2)).squeeze(2), None
 
     def seen(self, block: Any, x: Tensor) -> Tensor:
-        normalised: Tensor = block.norm1(x)
+        normalised: Tensor = block.norm1.forward(x)  # its hooks are for the block's own run
         return normalised
 
     def bias(self, attention: Any) -> Tensor:
         bias: Tensor = attention._get_rel_pos_bias()
         return bias.squeeze(0)
 
-    def biased(self, attention: Any, bias: Tensor) -> Callable[..., Any]:
-        return BlockView(attention, {"_get_rel_pos_bias": lambda: bias})
+    def biased(self, attention: Any, bias: Tensor) -> tuple[View, dict[str, Any]]:
+        return View(attention, {"_get_rel_pos_bias": lambda: bias}), {}
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
-        queries, keys = _heads(attention, attention.qkv(query))[0], _heads(attention, attention.qkv(key))[1]
+        queries, keys = _projected(attention, query, key)
         logits: Tensor = queries * attention.scale @ keys.transpose(2, 3)
         return logits.squeeze(2)
 
@@ -62,13 +62,13 @@ class SwinV2Blocks(SwinBlocks):
     def bias(self, attention: Any) -> Tensor:
         return continuous_bias(attention.cpb_mlp, attention.relative_coords_table, attention.relative_position_index)
 
-    def biased(self, attention: Any, bias: Tensor) -> Callable[..., Any]:
+    def biased(self, attention: Any, bias: Tensor) -> tuple[View, dict[str, Any]]:
         # Its own bias is that of a single place then, the same for all: no matter to a softmax.
         alone = {"window_size": (1, 1), "relative_position_index": attention.relative_position_index[:1, :1]}
-        return partial(BlockView(attention, alone), mask=MaskByHead(bias))
+        return View(attention, alone), {"mask": MaskByHead(bias)}
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
-        query, key = attention.qkv(query), attention.qkv(key)
+        query, key = attention.qkv.forward(query), attention.qkv.forward(key)
         if attention.q_bias is not None:
             query = query + F.pad(attention.q_bias, (0, 2 * attention.dim))
         queries, keys = _heads(attention, query)[0], _heads(attention, key)[1]
@@ -84,12 +84,16 @@ class SwinV2CrBlocks(SwinV2Blocks):
         bias: Tensor = attention._relative_positional_encodings()
         return bias.squeeze(0)
 
-    def biased(self, attention: Any, bias: Tensor) -> Callable[..., Any]:
-        return BlockView(attention, {"_relative_positional_encodings": lambda: bias})
+    def biased(self, attention: Any, bias: Tensor) -> tuple[View, dict[str, Any]]:
+        return View(attention, {"_relative_positional_encodings": lambda: bias}), {}
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
-        queries, keys = _heads(attention, attention.qkv(query))[0], _heads(attention, attention.qkv(key))[1]
+        queries, keys = _projected(attention, query, key)
         return cosine_logits(queries, keys, attention.logit_scale.view(-1, 1, 1)).squeeze(2)
+
+
+def _projected(attention: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    return _heads(attention, attention.qkv.forward(query))[0], _heads(attention, attention.qkv.forward(key))[1]
 
 
 def _heads(attention: Any, qkv: Tensor) -> tuple[Tensor, Tensor]:

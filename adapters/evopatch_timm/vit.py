@@ -11,10 +11,10 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
-from evopatch.forward.tokens import walk
+from evopatch.forward.walk import walk
 from evopatch.patching.adapter import Adapter, HostSpec
 from evopatch.rewrite.classes import Swapped
-from evopatch.rewrite.graph import TraceSpec
+from evopatch.rewrite.tracing import TraceSpec
 
 
 class SlowFast(Swapped):

@@ -1,7 +1,7 @@
 """The attention interface of transformers: where an attention module hands over its queries, keys and values.
 
 Every attention module looks its implementation (eager, sdpa, flash ...) up in a table by a name in its config, and
-passes it the keyword arguments that its model was called with. `TappedAttention` keeps that, with the tap in between.
+passes it the keyword arguments that its model was called with. `TappedInterface` keeps that, with the tap in between.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evopatch.algorithm.partition import spread_attention
 from evopatch.errors import AttentionNotFoundError
+from evopatch.forward.block import TappedAttention
 from evopatch.forward.tap import AttentionTap
-from evopatch.rewrite import graph
-from evopatch.rewrite.classes import Swapped, host_class
+from evopatch.rewrite.classes import host_class
 
 CORE_NAMES = frozenset({"ALL_ATTENTION_FUNCTIONS"})
 _TRACED = "evopatch_traced"
@@ -52,34 +52,17 @@ def traceable(module: nn.Module, attention: str = "") -> nn.Module:
     return view
 
 
-class TappedAttention(Swapped):
-    """Mixin of a patched attention module."""
+class TappedInterface(TappedAttention):
+    """Mixin of a patched attention module: its generated code hands over what the interface takes."""
 
-    _evo_name: str
-    _evo_trace: graph.TraceSpec
-    _evo_eager: Callable[..., Any]
-    _evo_code: graph.BlockCode | None
-    training: bool
+    def _evo_hand(self, tap: AttentionTap, others: dict[str, Any]) -> Any:
+        # The attention mask is None, as the layer has checked; the rest is for the implementation.
+        kwargs = {name: value for name, value in others.items() if name != "attention_mask"}
+        return _Interface(self, tap, kwargs)
 
-    def forward(self, *args: Any, evo: AttentionTap | None = None, **kwargs: Any) -> Any:
-        """The generated forward with a tap, else the host's own."""
-        if evo is None:
-            return self._evo_host_class.forward(self, *args, **kwargs)
-        hidden_states = args[0] if args else kwargs.pop("hidden_states")
-        inputs = tuple(kwargs.pop(name) for name in self._evo_trace.inputs)
-        kwargs.pop("attention_mask", None)  # None, as the layer has checked
-        assert self._evo_code is not None
-        return self._evo_code.forward[self.training](self, hidden_states, inputs, _Interface(self, evo, kwargs))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        if self._evo_code is None:  # from a pickle
-            self._evo_code = generate(self, self._evo_name, self._evo_trace)  # type: ignore[arg-type]
-
-
-def generate(attention: nn.Module, name: str, trace: graph.TraceSpec) -> graph.BlockCode:
-    """Trace an attention module by itself; errors as `graph.generate`."""
-    return graph.generate(traceable(attention), name, trace)
+    @staticmethod
+    def _evo_traceable(attention: nn.Module) -> nn.Module:
+        return traceable(attention)
 
 
 def eager_function(attention: nn.Module) -> Callable[..., Any]:
@@ -111,7 +94,7 @@ class _Interface:
         implementation = module.config._attn_implementation
         if bias is not None and implementation not in _TAKE_A_BIAS:
             implementation = "sdpa"
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, module._evo_eager)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_function(module))
         output, weights = function(module, query, key, value, bias, **kwargs, **self._kwargs)
         if weights is None or partition is None:
             return output, weights

@@ -5,49 +5,42 @@ No model's class is swapped: transformers finds by class which hidden states and
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import inspect
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from evopatch.errors import BypassError, UnsupportedModelError
+from evopatch.forward.block import SlowFastBlock, run_tapped
+from evopatch.forward.host_state import HostState
 from evopatch.forward.tap import AttentionTap
-from evopatch.forward.tokens import HostState, TokenPass
-from evopatch.patching.adapter import Change, check_forward, named_blocks
-from evopatch.rewrite import graph
-from evopatch.rewrite.classes import Swapped
+from evopatch.forward.tokens import TokenPass
+from evopatch.forward.walk import refuse_symbolic
+from evopatch.patching.adapter import Change, block_changes, named_blocks
+from evopatch.rewrite.tracing import attention_cores
+from evopatch.rewrite.view import check_steered
 
 from . import interface
 
 
-class SlowFastLayer(Swapped):
+class SlowFastLayer(SlowFastBlock):
     """Mixin of a patched layer."""
 
-    _evo_state: HostState
-    _evo_name: str
     _evo_index: int
-    _evo_attention: str
-    _evo_code: graph.BlockCode | None
-    training: bool
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | BlockMask | None = None,
-        *,
-        evo_pass: TokenPass | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self, *args: Any, evo_pass: TokenPass | None = None, **kwargs: Any) -> Any:
         """The layer's own forward, on the compact set where the forward pass has one."""
         own = self._evo_host_class.forward
         if evo_pass is None:
-            self._evo_state.refuse_bypass(self._evo_name)
-            unpatched: Tensor = own(self, hidden_states, attention_mask, **kwargs)
-            return unpatched
-        if kwargs.get("is_causal"):
+            return SlowFastBlock.forward(self, *args, **kwargs)
+        named = dict(zip(("hidden_states", "attention_mask"), args, strict=False)) | kwargs
+        hidden_states, attention_mask = named.pop("hidden_states"), named.pop("attention_mask", None)
+        if named.get("is_causal"):
             evo_pass.refuse("is_causal", self._evo_index)
-        if kwargs.get("output_hidden_states"):  # also asked for by a pre-hook that ran after ours
+        if named.get("output_hidden_states"):  # also asked for by a pre-hook that ran after ours
             evo_pass.compact = False
         if attention_mask is not None and evo_pass.active:
             if not torch.compiler.is_exporting() and not isinstance(attention_mask, BlockMask):
@@ -57,18 +50,15 @@ class SlowFastLayer(Swapped):
             attention_mask = None
 
         def run(x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
-            # A tap is passed on to the attention module, as every keyword argument is.
-            tapped = {} if tap is None else {"evo": tap}
-            out: Tensor = own(self, x, attention_mask, **{**kwargs, **inputs, **tapped})
-            return out
+            if tap is None:
+                return cast(Tensor, own(self, x, attention_mask, **inputs))
+            return cast(Tensor, run_tapped(self, tap, x, attention_mask, **inputs))
 
-        return evo_pass.advance(self._evo_index, self, hidden_states, kwargs, run)
+        return evo_pass.advance(self._evo_index, self, hidden_states, named, run)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        if self._evo_code is None:  # from a pickle
-            view = interface.traceable(self, self._evo_attention)  # type: ignore[arg-type]
-            self._evo_code = graph.generate(view, self._evo_name, self._evo_state.spec.trace)
+    @staticmethod
+    def _evo_traceable(block: nn.Module, cores: tuple[str, ...]) -> nn.Module:
+        return interface.traceable(block, cores[-1])
 
 
 def _assert_nothing_masked(mask: Tensor | BlockMask) -> None:
@@ -87,25 +77,34 @@ def plan(host: nn.Module, state: HostState) -> list[Change]:
     Raises:
         UnsupportedModelError: If a layer can't be patched; names it.
     """
-    trace = state.spec.trace
+    check_passes_keywords(host, state.name)
     changes = [Change(host, None, {"_evo_state": state}, pre_hook=start_pass)]
     for index, (name, layer) in enumerate(named_blocks(host, state)):
-        inner = graph.traced_through(layer, trace)
-        if not inner:
+        cores = attention_cores(layer, state.spec.trace)
+        if not cores:
             raise UnsupportedModelError(
                 f"{name} ({type(layer).__name__}) holds no attention module that calls transformers' attention "
                 "interface: expected one. Leave the model unpatched, or register an adapter for it"
             )
-        attention_path = inner[-1]
-        attention, attention_name = layer.get_submodule(attention_path), f"{name}.{attention_path}"
-        check_forward(attention, attention_name)
-        code = graph.generate(interface.traceable(layer, attention_path), name, trace)
-        own = {"_evo_state": state, "_evo_name": name, "_evo_index": index, "_evo_attention": attention_path}
-        changes.append(Change(layer, SlowFastLayer, {**own, "_evo_code": code}))
-        tapped = {"_evo_name": attention_name, "_evo_trace": trace, "_evo_eager": interface.eager_function(attention)}
-        attention_code = interface.generate(attention, attention_name, trace)
-        changes.append(Change(attention, interface.TappedAttention, {**tapped, "_evo_code": attention_code}))
+        interface.eager_function(layer.get_submodule(cores[-1]))
+        layer_change, *others = block_changes(layer, name, state, SlowFastLayer, interface.TappedInterface)
+        own = {**layer_change.attributes, "_evo_index": index}
+        changes += [dataclasses.replace(layer_change, attributes=own), *others]
     return changes
+
+
+def check_passes_keywords(host: nn.Module, name: str) -> None:
+    """
+    Raises:
+        UnsupportedModelError: If the host's forward takes no keyword arguments to pass on to its layers.
+    """
+    parameters = inspect.signature(type(host).forward).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        raise UnsupportedModelError(
+            f"the forward of '{name or 'model'}' ({type(host).__module__}.{type(host).__qualname__}) takes no "
+            "**kwargs: expected it to take them and pass them on to its layers, as transformers' models do, since the "
+            "state of a forward pass travels in them. Add **kwargs to it"
+        )
 
 
 def start_pass(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -122,13 +121,14 @@ def start_pass(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
             "that were patched, and keep ratios go by depth: use evopatch.remove(model) before changing them, and "
             "evopatch.apply after"
         )
+    refuse_symbolic(args, kwargs)
     # Hidden states are recorded between the layers, and a checkpointed layer may depend on its arguments only: in both
     # cases layers take and return the full grid.
     recorded = kwargs.get("output_hidden_states", getattr(host.config, "output_hidden_states", False))
-    # A wrapper around a layer, such as torch's checkpoint_wrapper, is taken for a checkpoint.
-    checkpointed = any(
-        not isinstance(layer, SlowFastLayer) or (layer.training and getattr(layer, "gradient_checkpointing", False))
-        for layer in layers
-    )
-    evo_pass = TokenPass(state, state.depth, compact=not recorded and not checkpointed)
-    return args, {**kwargs, "evo_pass": evo_pass}
+    checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    forward_pass = TokenPass(state, compact=not recorded and not checkpointed)
+    forward_pass.depth = state.depth
+    for layer in layers:
+        check_steered(layer, f"{state.spec.blocks} of '{state.name or type(host).__name__}'", SlowFastLayer)
+    forward_pass.begin(layers)
+    return args, {**kwargs, "evo_pass": forward_pass}

@@ -10,10 +10,10 @@ from transformers.models.levit.modeling_levit import LevitAttention, LevitEncode
 
 from evopatch.errors import UnsupportedModelError
 from evopatch.forward.spec import Block, Pyramid
-from evopatch.forward.tokens import walk
+from evopatch.forward.walk import walk
 from evopatch.patching.adapter import Adapter, HostSpec
 from evopatch.rewrite.classes import Swapped
-from evopatch.rewrite.graph import TraceSpec
+from evopatch.rewrite.tracing import TraceSpec
 
 
 class SlowFastLevit(Swapped):
@@ -49,8 +49,7 @@ class LevitAdapter(Adapter):
             readout=0,
             received=True,
             taper=0.5,  # coarse grids are more redundant than fine ones
-            # Stochastic depth draws one number per image.
-            trace=TraceSpec(sized_functions=("rand",), position_biases=("get_attention_biases",)),
+            trace=TraceSpec(position_biases=("get_attention_biases",)),
             caches=("attention_bias_cache",),
             pyramid=pyramid,
         )

@@ -6,7 +6,7 @@ and records nothing: it runs on a view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,13 @@ from transformers.models.swinv2.modeling_swinv2 import Swinv2Encoder
 from evopatch.algorithm.window_bias import continuous_bias, cosine_logits
 from evopatch.algorithm.windows import Windows
 from evopatch.errors import UnsupportedInputError
-from evopatch.forward.tokens import HostState, viewed
-from evopatch.forward.windowed import BlockView, Cut, MaskByHead, SlowFastWindowBlock, WindowedBlocks, WindowedPass
+from evopatch.forward.host_state import HostState
+from evopatch.forward.walk import viewed
+from evopatch.forward.window_blocks import Cut, MaskByHead, SlowFastWindowBlock, WindowedBlocks
+from evopatch.forward.windowed import WindowedPass
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks
-from evopatch.rewrite.classes import Swapped
+from evopatch.rewrite.classes import Steered, Swapped
+from evopatch.rewrite.view import Call, View
 
 
 class _Swin(WindowedBlocks):
@@ -37,19 +40,19 @@ class _Swin(WindowedBlocks):
         return out, (None,)
 
     def seen(self, block: Any, x: Tensor) -> Tensor:
-        normalised: Tensor = block.layernorm_before(x)
+        normalised: Tensor = block.layernorm_before.forward(x)  # its hooks are for the block's own run
         return normalised
 
     def bias(self, attention: Any) -> Tensor:
         bias: Tensor = attention.relative_position_bias()
         return bias.squeeze(0)
 
-    def biased(self, attention: Any, bias: Tensor) -> Callable[..., Any]:
-        return BlockView(attention, {"relative_position_bias": lambda: bias})
+    def biased(self, attention: Any, bias: Tensor) -> tuple[View, dict[str, Any]]:
+        return View(attention, {"relative_position_bias": lambda: bias}), {}
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
-        queries = attention.q_proj(query).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-        keys = attention.k_proj(key).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        queries = attention.q_proj.forward(query).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        keys = attention.k_proj.forward(key).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
         logits: Tensor = queries * attention.scaling @ keys.transpose(2, 3)
         return logits.squeeze(2)
 
@@ -74,22 +77,27 @@ class _Swinv2(_Swin):
     def masked(self, mask: Tensor | None) -> Any:
         return None if mask is None else MaskByHead(mask.unsqueeze(1))
 
-    def biased(self, attention: Any, bias: Tensor) -> Callable[..., Any]:
+    def biased(self, attention: Any, bias: Tensor) -> tuple[View, dict[str, Any]]:
         # Its own bias is that of a single place then, the same for all: no matter to a softmax.
         inner = attention.self
         alone = {"window_size": (1, 1), "relative_position_index": inner.relative_position_index[:1, :1]}
-        return partial(BlockView(attention, {"self": BlockView(inner, alone)}), attention_mask=MaskByHead(bias))
+        seen = Call(inner, partial(_run_on, View(inner, alone)))
+        return View(attention, {"self": seen}), {"attention_mask": MaskByHead(bias)}
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
         inner = attention.self
-        queries = inner.query(query).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
-        keys = inner.key(key).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
+        queries = inner.query.forward(query).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
+        keys = inner.key.forward(key).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
         return cosine_logits(queries, keys, inner.logit_scale).squeeze(2)
 
 
 def _cut(layer: Any, x: Tensor, grid: tuple[int, int]) -> Cut:
     windows = Windows((grid[0], grid[1]), (layer.window_size,) * 2, (layer.shift_size,) * 2, pads_first=True)
     return Cut(windows, layer.get_attn_mask(*windows.padded_grid, dtype=x.dtype, device=x.device))
+
+
+def _run_on(view: View, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return view.forward(*args, **kwargs)
 
 
 class SlowFastStage(Swapped):
@@ -104,7 +112,7 @@ class SlowFastStage(Swapped):
         if evo_pass is None:
             self._evo_state.refuse_bypass(self._evo_name)
             return self._evo_host_class.forward(self, *args, **kwargs)
-        return viewed(self, self._evo_path, evo_pass).forward(*args, **kwargs)
+        return viewed(self, evo_pass, self._evo_path).forward(*args, **kwargs)
 
 
 class SlowFastEncoder(Swapped):
@@ -116,9 +124,9 @@ class SlowFastEncoder(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder's own, whose stages are given the state of this forward."""
         wanted = kwargs.get("output_attentions", args[2] if len(args) > 2 else False)
-        evo_pass = _pass(self._evo_state, bool(wanted))
-        stages = [partial(stage, evo_pass=evo_pass) for stage in self.layers]
-        return BlockView(self, {"layers": stages}).forward(*args, **kwargs)
+        forward_pass = _pass(self._evo_state, bool(wanted))
+        stages = [partial(stage, evo_pass=forward_pass) for stage in self.layers]
+        return View(self, {"layers": stages}).forward(*args, **kwargs)
 
 
 def start_pass(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -134,7 +142,9 @@ def _pass(state: HostState, attentions_wanted: bool) -> WindowedPass:
             "or merged tokens: expected no such output while the model is patched. Leave it out, or use "
             "evopatch.set_keep_ratio(model, 1.0) or evopatch.remove(model) for this call"
         )
-    return WindowedPass(state, state.depth, compact=True)
+    forward_pass = WindowedPass(state)
+    forward_pass.depth = state.depth
+    return forward_pass
 
 
 class SwinAdapter(Adapter):
@@ -161,9 +171,10 @@ class SwinAdapter(Adapter):
             name = ".".join(filter(None, (state.name, path)))
             changes.append(Change(stage, SlowFastStage, {"_evo_state": state, "_evo_name": name, "_evo_path": path}))
         for name, block in named_blocks(host, state):
-            changes.append(
-                Change(block, SlowFastWindowBlock, {"_evo_state": state, "_evo_name": name, "_evo_blocks": kind})
-            )
+            own = {"_evo_state": state, "_evo_name": name, "_evo_blocks": kind}
+            changes += [Change(block, SlowFastWindowBlock, own), Change(block.get_submodule("attention"), Steered, {})]
+            if second:
+                changes.append(Change(block.get_submodule("attention.self"), Steered, {}))
         return changes
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:

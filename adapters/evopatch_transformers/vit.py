@@ -18,9 +18,9 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEModel
 from transformers.models.vit_msn.modeling_vit_msn import ViTMSNModel
 
 from evopatch.errors import UnsupportedInputError
-from evopatch.forward.tokens import HostState
+from evopatch.forward.host_state import HostState
 from evopatch.patching.adapter import Adapter, Change, HostSpec
-from evopatch.rewrite.graph import TraceSpec
+from evopatch.rewrite.tracing import TraceSpec
 
 from . import layer
 from .interface import CORE_NAMES, CORES

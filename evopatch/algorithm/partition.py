@@ -133,3 +133,21 @@ def spread_attention(weights: Tensor, partition: Partition) -> Tensor:
     rows = padded.gather(2, group.unsqueeze(-1).expand(batch, heads, tokens, padded.shape[-1]))
     full = rows.gather(3, group.unsqueeze(2).expand(batch, heads, tokens, tokens))
     return full * partition.weight[:, None, None].to(full.dtype)
+
+
+def unspread_attention(weights: Tensor, partition: Partition) -> Tensor:
+    """The inverse of `spread_attention`: a row attends as its tokens do on average, and is attended to as they are
+    together.
+
+    Args:
+        weights: `(B, H, T, T)`.
+
+    Returns:
+        `(B, H, M, M)`.
+    """
+    batch, heads, tokens, _ = weights.shape
+    as_rows = merge(weights.transpose(1, 2).reshape(batch, tokens, -1), partition)
+    as_rows = as_rows.view(batch, -1, heads, tokens).permute(0, 2, 3, 1)
+    together = partition._replace(weight=torch.where(partition.weight > 0, 1.0, 0.0))
+    as_columns = merge(as_rows.transpose(1, 2).reshape(batch, tokens, -1), together)
+    return as_columns.view(batch, partition.rows, heads, -1).permute(0, 2, 3, 1)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..plan import TAPER
-from ..rewrite.graph import TraceSpec
+from ..rewrite.tracing import TraceSpec
 
 Block = tuple[str, ...]
 """Paths of the modules that make up one block, from the host: the first holds the attention core, the others run after

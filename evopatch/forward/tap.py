@@ -1,6 +1,6 @@
 """What a block's attention core calls while the block runs on a slow-fast forward.
 
-The generated block code (`graph.py`) hands its attention core to an `AttentionTap`: fused attention stays in use, the
+Generated code (`rewrite.graph`) hands its attention core to an `AttentionTap`: fused attention stays in use, the
 class attention is computed beside it, position biases are averaged for the compact set, and groups weigh by size.
 """
 
@@ -16,6 +16,7 @@ from ..algorithm.bias import merge_bias
 from ..algorithm.importance import class_attention, default_scale
 from ..algorithm.partition import Partition
 from ..errors import UnsupportedInputError
+from .hooks import FullGrid
 
 
 class AttentionTap:
@@ -28,16 +29,27 @@ class AttentionTap:
         observe: Compute the class attention.
         received: With a `readout` of 0 and materialised attention weights, take the attention that a token receives
             instead of the mean query's.
+        block: Fully qualified name, for errors.
+        full_grid: What shows modules in the block all tokens, where somebody wants to see them.
     """
 
     def __init__(
-        self, prefix: int, readout: int, partition: Partition | None, observe: bool, received: bool = False
+        self,
+        prefix: int,
+        readout: int,
+        partition: Partition | None,
+        observe: bool,
+        received: bool = False,
+        block: str = "a patched block",
+        full_grid: FullGrid | None = None,
     ) -> None:
         self.prefix = prefix
         self.readout = readout
         self.partition = partition
         self.observe = observe
         self.received = received
+        self.block = block
+        self.full_grid = full_grid
         self.used = False
         """Whether an attention core called."""
         self._observed: list[Tensor] = []
@@ -67,7 +79,7 @@ class AttentionTap:
             query: `(B, H, M, D)`, key and value likewise.
         """
         if is_causal:
-            raise UnsupportedInputError("causal attention in a patched block: slow and fast tokens have no order")
+            raise UnsupportedInputError(f"causal attention in {self.block}: slow and fast tokens have no order")
         bias = self.prepare(query, key, attn_mask, scale)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale, **kwargs
@@ -87,6 +99,11 @@ class AttentionTap:
             What to add to the logits of the compact set, broadcastable to `(B, H, M, M)`, or None.
         """
         self.used = True
+        if bias is not None and bias.dtype == torch.bool:
+            raise UnsupportedInputError(
+                f"a boolean attention mask inside {self.block}: slow and fast tokens are chosen among all tokens, so "
+                "attention can't be masked. Use evopatch.set_keep_ratio(model, 1.0), or leave the model unpatched"
+            )
         bias = self._bias(bias, query)
         if self.observe:
             self._observe(query, key, default_scale(query) if scale is None else scale, bias)

@@ -1,213 +1,56 @@
-"""The slow-fast run over the blocks, and its state for the length of one forward pass.
-
-A patched host runs its *own* forward, so nothing of the host is copied. Where a host passes keyword arguments on to its
-blocks, the state travels in them. Elsewhere the forward runs on a view of the host whose block container yields this
-forward's steps (`walk`). Either way it lives in a local variable: threads, nested forwards, and several forwards before
-one backward don't share any.
-"""
+"""The slow-fast run over the blocks of flat models and pyramids, and its state for the length of one forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, doesn't import the compiler
 
 from ..algorithm.importance import accumulate, accumulate_compact, coarsen
 from ..algorithm.partition import Partition, distribute, merge, merge_positions
 from ..algorithm.selection import num_slow, select_matched, select_top
-from ..config import EvoConfig
-from ..errors import BypassError, ConfigError, UnsupportedInputError
-from ..plan import BlockPlan, plan_blocks
-from ..rewrite import graph
-from ..rewrite.classes import Swapped, host_class
-from .spec import Block, HostSpec
+from ..errors import BypassError, UnsupportedInputError
+from ..rewrite.classes import host_class
+from .block import run_tapped
+from .forward_pass import ForwardPass
+from .hooks import FullGrid
+from .host_state import HostState
 from .tap import AttentionTap
 
 Run = Callable[[Tensor, dict[str, Any], AttentionTap | None], Tensor]
 """Runs one block on `(B, M, C)` tokens with its other inputs; without a tap as unpatched."""
 
-ORIGINAL = object()
-"""Given to a block in place of a tap: run as unpatched, also in a recomputation after the settings changed."""
 
+class TokenPass(ForwardPass):
+    """Class attention and partition by block index."""
 
-class HostState:
-    """What a patched host and its blocks share. Plain values: deepcopy and pickle carry it along."""
-
-    def __init__(self, name: str, spec: HostSpec, stages: tuple[tuple[Block, ...], ...], config: EvoConfig) -> None:
-        self.name = name
-        self.spec = spec
-        self.depths = tuple(map(len, stages))
-        self.depth = sum(self.depths)
-        self.blocks: tuple[Block, ...] = tuple(block for stage in stages for block in stage)
-        self.index_of = {block[0]: index for index, block in enumerate(self.blocks)}
-        self.stage_of = tuple(number for number, depth in enumerate(self.depths) for _ in range(depth))
-        self.passes: list[TokenPass] | None = None
-        """Where a caller who wants to look at the state of every forward collects it."""
-        self.set_config(config)
-
-    def set_config(self, config: EvoConfig) -> None:
-        """Take another configuration.
-
-        Raises:
-            ConfigError: If it doesn't fit the model; the old one stays then.
-        """
-        self.plans: tuple[BlockPlan, ...] = self.resolve(config)
-        self.config = config
-        self.active = any(plan.keep_ratio < 1.0 for plan in self.plans)
-
-    def resolve(self, config: EvoConfig) -> tuple[BlockPlan, ...]:
-        """One plan per block.
-
-        Raises:
-            ConfigError: If the configuration doesn't fit the depth, or leaves no slow token on a pyramid's grid.
-        """
-        plans = plan_blocks(config, *self.depths, taper=self.spec.taper)
-        if self.spec.pyramid is not None:
-            for plan, stage in zip(plans, self.stage_of, strict=True):
-                _check_keeps_any(plan.keep_ratio, stage, self.spec.pyramid.grids[stage])
-        return plans
-
-    def refuse_bypass(self, block: str) -> None:
-        """A block was called without the state of a forward.
-
-        Raises:
-            BypassError: Unless the settings are to run every block as unpatched.
-        """
-        if self.active:
-            raise BypassError(
-                f"{block} was called from outside the patched forward of '{self.name or 'model'}': the slow-fast state "
-                "would be missing. Call the model itself (or a timm model's forward_features or "
-                "forward_intermediates), or evopatch.remove(model) first"
-            )
-
-
-def _check_keeps_any(keep_ratio: float, stage: int, grid: tuple[int, int]) -> None:
-    tokens = grid[0] * grid[1]
-    if keep_ratio < 1.0 and (tokens < 2 or int(tokens * keep_ratio + 0.5) < 1):
-        raise ConfigError(
-            f"keep_ratio {keep_ratio:g} leaves no slow token beside fast ones among the {tokens} of stage {stage + 1} "
-            f"({grid[0]}x{grid[1]}): expected "
-            + ("1.0 there" if tokens < 2 else f"at least {0.5 / tokens:.3g}")
-            + ". Give one keep ratio per stage"
-        )
-
-
-class SlowFastBlock(Swapped):
-    """Mixin of a patched block."""
-
-    _evo_state: HostState
-    _evo_name: str
-    _evo_code: graph.BlockCode | None
-    training: bool
-
-    def forward(self, x: Tensor, *args: Any, evo: AttentionTap | object | None = None, **kwargs: Any) -> Tensor:
-        """The generated forward (see `graph.py`) with an attention tap, else the host's own."""
-        if not isinstance(evo, AttentionTap):
-            if evo is not ORIGINAL:
-                self._evo_state.refuse_bypass(self._evo_name)
-            out: Tensor = self._evo_host_class.forward(self, x, *args, **kwargs)
-            return out
-        inputs = tuple(kwargs[name] for name in self._evo_state.spec.trace.inputs)
-        assert self._evo_code is not None
-        out = self._evo_code.forward[self.training](self, x, inputs, evo)
-        return out
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        if self._evo_code is None:  # from a pickle
-            self._evo_code = graph.generate(self, self._evo_name, self._evo_state.spec.trace)  # type: ignore[arg-type]
-
-
-def walk(
-    host: Any, method: str, *args: Any, compact: bool, pass_class: type[TokenPass] | None = None, **kwargs: Any
-) -> Any:
-    """Run a host's own method that walks over its blocks, with the slow-fast steps in their place.
-
-    Args:
-        host: The patched host.
-        method: Name of the method, as the host's class has it.
-        compact: Pass the compact set from block to block inside a run, which is faster. False: every step takes and
-            returns the full grid in raster order, as callers want who look between the blocks.
-        pass_class: How the steps go; None: `TokenPass`.
-    """
-    function = getattr(host_class(host), method)
-    state: HostState = host._evo_state
-    if not state.active and compact:
-        return function(host, *args, **kwargs)
-    evo_pass = (pass_class or TokenPass)(state, 0, compact)
-    view = viewed(host, "", evo_pass)
-    # A zero-argument super() in a subclass looks at the view's class, which torch.compile can't.
-    if "__class__" in function.__code__.co_freevars:
-        return _run_uncompiled(function, view, *args, **kwargs)
-    return function(view, *args, **kwargs)
-
-
-@_disable_dynamo
-def _run_uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
-
-
-def viewed(module: Any, path: str, evo_pass: TokenPass) -> Any:
-    """What stands for a module in the host's forward: nothing else than itself where it holds no block.
-
-    Args:
-        module: The host, or a module in it.
-        path: Of the module, from the host.
-        evo_pass: This forward's.
-    """
-    index = evo_pass.index_of.get(path)
-    if index is not None:
-        # Pruned models (timm's prune_intermediate_layers) have fewer blocks than were patched.
-        evo_pass.depth = max(evo_pass.depth, index + 1)
-        return evo_pass.step(index, module)
-    inside = f"{path}." if path else ""
-    if not any(block.startswith(inside) for block in evo_pass.index_of):
-        return module
-    children = {name: viewed(child, inside + name, evo_pass) for name, child in module._modules.items()}
-    if isinstance(module, (nn.Sequential, nn.ModuleList)):
-        return _Steps(_joined(list(children.values()), evo_pass.blocks), module)
-    return View(module, {name: child for name, child in children.items() if child is not module._modules[name]})
-
-
-def _joined(steps: list[Any], blocks: tuple[Block, ...]) -> list[Any]:
-    """A block may be several modules of its container: they run in its step."""
-    joined: list[Any] = []
-    following = 0
-    for step in steps:
-        if following:
-            joined[-1].followers.append(step)
-            following -= 1
-            continue
-        joined.append(step)
-        if isinstance(step, Step):
-            following = len(blocks[step.index]) - 1
-    return joined
-
-
-class TokenPass:
-    """One forward pass: class attention and partition by block index, so that a recomputed block finds its own."""
-
-    def __init__(self, state: HostState, depth: int, compact: bool) -> None:
-        # Taken once: a checkpointed block is recomputed in backward, maybe after the settings changed.
-        self.name, self.spec, self.plans, self.active = state.name, state.spec, state.plans, state.active
-        self.representative, self.importance = state.config.representative, state.config.importance
-        self.blocks, self.stage_of = state.blocks, state.stage_of
-        self.index_of = state.index_of
-        self.depth = depth
-        self.compact = compact
+    def __init__(self, state: HostState, compact: bool = True) -> None:
+        super().__init__(state, compact)
         self.g: dict[int, Tensor] = {}
         self.partitions: dict[int, Partition] = {}
-        # By the run's first block, as a recomputed block may belong to another run than the last one that began.
+        # By the run's first block, or between full grids by the block; until the run ends.
         self._entries: dict[int, tuple[Tensor, Tensor]] = {}
         self._first: dict[int, int] = {}
-        if state.passes is not None:
-            state.passes.append(self)
 
-    def step(self, index: int, block: nn.Module) -> Step:
-        """What stands where the host calls the block."""
-        return Step(self, index, block)
+    def run(self, index: int, block: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """One block that takes `(B, M, C)`, or `(B, C, h, w)`, and the inputs that its adapter names."""
+        own = host_class(block).forward
+        if not self.active:
+            out: Tensor = own(block, *args, **kwargs)
+            return out
+        x, *others = args
+        inputs = dict(zip(block._evo_metric.parameters[1:], others, strict=False)) | kwargs
+        for name, value in inputs.items():
+            if name not in self.spec.trace.inputs and value is not None and value is not False:
+                self.refuse(name, index)
+
+        def run(x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
+            x = self._block_layout(index, x)
+            out = own(block, x, **inputs) if tap is None else run_tapped(block, tap, x, **inputs)
+            return self._token_layout(out)
+
+        return self._block_layout(index, self.advance(index, block, self._token_layout(x), inputs, run))
 
     def advance(self, index: int, block: Any, x: Tensor, inputs: Mapping[str, Any], run: Run) -> Tensor:
         """One block.
@@ -220,48 +63,50 @@ class TokenPass:
             run: How to run it.
 
         Returns:
-            The same as `x`.
+            The same as `x`; of a block of several modules the compact set, until `leave`.
         """
         if not self.active:
             return run(x, dict(inputs), None)
         self._check_grid(index, x)
         plan = self.plans[index]
-        named = {name: inputs.get(name) for name in self.spec.trace.inputs}
+        named = dict(inputs) | {name: inputs.get(name) for name in self.spec.trace.inputs}
         if plan.keep_ratio == 1.0:
-            return self._block(index, x, named, None, run)
-        if plan.selects:
-            self.partitions[index] = self._select(index, block, x, named)
-        else:
-            self.partitions[index] = self.partitions[index - 1].to(x.device)
-        partition = self.partitions[index]
-        if not self.compact:
-            entry = merge(x, partition)
-            return distribute(x, self._block(index, entry, named, partition, run) - entry, partition)
-        first = self._first[index] = index if plan.selects else self._first[index - 1]
-        if plan.selects:
+            return run(x, named, None) if plan.tradeoff is None else self._tapped(index, block, x, named, None, run)
+        before = None if plan.selects else self.partitions[index - 1].to(x.device)
+        partition = self.partitions[index] = before or self._select(index, block, x, named)
+        first = index if plan.selects or not self.compact else self._first[index - 1]
+        self._first[index] = first
+        compact = x
+        if first == index:
             compact = merge(x, partition)
             self._entries[index] = (x, compact)
-        else:
-            compact = x
-        compact = self._block(index, compact, named, partition, run)
+        out = self._tapped(index, block, compact, named, partition, run)
+        return out if len(self.blocks[index]) > 1 else self.leave(index, out)
+
+    def leave(self, index: int, x: Tensor) -> Tensor:
+        """Put the full grid back where a run ends, or somebody looks."""
+        plan = self.plans[index]
         # Pruned models (timm's prune_intermediate_layers) end before their last run does.
-        if not plan.ends and index + 1 < self.depth:
-            return compact
-        full, entry = (tokens.to(compact.device) for tokens in self._entries[first])
-        return distribute(full, compact - entry, partition)
+        if plan.keep_ratio == 1.0 or (self.compact and not plan.ends and index + 1 < self.depth):
+            return x
+        # Nobody needs them again: what recomputes a block alone takes the full grid, what recomputes a whole run begins
+        # with its entry.
+        full, entry = (tokens.to(x.device) for tokens in self._entries.pop(self._first[index]))
+        return distribute(full, x - entry, self.partitions[index])
 
-    def refuse(self, name: str, index: int) -> None:
-        """An input that masks tokens.
+    def around(self, index: int, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """What stands for a module that runs after a block in its step."""
+        full_grid = self._full_grid(index, self.partitions.get(index))
+        return full_grid.around(module) if full_grid is not None and full_grid.wants(module) else module
 
-        Raises:
-            UnsupportedInputError: Unless every block runs as unpatched.
-        """
-        if self.active:
-            raise UnsupportedInputError(
-                f"{name} was passed to the patched model, at block {index} of '{self.name or 'model'}': slow "
-                "and fast tokens are chosen among all tokens, so attention can't be masked. Leave it out, or use "
-                "evopatch.set_keep_ratio(model, 1.0) or evopatch.remove(model) for this call"
-            )
+    def _full_grid(self, index: int, partition: Partition | None) -> FullGrid | None:
+        if not self.hooks_see or partition is None:
+            return None
+        grid = None
+        if self.spec.channels_first:
+            assert self.spec.pyramid is not None
+            grid = self.spec.pyramid.grids[self.stage_of[index]]
+        return FullGrid(self.everything_seen, partition, grid)
 
     def _check_grid(self, index: int, x: Tensor) -> None:
         pyramid, stage = self.spec.pyramid, self.stage_of[index]
@@ -287,11 +132,13 @@ class TokenPass:
         keep = num_slow(g.shape[1], self.plans[index].keep_ratio)
         if self.representative != "matched":
             return select_top(g, keep, prefix, self.representative == "single")
-        tokens = self.block_layout(index, x.detach())
-        metric = self.token_layout(block._evo_code.metric[block.training](block, tokens, tuple(inputs.values()), None))
+        code = block._evo_metric
+        tokens = self._block_layout(index, x.detach())
+        named = tuple(inputs[name] for name in code.inputs)
+        metric = self._token_layout(code.functions[block.training](block, tokens, named, None, block))
         return select_matched(g, metric[:, prefix:], keep, prefix, self.importance)
 
-    def block_layout(self, index: int, x: Tensor) -> Tensor:
+    def _block_layout(self, index: int, x: Tensor) -> Tensor:
         """`(B, M, C)` tokens as the block takes them."""
         if not self.spec.channels_first:
             return x
@@ -302,23 +149,33 @@ class TokenPass:
         channels_first: Tensor = x.transpose(1, 2).unflatten(2, (rows, columns))
         return channels_first
 
-    def token_layout(self, x: Tensor) -> Tensor:
-        """The inverse of `block_layout`."""
+    def _token_layout(self, x: Tensor) -> Tensor:
+        """The inverse of `_block_layout`."""
         if not self.spec.channels_first:
             return x
         return x.flatten(2).transpose(1, 2)
 
-    def _block(self, index: int, x: Tensor, inputs: dict[str, Any], partition: Partition | None, run: Run) -> Tensor:
+    def _tapped(
+        self, index: int, block: Any, x: Tensor, inputs: dict[str, Any], partition: Partition | None, run: Run
+    ) -> Tensor:
         plan, spec = self.plans[index], self.spec
         if partition is not None:
             for name in spec.token_inputs:
                 inputs[name] = _merge_positions(inputs[name], partition, spec.prefix)
-        tap = AttentionTap(spec.prefix, spec.readout, partition, plan.tradeoff is not None, spec.received)
+        tap = AttentionTap(
+            spec.prefix,
+            spec.readout,
+            partition,
+            plan.tradeoff is not None,
+            spec.received,
+            block._evo_name,
+            self._full_grid(index, partition),
+        )
         out = run(x, inputs, tap)
         if not tap.used:
             raise BypassError(
-                f"block {index} of '{self.name or 'model'}' ran without its patched attention: it was replaced, or its "
-                "forward was. Use evopatch.remove(model) before such changes, and evopatch.apply after them"
+                f"{block._evo_name} ran without its patched attention: it was replaced, or its forward was. Use "
+                "evopatch.remove(model) before such changes, and evopatch.apply after them"
             )
         if plan.tradeoff is not None:
             attention = tap.class_attention()
@@ -335,91 +192,3 @@ def _merge_positions(table: Any, partition: Partition, prefix: int) -> Any:
     if isinstance(table, tuple):
         return tuple(merge_positions(part, partition, prefix) for part in table)
     return merge_positions(table, partition, prefix)
-
-
-class Step:
-    """One block in one forward pass; stands where the host calls the block."""
-
-    def __init__(self, evo_pass: TokenPass, index: int, block: nn.Module) -> None:
-        self._pass = evo_pass
-        self.index = index
-        self._block = block
-        self.followers: list[nn.Module] = []
-
-    def __call__(self, x: Tensor, **inputs: Any) -> Tensor:
-        evo_pass = self._pass
-        for name, value in inputs.items():
-            if name not in evo_pass.spec.trace.inputs and value is not None and value is not False:
-                evo_pass.refuse(name, self.index)
-        out = evo_pass.advance(self.index, self._block, evo_pass.token_layout(x), inputs, self._run)
-        return evo_pass.block_layout(self.index, out)
-
-    def _run(self, x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
-        # Through the block's __call__, so that its hooks run.
-        x = self._pass.block_layout(self.index, x)
-        out: Tensor = self._block(x, evo=ORIGINAL if tap is None else tap, **inputs)
-        for module in self.followers:
-            out = module(out)
-        return self._pass.token_layout(out)
-
-
-class _Steps:
-    """Stands where the host uses an `nn.Sequential` or `nn.ModuleList` that holds blocks."""
-
-    def __init__(self, steps: list[Any], container: nn.Module | None = None) -> None:
-        self._steps = steps
-        self._container = container
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._container is not None and _has_hooks(self._container):
-            raise BypassError(
-                f"a {type(self._container).__name__} of blocks has hooks, which would not run: the patched forward "
-                "goes through its blocks one by one. Hook the blocks, their stage or the model instead"
-            )
-        for step in self._steps:
-            x = step(x)
-        return x
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._steps)
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def __getitem__(self, index: int | slice) -> Any:
-        return _Steps(self._steps[index]) if isinstance(index, slice) else self._steps[index]
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
-    return bool(forward or backward or module._backward_pre_hooks)
-
-
-class View:
-    """Stands for a module, with other attributes in some places: the module in everything else."""
-
-    def __init__(self, host: Any, children: Mapping[str, Any]) -> None:
-        self.__dict__.update({"_host": host, **children})
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        # A zero-argument super() in a subclass of the host's class checks it. torch.compile looks at an instance
-        # that was never initialised.
-        host = self.__dict__.get("_host")
-        return View if host is None else type(host)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        host: Any = self._host
-        if _has_hooks(host):
-            return nn.Module._call_impl(self, *args, **kwargs)  # type: ignore[arg-type]
-        return self.forward(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own, on this view."""
-        return host_class(self._host).forward(self, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._host, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._host, name, value)

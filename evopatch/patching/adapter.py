@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..forward.block import SlowFastBlock, TappedAttention, block_codes
+from ..forward.host_state import HostState
 from ..forward.spec import HostSpec
-from ..forward.tokens import HostState, SlowFastBlock
-from ..rewrite import graph
-from ..rewrite.classes import Swapped
+from ..rewrite.classes import Steered, Swapped
+from ..rewrite.graph import generate_core
+from ..rewrite.tracing import on_the_way
 from .changes import Change
 
 __all__ = ["Adapter", "Change", "HostSpec"]
@@ -21,7 +23,7 @@ class Adapter(ABC):
     """Knows one architecture of one library. About 60 lines; see `adapters/evopatch_timm/vit.py`."""
 
     mixin: ClassVar[type[Swapped]]
-    """Goes before the host's class: wraps the methods that walk over the blocks (see `stream.walk`)."""
+    """Goes before the host's class: wraps the methods that walk over the blocks (see `forward.walk`)."""
 
     notice: ClassVar[str] = ""
     """Where a patched model is not faster: `apply` says it once, as a warning."""
@@ -55,12 +57,51 @@ class Adapter(ABC):
         Raises:
             UnsupportedModelError: If a block can't be patched; names it.
         """
-        changes = [Change(host, self.mixin, {"_evo_state": state})]
+        changes = [Change(host, self.mixin, {"_evo_state": state}), *passages(host, state.index_of)]
         for name, block in named_blocks(host, state):
-            _check_hooks(block, name, state.spec.trace)
-            code = graph.generate(block, name, state.spec.trace)
-            changes.append(Change(block, SlowFastBlock, {"_evo_state": state, "_evo_name": name, "_evo_code": code}))
+            changes += block_changes(block, name, state)
         return changes
+
+
+def block_changes(
+    block: nn.Module,
+    name: str,
+    state: HostState,
+    mixin: type[SlowFastBlock] = SlowFastBlock,
+    attention_mixin: type[TappedAttention] = TappedAttention,
+) -> list[Change]:
+    """The changes to one block: to itself, its attention modules, and the modules on the way to them.
+
+    Args:
+        block: To be patched.
+        name: Fully qualified, for errors.
+        state: Of its host.
+        mixin: For the block.
+        attention_mixin: For its attention modules.
+
+    Raises:
+        UnsupportedModelError: If it can't be traced, or a forward was replaced on a module itself.
+    """
+    trace = state.spec.trace
+    codes = block_codes(mixin, block, name, trace)
+    cores = codes["_evo_cores"]
+    changes = [Change(block, mixin, {"_evo_state": state, "_evo_name": name, **codes}), *passages(block, cores)]
+    for core in filter(None, cores):
+        attention, attention_name = block.get_submodule(core), f"{name}.{core}"
+        check_forward(attention, attention_name)
+        code = generate_core(attention_mixin._evo_traceable(attention), attention_name, trace)
+        changes.append(
+            Change(attention, attention_mixin, {"_evo_name": attention_name, "_evo_trace": trace, "_evo_code": code})
+        )
+    return changes
+
+
+def passages(module: nn.Module, paths: Any) -> list[Change]:
+    """Changes to the modules that are called on the way from a module to those at the paths, without these."""
+    between = [path for path in on_the_way(paths) if path not in paths]
+    # Lists and dicts of modules are looked into, not called.
+    inner = [(path, module.get_submodule(path)) for path in between]
+    return [Change(m, Steered, {}) for _, m in inner if not isinstance(m, (nn.ModuleList, nn.ModuleDict))]
 
 
 def named_blocks(host: nn.Module, state: HostState) -> list[tuple[str, nn.Module]]:
@@ -88,16 +129,34 @@ def check_forward(module: nn.Module, name: str) -> None:
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) has a forward of its own beside its class's: expected a plain "
-            "module, since the patch works by its class. Undo what replaced it, and do it again after apply"
+            "module, since the patch works by its class. Undo what replaced it before apply, and leave it so"
         )
 
 
-def _check_hooks(block: nn.Module, name: str, trace: graph.TraceSpec) -> None:
-    for inner in graph.traced_through(block, trace):
-        module = block.get_submodule(inner)
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if any(hooks):
-            raise UnsupportedModelError(
-                f"{name}.{inner} ({type(module).__name__}) has hooks, which would not run: the patched block runs "
-                "generated code in its place. Remove them, or hook the block or a module inside instead"
-            )
+def walks_by_itself(host: nn.Module, adapter: Adapter, state: HostState) -> bool:
+    """Whether code that isn't the library's may walk over a host's blocks, and look at tokens in between.
+
+    A subclass may override any method and call `super()`; it walks by itself where one of its functions names the
+    container of the blocks.
+    """
+    libraries = {cls.__module__.partition(".")[0] for cls in adapter.hosts()}
+    names = {part for block in state.blocks for path in block for part in path.split(".") if not part.isdigit()}
+    for cls in type(host).__mro__:
+        if cls in (nn.Module, object):
+            continue
+        for value in vars(cls).values():
+            function = getattr(value, "__func__", getattr(value, "fget", value))
+            origin = str(getattr(function, "__module__", "") or "").partition(".")[0]
+            if (
+                hasattr(function, "__code__")
+                and origin not in {*libraries, "torch"}
+                and _names(function.__code__, names)
+            ):
+                return True
+    return False
+
+
+def _names(code: Any, names: set[str]) -> bool:
+    if not names.isdisjoint(code.co_names) or not names.isdisjoint(c for c in code.co_consts if isinstance(c, str)):
+        return True
+    return any(_names(inner, names) for inner in code.co_consts if hasattr(inner, "co_names"))

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..config import EvoConfig
 from ..errors import AlreadyPatchedError, ConfigError, SpeedWarning, UnsupportedModelError
-from ..forward.tokens import HostState
+from ..forward.host_state import HostState
 from . import changes, registry
-from .adapter import Adapter
+from .adapter import Adapter, walks_by_itself
 from .changes import Change
 from .handle import Patched, unpatch
 
@@ -165,4 +165,6 @@ def _full_name(cls: type[Any]) -> str:
 
 def _plan(name: str, host: nn.Module, adapter: Adapter, config: EvoConfig) -> list[Change]:
     spec = adapter.inspect(host, name or type(host).__name__)
-    return adapter.plan(host, HostState(name, spec, spec.stages(host), config))
+    state = HostState(name, spec, spec.stages(host), config)
+    state.foreign = walks_by_itself(host, adapter, state)
+    return adapter.plan(host, state)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import EvoConfig
 from ..errors import ConfigError, NotPatchedError, UnsupportedModelError
-from ..forward.tokens import HostState
+from ..forward.host_state import HostState
 from . import changes, registry
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -123,7 +123,7 @@ class Patched(Generic[Model]):
 
     def _set(self, configs: dict[str, EvoConfig]) -> None:
         for name, config in configs.items():
-            self.hosts[name].state.resolve(config)
+            self.hosts[name].state.plan(config)
         for name, config in configs.items():
             self.hosts[name].state.set_config(config)
 

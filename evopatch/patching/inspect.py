@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..algorithm.partition import Partition
 from ..errors import UnsupportedModelError
-from ..forward.tokens import TokenPass
 from .handle import Patched
 
 
@@ -74,7 +73,7 @@ def _partitions(patched: Patched[Any], images: Tensor, model_inputs: dict[str, A
     """Of every block that is there, None where it takes every token."""
     observed = Patched(patched.copy().eval())
     host = observed.host
-    passes: list[TokenPass] = []
+    passes: list[Any] = []
     host.state.passes = passes
     observed.model(images, **model_inputs)
     if len(passes) > 1:

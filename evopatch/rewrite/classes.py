@@ -7,10 +7,13 @@ never the generated class.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 from torch import nn
+
+from ..errors import UnsupportedModelError
 
 
 class Swapped:
@@ -23,6 +26,25 @@ class Swapped:
         assert isinstance(reduced, tuple)
         mixin = type(self).__mro__[1]
         return (_new, (self._evo_host_class, mixin), *reduced[2:])
+
+    def __prepare_scriptable__(self) -> Any:
+        raise UnsupportedModelError(
+            f"torch.jit.script was given a patched {self._evo_host_class.__name__}, whose forward runs Python that "
+            "TorchScript has no types for: use torch.jit.trace or torch.export, or evopatch.remove(model) before"
+        )
+
+
+class Steered(Swapped):
+    """Mixin of a module that a forward pass may give something else to run than the module's own forward."""
+
+    def forward(self, *args: Any, evo: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+        """
+        Args:
+            evo: What to run: a function of the module and its arguments. None: the module's own forward.
+        """
+        if evo is None:
+            return self._evo_host_class.forward(self, *args, **kwargs)
+        return evo(self, *args, **kwargs)
 
 
 _classes: dict[tuple[type, type], type[nn.Module]] = {}

@@ -1,19 +1,18 @@
-"""The only user of torch.fx: find a block's attention core, tap it, and generate the block's forward anew.
+"""Generated code: a module's own forward with its attention core tapped, and the start of a block's.
 
-A block is traced through itself and the modules on the way to its attention core; everything below stays a leaf. The
-generated code is bound to the *original* module: same parameters, same submodules (also ones that are replaced later,
-such as by LoRA layers), same hooks on the leaves. No residual structure is copied, so pre-norm, post-norm, parallel
-and LayerScale blocks all come out of their own graph.
+The code is bound to the *original* module: same parameters, same submodules (also ones that are replaced later, such as
+by LoRA layers), same hooks on them. Nothing of a forward is copied, so every kind of attention comes out of its own
+graph.
 """
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,50 +20,29 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..errors import AttentionNotFoundError
-from .classes import host_class
+from .classes import Swapped, host_class
+from .tracing import ROOT, TraceSpec, attention_cores, inputs_of, on_the_way, trace
 
-_SDPA = F.scaled_dot_product_attention
 _SOFTMAX_FUNCTIONS = {torch.softmax, F.softmax}
 _MATMULS = {torch.matmul, operator.matmul, torch.bmm, torch.einsum}
 _SCALINGS = {operator.mul, operator.truediv, torch.mul, torch.div}
 
 
 @dataclass(frozen=True)
-class TraceSpec:
-    """How an adapter wants its blocks traced."""
+class Code:
+    """The generated functions of one module, by its training flag."""
 
-    inputs: tuple[str, ...] = ()
-    """Names of the tensors that the block takes beside the tokens, such as a rotary table."""
-    absent: tuple[str, ...] = ()
-    """Names of arguments without a default that are always None."""
-    leaf_functions: tuple[Callable[..., Any], ...] = ()
-    """Functions whose control flow depends on tensors' shapes: called, not traced."""
-    leaf_methods: tuple[str, ...] = ()
-    """Methods, other than `forward`, of submodules that are called, not traced."""
-    sized_functions: tuple[str, ...] = ()
-    """Names of functions of torch that are given sizes only, such as `rand`, which torch.fx doesn't see by itself."""
-    position_biases: tuple[str, ...] = ()
-    """Such methods whose result is added to the attention logits, one entry per head and pair of tokens."""
-    core_names: frozenset[str] = frozenset({"scaled_dot_product_attention", "softmax"})
-    """A module whose forward's code uses one of these names holds an attention core."""
-    cores: Mapping[Callable[..., Any], str] = field(default_factory=lambda: {_SDPA: "attend"})
-    """Functions that are attention cores, and the method of `evo` that takes the place of a call."""
+    functions: dict[bool, Callable[..., Any]] = field(repr=False)
+    parameters: tuple[str, ...]
+    """Names of what the module's own forward takes, in order."""
+    inputs: tuple[str, ...]
+    """Those of the spec's inputs among them."""
 
-
-@dataclass(frozen=True)
-class BlockCode:
-    """The generated functions of one block, by its training flag."""
-
-    forward: dict[bool, Callable[..., Any]] = field(repr=False)
-    """`(block, x, inputs, evo)` to `(B, M, C)`: the block's own forward with its attention core handed to `evo`."""
-    metric: dict[bool, Callable[..., Any]] = field(repr=False)
-    """`(block, x, inputs, evo)` to `(B, T, C)`: the tokens as the attention core's projection sees them."""
-
-    def __deepcopy__(self, memo: Any) -> BlockCode:
+    def __deepcopy__(self, memo: Any) -> Code:
         return self  # stateless; tracing again would disturb forwards in other threads, as fx patches nn.Module
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Generated functions don't pickle, and needn't: they are traced again, from the block's own class.
+        # Generated functions don't pickle, and needn't: they are traced again, from the module's own class.
         return (_untraced, ())
 
 
@@ -72,164 +50,90 @@ def _untraced() -> None:
     return None
 
 
-def generate(block: nn.Module, name: str, spec: TraceSpec) -> BlockCode:
-    """Trace a block in both modes, since tracing burns `self.training` in.
+class Traced(Swapped):
+    """Mixin of a module that runs generated code: makes it again after unpickling."""
+
+    def _evo_generate(self) -> None:
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self._evo_generate()
+
+
+def generate_core(module: nn.Module, name: str, spec: TraceSpec) -> Code:
+    """`(module, x, inputs, evo, module)`: the module's own forward with its attention core handed to `evo`.
+
+    Traced in both modes, since tracing burns `self.training` in.
 
     Args:
-        block: Left as it is.
+        module: Whose own forward holds an attention core; left as it is.
         name: Fully qualified, for errors.
-        spec: What the adapter knows about the block.
+        spec: What the adapter knows about it.
 
     Raises:
-        AttentionNotFoundError: If the block can't be traced or has no attention core of a known form.
+        AttentionNotFoundError: If it can't be traced or has no attention core of a known form.
     """
-    forward, metric = {}, {}
-    modes = [(module, module.training) for module in block.modules()]
+    functions = {}
+    for training in (False, True):
+        with _mode(module, training):
+            graph = trace(module, name, spec)
+        _tap(graph, module, name, spec)
+        functions[training] = _function(graph)
+    parameters = tuple(inspect.signature(host_class(module).forward).parameters)[1:]
+    return Code(functions, parameters, inputs_of(module, spec))
+
+
+def generate_metric(block: nn.Module, name: str, spec: TraceSpec) -> Code:
+    """`(block, x, inputs, None, block)` to `(B, T, C)`: the tokens as the projection before the attention core sees
+    them.
+
+    Calls the forwards of the modules on the way, not the modules: their hooks are for the block's own run.
+
+    Raises:
+        AttentionNotFoundError: If the block can't be traced, or has no attention core behind a projection.
+    """
+    with _mode(block, training=False):
+        graph = trace(block, name, spec, on_the_way(attention_cores(block, spec)))
+    _tap(graph, block, name, spec)
+    function = _function(_without_hooks(_metric_graph(graph, block, name, spec)))
+    return Code({False: function, True: function}, (), inputs_of(block, spec))
+
+
+@contextmanager
+def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+    modes = [(inner, inner.training) for inner in module.modules()]
     try:
-        for training in (False, True):
-            # Not by `train()`, which LeViT's attention clears a cache in.
-            for module, _ in modes:
-                module.training = training
-            graph = _trace(block, name, spec)
-            _tap(graph, block, name, spec)
-            forward[training] = _function(graph)
-            metric[training] = _function(_metric_graph(graph, block, name, spec))
+        # Not by `train()`, which LeViT's attention clears a cache in.
+        for inner, _ in modes:
+            inner.__dict__["training"] = training
+        yield
     finally:
-        for module, mode in modes:
-            module.training = mode
-    return BlockCode(forward, metric)
+        for inner, mode in modes:
+            inner.__dict__["training"] = mode
 
 
-class _Shim(nn.Module):
-    """Gives the block a signature without optional arguments: the tokens, and a tuple with its other inputs."""
-
-    def __init__(self, block: nn.Module, spec: TraceSpec) -> None:
-        super().__init__()
-        self.block = block
-        self._spec = spec
-
-    def forward(self, x: Any, inputs: Any) -> Any:
-        named: dict[str, Any] = {name: inputs[i] for i, name in enumerate(self._spec.inputs)}
-        named.update(dict.fromkeys(self._spec.absent))
-        return host_class(self.block).forward(self.block, x, **named)
-
-
-class _Proxy(fx.Proxy):
-    def __getattr__(self, name: str) -> Any:
-        return _Shape(self, name) if name == "shape" else super().__getattr__(name)
-
-
-class _Shape(fx.proxy.Attribute):
-    def __getitem__(self, key: Any) -> Any:
-        # `*x.shape[:-1]`: fx can't tell how many it unpacks. Tokens are (B, M, C), so two.
-        if key == slice(None, -1):
-            return self[0], self[1]
-        return super().__getitem__(key)  # type: ignore[misc]
-
-
-class _Tracer(fx.Tracer):
-    def __init__(self, shim: _Shim, spec: TraceSpec) -> None:
-        super().__init__(autowrap_functions=spec.leaf_functions)
-        self._through = {f"block.{name}" for name in traced_through(shim.block, spec)}
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self._through
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        # Hooks of a module that is traced through, or a forward that accelerate set on it, would run now, on proxies,
-        # instead of at every forward.
-        if not self.is_leaf_module(m, self.path_of_module(m)):
-            forward = MethodType(host_class(m).forward, m)
-        return super().call_module(m, forward, args, kwargs)
-
-
-def traced_through(block: nn.Module, spec: TraceSpec) -> list[str]:
-    """Names, relative to the block, of the submodules whose code is generated: their own hooks don't run."""
-    cores = [name for name, module in block.named_modules() if name and _holds_core(module, spec)]
-    return sorted({".".join(c.split(".")[:i]) for c in cores for i in range(1, c.count(".") + 2)})
-
-
-def _holds_core(module: nn.Module, spec: TraceSpec) -> bool:
-    code = getattr(host_class(module).forward, "__code__", None)
-    return code is not None and not spec.core_names.isdisjoint(code.co_names)
-
-
-def _trace(block: nn.Module, name: str, spec: TraceSpec) -> fx.Graph:
-    shim = _Shim(block, spec)
-    tracer = _Tracer(shim, spec)
-    try:
-        leaf_methods = (*spec.leaf_methods, *spec.position_biases)
-        with _leaf_methods(shim, tracer, leaf_methods), _sized_functions(tracer, spec.sized_functions):
-            graph = tracer.trace(shim)
-    except Exception as error:
-        last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
-        raise AttentionNotFoundError(
-            f"{name} ({type(block).__name__}) can't be traced by torch.fx"
-            + ("" if last is None else f" past the graph node '{last.name}' ({last.op} {last.target})")
-            + f": {error}"
-        ) from error
-    for node in graph.nodes:
-        if node.op in ("call_module", "get_attr"):
-            node.target = node.target.removeprefix("block.")
-    # Dead-code elimination looks submodules up in it.
-    graph.owning_module = block  # type: ignore[assignment]
+def _without_hooks(graph: fx.Graph) -> fx.Graph:
+    for node in list(graph.nodes):
+        if node.op == "call_module":
+            with graph.inserting_before(node):
+                module = graph.get_attr(str(node.target))
+                call = graph.call_method("forward", (module, *node.args), dict(node.kwargs))
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
     return graph
 
 
-@contextmanager
-def _leaf_methods(shim: nn.Module, tracer: fx.Tracer, names: tuple[str, ...]) -> Iterator[None]:
-    """Record calls of these methods as nodes, so that what they read is read when the block runs."""
-    patched: list[tuple[nn.Module, str]] = []
-
-    def recorder(path: str, method: str) -> Callable[[], fx.Proxy]:
-        def record(*args: Any) -> fx.Proxy:
-            module = tracer.create_proxy("get_attr", path, (), {})
-            return tracer.create_proxy("call_method", method, (module, *args), {})
-
-        return record
-
-    try:
-        for path, module in shim.named_modules():
-            for method in names:
-                if hasattr(type(module), method):
-                    module.__dict__[method] = recorder(path, method)
-                    patched.append((module, method))
-        yield
-    finally:
-        for module, method in patched:
-            del module.__dict__[method]
-
-
-@contextmanager
-def _sized_functions(tracer: fx.Tracer, names: tuple[str, ...]) -> Iterator[None]:
-    """Record calls of these functions of torch where a size is a node; other threads' calls go through."""
-    originals = {name: getattr(torch, name) for name in names}
-
-    def recorder(function: Callable[..., Any]) -> Callable[..., Any]:
-        def record(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(argument, fx.Proxy) for argument in args):
-                return tracer.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
-
-        return record
-
-    try:
-        for name, function in originals.items():
-            setattr(torch, name, recorder(function))
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(torch, name, function)
-
-
 def _tap(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> None:
-    """Hand every attention core to the tap, a new last placeholder `evo`."""
+    """Hand every attention core to the tap, a new placeholder `evo`; the module itself is the one after it."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     with graph.inserting_after(placeholders[-1]):
         evo = graph.placeholder("evo")
+    with graph.inserting_after(evo):
+        module = graph.placeholder("module")
+    for node in [node for node in graph.nodes if node.op == "get_attr" and node.target == ROOT]:
+        node.replace_all_uses_with(module)
+        graph.erase_node(node)
     for node in graph.nodes:
         if node.op == "call_method" and node.target in spec.position_biases:
             with graph.inserting_after(node):

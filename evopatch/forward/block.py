@@ -1,0 +1,167 @@
+"""A patched block: its own forward, with its attention core handed to a tap.
+
+The block runs on a view of itself in which its attention modules are called with the tap. Only an attention module's
+code is generated; where the attention core is in the block's own forward (parallel scaling blocks), the block's is.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UnsupportedInputError
+from ..rewrite.classes import Steered, host_class
+from ..rewrite.graph import Code, Traced, generate_core, generate_metric
+from ..rewrite.tracing import TraceSpec, attention_cores
+from ..rewrite.view import Call, ContainerView, View, check_steered
+from .host_state import HostState
+from .tap import AttentionTap
+
+
+class SlowFastBlock(Traced, Steered):
+    """Mixin of a patched block."""
+
+    _evo_state: HostState
+    _evo_name: str
+    _evo_cores: tuple[str, ...]
+    """Paths in it of the modules whose forward holds an attention core; `""` for the block itself."""
+    _evo_metric: Code
+    """Gives the tokens as the attention sees them."""
+    _evo_code: Code | None
+    """Its own forward, where that holds the attention core."""
+    training: bool
+
+    def forward(self, *args: Any, evo: Any = None, **kwargs: Any) -> Any:
+        """What a step of the slow-fast forward gives, or the host's own."""
+        if evo is None:
+            self._evo_state.refuse_bypass(self._evo_name)
+        return Steered.forward(self, *args, evo=evo, **kwargs)
+
+    @staticmethod
+    def _evo_traceable(block: nn.Module, cores: tuple[str, ...]) -> nn.Module:
+        """What is traced in a block's place."""
+        return block
+
+    def _evo_generate(self) -> None:
+        module: Any = self
+        self.__dict__.update(block_codes(type(self), module, self._evo_name, self._evo_state.spec.trace))
+
+
+class TappedAttention(Traced, Steered):
+    """Mixin of a patched attention module."""
+
+    _evo_name: str
+    _evo_trace: TraceSpec
+    _evo_code: Code
+    training: bool
+
+    def _evo_run(self, tap: AttentionTap, *args: Any, **kwargs: Any) -> Any:
+        """The generated forward, with a tap."""
+        code = self._evo_code
+        named = dict(zip(code.parameters, args, strict=False)) | kwargs
+        x = named.pop(code.parameters[0])
+        inputs = tuple(named.pop(name, None) for name in code.inputs)
+        seen: Any = self
+        if tap.full_grid is not None:
+            seen = tapped_view(seen, (), tap)
+        return code.functions[self.training](seen, x, inputs, self._evo_hand(tap, named), seen)
+
+    def _evo_hand(self, tap: AttentionTap, others: dict[str, Any]) -> Any:
+        """What the generated code calls.
+
+        Args:
+            tap: This run's.
+            others: What the module was called with beside the tokens and the inputs that its adapter names.
+        """
+        for name, value in others.items():
+            if value is not None and value is not False:
+                raise UnsupportedInputError(
+                    f"{self._evo_name} was called with {name}, which the patched attention can't honour: leave it out, "
+                    "or use evopatch.set_keep_ratio(model, 1.0) or evopatch.remove(model) for this call"
+                )
+        return tap
+
+    @staticmethod
+    def _evo_traceable(attention: nn.Module) -> nn.Module:
+        """What is traced in an attention module's place."""
+        return attention
+
+    def _evo_generate(self) -> None:
+        module: Any = self
+        self.__dict__["_evo_code"] = generate_core(self._evo_traceable(module), self._evo_name, self._evo_trace)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.get(name, _MISSING)
+        super().__setattr__(name, value)
+        # Tracing has read plain values such as `num_heads` or `fused_attn`.
+        if name != "training" and isinstance(value, _PLAIN) and (type(value) is not type(before) or value != before):
+            self._evo_generate()
+
+
+_MISSING = object()
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def block_codes(mixin: type[SlowFastBlock], block: nn.Module, name: str, trace: TraceSpec) -> dict[str, Any]:
+    """What a patched block gets from tracing.
+
+    Raises:
+        AttentionNotFoundError: If it can't be traced, or has no attention core of a known form.
+    """
+    cores = attention_cores(block, trace)
+    traced = mixin._evo_traceable(block, cores)
+    code = generate_core(traced, name, trace) if "" in cores else None
+    return {"_evo_cores": cores, "_evo_metric": generate_metric(traced, name, trace), "_evo_code": code}
+
+
+def run_tapped(block: Any, tap: AttentionTap, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A block's own forward with its attention cores handed to a tap; other arguments as the block takes them."""
+    view = tapped_view(block, block._evo_cores, tap)
+    code: Code | None = block._evo_code
+    if code is None:
+        return host_class(block).forward(view, x, *args, **kwargs)
+    inputs = tuple(kwargs.get(name) for name in code.inputs)
+    return code.functions[block.training](view, x, inputs, tap, view)
+
+
+def tapped_view(module: Any, cores: tuple[str, ...], tap: AttentionTap) -> Any:
+    """A module whose own forward reaches the attention modules at these paths with a tap; itself without any."""
+    changed: dict[str, Any] = {}
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        inner = tuple(core[len(name) + 1 :] for core in cores if core == name or core.startswith(f"{name}."))
+        if inner or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            seen = _on_the_way(child, inner, tap)
+        else:
+            seen = tap.full_grid.around(child) if tap.full_grid is not None and tap.full_grid.wants(child) else child
+        if seen is not child:
+            changed[name] = seen
+    if not changed:
+        return module
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return ContainerView(module, {**module._modules, **changed})
+    return View(module, changed)
+
+
+def _on_the_way(child: nn.Module, cores: tuple[str, ...], tap: AttentionTap) -> Any:
+    if "" in cores:
+        check_steered(child, f"the attention of {tap.block}", TappedAttention)
+        return Call(child, partial(_run_attention, tap=tap))
+    if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        return tapped_view(child, cores, tap)
+    check_steered(child, f"a module around the attention of {tap.block}")
+    return Call(child, partial(_run_around, cores=cores, tap=tap))
+
+
+def _run_attention(module: Any, *args: Any, tap: AttentionTap, **kwargs: Any) -> Any:
+    return module._evo_run(tap, *args, **kwargs)
+
+
+def _run_around(module: Any, *args: Any, cores: tuple[str, ...], tap: AttentionTap, **kwargs: Any) -> Any:
+    view = tapped_view(module, cores, tap)
+    if isinstance(view, ContainerView):
+        return view.run(module, *args)
+    return host_class(module).forward(view, *args, **kwargs)

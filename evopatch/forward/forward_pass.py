@@ -1,0 +1,92 @@
+"""One forward pass of a patched host: what its blocks are told, by index, so that a recomputed block finds its own.
+
+A patched host runs its *own* forward. Where a host passes keyword arguments on to its blocks, the pass travels in them.
+Elsewhere the forward runs on a view of the host whose blocks are called with the pass (`walk.py`). Either way it lives
+in a local variable: threads, nested forwards, and several forwards before one backward don't share any.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedInputError
+from ..rewrite.classes import Steered
+from .hooks import wants_tokens
+from .host_state import HostState
+
+
+class ForwardPass(ABC):
+    """Common to tokens and windows.
+
+    Args:
+        state: The host's.
+        compact: Whether the code between the blocks can do with the compact set.
+    """
+
+    def __init__(self, state: HostState, compact: bool = True) -> None:
+        # Taken once: a checkpointed block is recomputed in backward, maybe after the settings changed.
+        self.name, self.spec, self.plans, self.active = state.name, state.spec, state.plans, state.active
+        self.representative, self.importance = state.config.representative, state.config.importance
+        self.blocks, self.stage_of, self.index_of = state.blocks, state.stage_of, state.index_of
+        self.depth = 0
+        """How many blocks there are; pruned models have fewer than were patched."""
+        self.everything_seen = state.full_grid > 0
+        """Every module in a block is called on all tokens."""
+        self.hooks_see = self.everything_seen
+        """Modules in a block that have hooks are called on all tokens."""
+        self.compact = compact and not state.foreign and not self.everything_seen
+        """Inside a run the compact set goes from block to block. False: each takes and returns the full grid."""
+        if state.passes is not None:
+            state.passes.append(self)
+
+    def begin(self, blocks: Iterable[nn.Module]) -> None:
+        """Before the first block runs.
+
+        Args:
+            blocks: What the host will call.
+        """
+        blocks = list(blocks)
+        # A wrapper around a block, such as torch's checkpoint_wrapper, may run the block again by itself.
+        if any(not isinstance(block, Steered) for block in blocks):
+            self.compact = False
+        # Under torch.compile it would be done, and guarded, for every module.
+        if self.active and not torch.compiler.is_compiling() and any(wants_tokens(block) for block in blocks):
+            self.hooks_see = True
+            self.compact = False
+
+    @abstractmethod
+    def run(self, index: int, block: Any, *args: Any, **kwargs: Any) -> Any:
+        """One block, instead of its own forward and inside its call.
+
+        Args:
+            index: Its place, from 0.
+            block: The block itself.
+            *args: What its host calls it with.
+            **kwargs: The same.
+        """
+
+    def leave(self, index: int, x: Tensor) -> Tensor:
+        """After a block and the modules that belong to it."""
+        return x
+
+    def around(self, index: int, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """What stands for a module that runs after a block in its step."""
+        return module
+
+    def refuse(self, name: str, index: int) -> None:
+        """An input that masks tokens.
+
+        Raises:
+            UnsupportedInputError: Unless every block runs as unpatched.
+        """
+        if self.active:
+            raise UnsupportedInputError(
+                f"{name} was passed to the patched model, at block {index} of '{self.name or 'model'}': slow "
+                "and fast tokens are chosen among all tokens, so attention can't be masked. Leave it out, or use "
+                "evopatch.set_keep_ratio(model, 1.0) or evopatch.remove(model) for this call"
+            )

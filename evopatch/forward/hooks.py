@@ -1,0 +1,126 @@
+"""Hooks that want to see every token: whose they are, and what shows them the full grid inside a block.
+
+Inside a run a block works on the compact set. A hook that somebody registered to look at tokens would see fewer of
+them, so a forward pass that meets one lets every block take and return the full grid, and calls the hooked modules of a
+block on all tokens: each token shows the value of its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..algorithm.partition import Partition, merge, spread_attention, unspread_attention
+from ..rewrite.view import has_hooks
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+# Their hooks shard, offload, record or reparametrise: they don't look at single tokens, or ask for the full grid.
+_OWN_WAYS = {"torch", "transformers", "accelerate", "deepspeed", "evopatch"}
+
+
+def content_with_compact(hook: Hook) -> Hook:
+    """Mark a hook that needn't see every token."""
+    hook._evo_content = True  # type: ignore[attr-defined]
+    return hook
+
+
+def wants_tokens(module: nn.Module) -> bool:
+    """Whether somebody's hook on a module, or on one in it, may look at tokens."""
+    if has_hooks(module) and any(_is_foreign(hook) for hook in _hooks(module)):
+        return True
+    return any(child is not None and wants_tokens(child) for child in module._modules.values())
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return [hook for kind in kinds for hook in kind.values()]
+
+
+def _is_foreign(hook: Any) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
+    if getattr(hook, "_evo_content", False):
+        return False
+    origin = getattr(hook, "__module__", None) or type(hook).__module__
+    return str(origin).partition(".")[0] not in _OWN_WAYS
+
+
+class FullGrid:
+    """Shows modules inside a block all tokens while the block works on a compact set.
+
+    Args:
+        everything: For every module, not only for those with hooks.
+        partition: Of the block's run.
+        grid: Rows and columns where tokens lie in an image's layout, `(B, C, h, w)` or `(B, h, w, C)`.
+    """
+
+    def __init__(self, everything: bool, partition: Partition, grid: tuple[int, int] | None) -> None:
+        self._everything = everything
+        self._partition = partition
+        self._grid = grid
+
+    def wants(self, module: nn.Module) -> bool:
+        """Whether to call this module on all tokens."""
+        return self._everything or wants_tokens(module)
+
+    def around(self, module: nn.Module) -> Callable[..., Any]:
+        """What stands for the module: takes and returns the compact set, calls the module on all tokens."""
+        return partial(self._call, module)
+
+    def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        shown = module(*map(self._show, args), **{name: self._show(value) for name, value in kwargs.items()})
+        return tuple(map(self._hide, shown)) if isinstance(shown, tuple) else self._hide(shown)
+
+    def _show(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dim() < 3:
+            return x
+        partition, rows = self._partition, self._partition.rows
+        tokens = partition.group.shape[1]
+        if x.dim() == 3 and x.shape[1] == rows:
+            return _spread(x, partition)
+        if x.dim() != 4:
+            return x
+        if x.shape[2:] == (rows, rows):
+            return spread_attention(x, partition)
+        if self._grid is not None and x.shape[1:3] == (rows, 1):  # (B, M, 1, C), Swin's
+            return _spread(x.flatten(1, 2), partition).unflatten(1, self._grid)
+        if self._grid is not None and x.shape[2:] == (rows, 1):  # (B, C, M, 1), convolutional LeViT's
+            return _spread(x.flatten(2).transpose(1, 2), partition).transpose(1, 2).unflatten(2, self._grid)
+        if x.shape[2] == rows:  # (B, H, M, D)
+            batch, heads, _, channels = x.shape
+            full = _spread(x.transpose(1, 2).reshape(batch, rows, heads * channels), partition)
+            return full.view(batch, tokens, heads, channels).transpose(1, 2)
+        return x
+
+    def _hide(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dim() < 3:
+            return x
+        partition, tokens = self._partition, self._partition.group.shape[1]
+        if x.dim() == 3 and x.shape[1] == tokens:
+            return merge(x, partition)
+        if x.dim() != 4:
+            return x
+        if x.shape[2:] == (tokens, tokens):
+            return unspread_attention(x, partition)
+        if self._grid is not None and x.shape[1:3] == self._grid:
+            return merge(x.flatten(1, 2), partition).unsqueeze(2)
+        if self._grid is not None and x.shape[2:] == self._grid:
+            return merge(x.flatten(2).transpose(1, 2), partition).transpose(1, 2).unsqueeze(3)
+        if x.shape[2] == tokens:
+            batch, heads, _, channels = x.shape
+            compact = merge(x.transpose(1, 2).reshape(batch, tokens, heads * channels), partition)
+            return compact.view(batch, -1, heads, channels).transpose(1, 2)
+        return x
+
+
+def _spread(x: Tensor, partition: Partition) -> Tensor:
+    """`(B, M, C)` to `(B, T, C)`: every token the value of its row; zeros where nothing stands in for it."""
+    if not partition.complete:
+        x = F.pad(x, (0, 0, 0, 1))
+    return torch.take_along_dim(x, partition.group.unsqueeze(-1), dim=1)

@@ -1,0 +1,83 @@
+"""What a patched host and its blocks share between forwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import EvoConfig
+from ..errors import BypassError, ConfigError
+from ..plan import BlockPlan, plan_blocks
+from .spec import Block, HostSpec
+
+
+class HostState:
+    """Plain values: deepcopy and pickle carry it along.
+
+    Args:
+        name: The host's path in the model that `apply` was given.
+        spec: What its adapter says about it.
+        stages: Its blocks by stage.
+        config: Its settings.
+    """
+
+    def __init__(self, name: str, spec: HostSpec, stages: tuple[tuple[Block, ...], ...], config: EvoConfig) -> None:
+        self.name = name
+        self.spec = spec
+        self.foreign = False
+        """Whether code that isn't the library's walks over the blocks, and may look at tokens in between."""
+        self.depths = tuple(map(len, stages))
+        self.depth = sum(self.depths)
+        self.blocks: tuple[Block, ...] = tuple(block for stage in stages for block in stage)
+        self.index_of = {block[0]: index for index, block in enumerate(self.blocks)}
+        self.stage_of = tuple(number for number, depth in enumerate(self.depths) for _ in range(depth))
+        self.full_grid = 0
+        """How many `evopatch.full_grid` contexts are open."""
+        self.passes: list[Any] | None = None
+        """Where the owner of a copy of a model collects the state of every forward, to look at it."""
+        self.set_config(config)
+
+    def set_config(self, config: EvoConfig) -> None:
+        """Take another configuration.
+
+        Raises:
+            ConfigError: If it doesn't fit the model; the old one stays then.
+        """
+        self.plans: tuple[BlockPlan, ...] = self.plan(config)
+        self.config = config
+        self.active = any(plan.keep_ratio < 1.0 for plan in self.plans)
+
+    def plan(self, config: EvoConfig) -> tuple[BlockPlan, ...]:
+        """One plan per block.
+
+        Raises:
+            ConfigError: If the configuration doesn't fit the depth, or leaves no slow token on a pyramid's grid.
+        """
+        plans = plan_blocks(config, *self.depths, taper=self.spec.taper)
+        if self.spec.pyramid is not None:
+            for plan, stage in zip(plans, self.stage_of, strict=True):
+                _check_keeps_any(plan.keep_ratio, stage, self.spec.pyramid.grids[stage])
+        return plans
+
+    def refuse_bypass(self, block: str) -> None:
+        """A block was called without the state of a forward.
+
+        Raises:
+            BypassError: Unless the settings are to run every block as unpatched.
+        """
+        if self.active:
+            raise BypassError(
+                f"{block} was called from outside the patched forward of '{self.name or 'model'}': the slow-fast state "
+                "would be missing. Call the model itself (or a timm model's forward_features or "
+                "forward_intermediates), or evopatch.remove(model) first"
+            )
+
+
+def _check_keeps_any(keep_ratio: float, stage: int, grid: tuple[int, int]) -> None:
+    tokens = grid[0] * grid[1]
+    if keep_ratio < 1.0 and (tokens < 2 or int(tokens * keep_ratio + 0.5) < 1):
+        raise ConfigError(
+            f"keep_ratio {keep_ratio:g} leaves no slow token beside fast ones among the {tokens} of stage {stage + 1} "
+            f"({grid[0]}x{grid[1]}): expected "
+            + ("1.0 there" if tokens < 2 else f"at least {0.5 / tokens:.3g}")
+            + ". Give one keep ratio per stage"
+        )

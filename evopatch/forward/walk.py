@@ -1,0 +1,140 @@
+"""Running a host's own forward with the steps of a forward pass in place of its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, doesn't import the compiler
+
+from ..errors import UnsupportedInputError
+from ..rewrite.classes import host_class
+from ..rewrite.view import Call, ContainerView, View, check_steered
+from .forward_pass import ForwardPass
+from .host_state import HostState
+from .tokens import TokenPass
+
+
+def walk(
+    host: Any, method: str, *args: Any, compact: bool, pass_class: type[ForwardPass] = TokenPass, **kwargs: Any
+) -> Any:
+    """Run a host's own method that walks over its blocks, with the slow-fast steps in their place.
+
+    Args:
+        host: The patched host.
+        method: Name of the method, as the host's class has it.
+        compact: Pass the compact set from block to block inside a run, which is faster. False: every step takes and
+            returns the full grid in raster order, as callers want who look between the blocks.
+        pass_class: How the steps go.
+    """
+    function = getattr(host_class(host), method)
+    state: HostState = host._evo_state
+    if not state.active and compact:
+        return function(host, *args, **kwargs)
+    refuse_symbolic(args, kwargs)
+    forward_pass = pass_class(state, compact)
+    view = viewed(host, forward_pass)
+    # A zero-argument super() in a subclass looks at the view's class, which torch.compile can't.
+    if "__class__" in function.__code__.co_freevars:
+        return _run_uncompiled(function, view, *args, **kwargs)
+    return function(view, *args, **kwargs)
+
+
+@_disable_dynamo
+def _run_uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def refuse_symbolic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """
+    Raises:
+        UnsupportedInputError: If torch.fx traces the model.
+    """
+    if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+        raise UnsupportedInputError(
+            "torch.fx.symbolic_trace was given a patched model, which chooses tokens by their values: use "
+            "torch.export, or trace the model before evopatch.apply (after evopatch.remove)"
+        )
+
+
+def viewed(host: Any, forward_pass: ForwardPass, path: str = "") -> Any:
+    """What a host's own forward runs on; or that of a stage, where its host gives the pass to its stages one by one.
+
+    Args:
+        host: The host, or the stage.
+        forward_pass: This forward's.
+        path: Of the stage in the host.
+    """
+    steps: list[Step] = []
+    view = View(host, _changed(host, path, forward_pass, steps))
+    forward_pass.depth = max([forward_pass.depth, *(step.index + 1 for step in steps)])
+    forward_pass.begin(module for step in steps for module in (step.block, *step.followers))
+    return view
+
+
+def _changed(module: Any, path: str, forward_pass: ForwardPass, steps: list[Step]) -> dict[str, Any]:
+    """What stands for those children of a module that are blocks, or hold some."""
+    inside = f"{path}." if path else ""
+    children = {n: _viewed(child, inside + n, forward_pass, steps) for n, child in module._modules.items()}
+    return {name: child for name, child in children.items() if child is not module._modules[name]}
+
+
+def _viewed(module: Any, path: str, forward_pass: ForwardPass, steps: list[Step]) -> Any:
+    index = forward_pass.index_of.get(path)
+    if index is not None:
+        check_steered(module, ".".join(filter(None, (forward_pass.name, path))))
+        steps.append(Step(forward_pass, index, module))
+        return steps[-1]
+    if not any(block.startswith(f"{path}.") for block in forward_pass.index_of):
+        return module
+    changed = _changed(module, path, forward_pass, steps)
+    if isinstance(module, (nn.Sequential, nn.ModuleList)):
+        return ContainerView(module, _joined({**module._modules, **changed}, forward_pass))
+    # By its own call, so that its hooks run.
+    return Call(module, partial(_run_on, View(module, changed)))
+
+
+def _run_on(view: View, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return view.forward(*args, **kwargs)
+
+
+def _joined(children: dict[str, Any], forward_pass: ForwardPass) -> dict[str, Any]:
+    """A block may be several modules of its container: they run in its step."""
+    joined: dict[str, Any] = {}
+    following, last = 0, None
+    for name, child in children.items():
+        if following and last is not None:
+            last.followers.append(child)
+            following -= 1
+            continue
+        joined[name] = child
+        if isinstance(child, Step):
+            following, last = len(forward_pass.blocks[child.index]) - 1, child
+    return joined
+
+
+class Step:
+    """One block in one forward pass; stands where the host calls the block."""
+
+    def __init__(self, forward_pass: ForwardPass, index: int, block: nn.Module) -> None:
+        self._pass = forward_pass
+        self.index = index
+        self.block = block
+        self.followers: list[nn.Module] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Through the block's __call__, so that its hooks run, and whatever shards or offloads its weights.
+        out = self.block(*args, evo=partial(self._pass.run, self.index), **kwargs)
+        if not self.followers:
+            return out
+        return self._pass.leave(self.index, self._follow(out))
+
+    def _follow(self, x: Tensor) -> Tensor:
+        for module in self.followers:
+            x = self._pass.around(self.index, module)(x)
+        return x
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)

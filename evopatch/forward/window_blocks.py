@@ -1,0 +1,107 @@
+"""What an adapter has to say about a kind of windowed block, and the mixin of a patched one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..algorithm.windows import Windows
+from ..rewrite.classes import Steered
+from ..rewrite.view import View
+from .host_state import HostState
+
+
+class Cut(NamedTuple):
+    """How a block cuts its feature map, with what follows from it."""
+
+    windows: Windows
+    mask: Tensor | None
+    """`(V, A, A)`, the block's own shift mask."""
+
+
+class WindowedBlocks(ABC):
+    """What is to know about a kind of windowed block. Without state: patched blocks are copied and pickled with it."""
+
+    attention: str
+    """The block's submodule that is called with windows `(windows, A, C)` and a mask."""
+    single: Mapping[str, Any]
+    """The block's attributes with which windows are single tokens, unshifted."""
+    last_norm: str | None = None
+    """The block's norm on the main branch after everything else, if it has one: it's for all tokens."""
+
+    @abstractmethod
+    def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
+        """How the block would cut `x`, as it is called by its host with these other arguments."""
+
+    @abstractmethod
+    def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+        """Run the forward of a view of the block on the compact set `(B, M, C)`."""
+
+    @abstractmethod
+    def seen(self, block: Any, x: Tensor) -> Tensor:
+        """`(B, N, C)` tokens as the block's attention sees them."""
+
+    @abstractmethod
+    def bias(self, attention: Any) -> Tensor:
+        """The position bias, `(H, A, A)`."""
+
+    @abstractmethod
+    def biased(self, attention: Any, bias: Tensor) -> tuple[View, dict[str, Any]]:
+        """How the attention is called on windows `(windows, R, C)` with a bias in place of its own and a mask.
+
+        Args:
+            attention: The block's attention module.
+            bias: `(windows, H, R, R)`.
+
+        Returns:
+            A view of the attention whose own forward runs, and keyword arguments for it.
+        """
+
+    def masked(self, mask: Tensor | None) -> Any:
+        """A shift mask `(windows, A, A)` as the attention takes it."""
+        return mask
+
+    @abstractmethod
+    def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
+        """Attention logits `(B, H, T)` of one token `(B, 1, C)` over others `(B, T, C)`, by the block's projections."""
+
+
+class SlowFastWindowBlock(Steered):
+    """Mixin of a patched windowed block."""
+
+    _evo_state: HostState
+    _evo_name: str
+    _evo_blocks: WindowedBlocks
+
+    def forward(self, *args: Any, evo: Any = None, **kwargs: Any) -> Any:
+        """What a step of the slow-fast forward gives, or the host's own."""
+        if evo is None:
+            self._evo_state.refuse_bypass(self._evo_name)
+        return Steered.forward(self, *args, evo=evo, **kwargs)
+
+
+class MaskByHead:
+    """Given to an attention that adds a mask `(windows, A, A)` to its logits: adds one of every head as well.
+
+    Such an attention asks a mask how many windows it has, and makes room for the heads and for the images.
+
+    Args:
+        bias: `(windows, H, R, R)`.
+    """
+
+    def __init__(self, bias: Tensor) -> None:
+        self._bias = bias
+        self._added = False
+        self.shape = bias.shape[:1]
+
+    def unsqueeze(self, dim: int) -> Any:
+        """First for the heads, which are there already; then for the images. It counts once: some add it twice."""
+        if dim == 1:
+            return self
+        if self._added:
+            return 0.0
+        self._added = True
+        return self._bias.unsqueeze(dim)

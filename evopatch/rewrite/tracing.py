@@ -1,0 +1,193 @@
+"""Recording a module's forward with torch.fx, down to its attention core.
+
+What a trace burns in is as little as can be: everything below the traced modules stays a leaf, and the values that it
+read from modules are read again when the code runs, or the code is made anew when they change (`graph.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ..errors import AttentionNotFoundError
+from .classes import host_class
+
+SDPA = F.scaled_dot_product_attention
+ROOT = "module"
+"""What a graph calls the traced module itself."""
+
+
+@dataclass(frozen=True)
+class TraceSpec:
+    """How an adapter wants its blocks traced."""
+
+    inputs: tuple[str, ...] = ()
+    """Names of the tensors that the block takes beside the tokens, such as a rotary table."""
+    absent: tuple[str, ...] = ()
+    """Names of arguments without a default that are always None."""
+    leaf_functions: tuple[Callable[..., Any], ...] = ()
+    """Functions whose control flow depends on tensors' shapes: called, not traced."""
+    leaf_methods: tuple[str, ...] = ()
+    """Methods, other than `forward`, of submodules that are called, not traced."""
+    position_biases: tuple[str, ...] = ()
+    """Such methods whose result is added to the attention logits, one entry per head and pair of tokens."""
+    core_names: frozenset[str] = frozenset({"scaled_dot_product_attention", "softmax"})
+    """A module whose forward's code uses one of these names holds an attention core."""
+    cores: Mapping[Callable[..., Any], str] = field(default_factory=lambda: {SDPA: "attend"})
+    """Functions that are attention cores, and the method of `evo` that takes the place of a call."""
+
+
+class _Shim(nn.Module):
+    """Gives a module a signature without optional arguments: the tokens, and a tuple with its other inputs."""
+
+    def __init__(self, module: nn.Module, spec: TraceSpec) -> None:
+        super().__init__()
+        self.module = module
+        self._inputs, self._absent = inputs_of(module, spec), [n for n in spec.absent if takes(module, n)]
+
+    def forward(self, x: Any, inputs: Any) -> Any:
+        named: dict[str, Any] = {name: inputs[i] for i, name in enumerate(self._inputs)}
+        named.update(dict.fromkeys(self._absent))
+        return host_class(self.module).forward(self.module, x, **named)
+
+
+def inputs_of(module: nn.Module, spec: TraceSpec) -> tuple[str, ...]:
+    """Those of the spec's inputs that a module takes."""
+    return tuple(name for name in spec.inputs if takes(module, name))
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether a module's forward takes an argument of this name."""
+    parameters = inspect.signature(host_class(module).forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+class _Proxy(fx.Proxy):
+    def __getattr__(self, name: str) -> Any:
+        return _Shape(self, name) if name == "shape" else super().__getattr__(name)
+
+
+class _Shape(fx.proxy.Attribute):
+    def __getitem__(self, key: Any) -> Any:
+        # `*x.shape[:-1]`: fx can't tell how many it unpacks. Tokens are (B, M, C), so two.
+        if key == slice(None, -1):
+            return self[0], self[1]
+        return super().__getitem__(key)  # type: ignore[misc]
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, shim: _Shim, spec: TraceSpec, through: Collection[str]) -> None:
+        super().__init__(autowrap_functions=spec.leaf_functions)
+        self._through = {ROOT, *(f"{ROOT}.{name}" for name in through)}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self._through
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        # Hooks of a module that is traced through, or a forward that accelerate set on it, would run now, on proxies,
+        # instead of at every forward.
+        if not self.is_leaf_module(m, self.path_of_module(m)):
+            forward = MethodType(host_class(m).forward, m)
+        return super().call_module(m, forward, args, kwargs)
+
+
+def attention_cores(block: nn.Module, spec: TraceSpec) -> tuple[str, ...]:
+    """Paths in a block of the modules whose forward holds an attention core; `""` for the block itself."""
+    return tuple(name for name, module in block.named_modules() if _holds_core(module, spec))
+
+
+def on_the_way(paths: Collection[str]) -> list[str]:
+    """All modules that are passed on the way from a module to those at the paths, these included; sorted."""
+    return sorted({".".join(path.split(".")[:i]) for path in paths if path for i in range(1, path.count(".") + 2)})
+
+
+def _holds_core(module: nn.Module, spec: TraceSpec) -> bool:
+    code = getattr(host_class(module).forward, "__code__", None)
+    return code is not None and not spec.core_names.isdisjoint(code.co_names)
+
+
+def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str] = ()) -> fx.Graph:
+    """A module's forward as a graph with the placeholders `x` and `inputs`.
+
+    Args:
+        module: Left as it is.
+        name: Fully qualified, for errors.
+        spec: What the adapter knows about the module.
+        through: Paths of the submodules whose code is part of the graph; all others are leaves.
+
+    Raises:
+        AttentionNotFoundError: If torch.fx can't trace it; says how far it came.
+    """
+    shim = _Shim(module, spec)
+    tracer = _Tracer(shim, spec, through)
+    try:
+        with _leaf_methods(shim, tracer, (*spec.leaf_methods, *spec.position_biases)), _dropout_rates(shim, tracer):
+            graph = tracer.trace(shim)
+    except Exception as error:
+        last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
+        raise AttentionNotFoundError(
+            f"{name} ({type(module).__name__}) can't be traced by torch.fx"
+            + ("" if last is None else f" past the graph node '{last.name}' ({last.op} {last.target})")
+            + f": {error}"
+        ) from error
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = node.target.removeprefix(f"{ROOT}.")
+    # Dead-code elimination looks submodules up in it.
+    graph.owning_module = module  # type: ignore[assignment]
+    return graph
+
+
+@contextmanager
+def _leaf_methods(shim: nn.Module, tracer: fx.Tracer, names: tuple[str, ...]) -> Iterator[None]:
+    """Record calls of these methods as nodes, so that what they read is read when the code runs."""
+    patched: list[tuple[nn.Module, str]] = []
+
+    def recorder(path: str, method: str) -> Callable[..., fx.Proxy]:
+        def record(*args: Any) -> fx.Proxy:
+            module = tracer.create_proxy("get_attr", path, (), {})
+            return tracer.create_proxy("call_method", method, (module, *args), {})
+
+        return record
+
+    try:
+        for path, module in shim.named_modules():
+            for method in names:
+                if hasattr(type(module), method):
+                    module.__dict__[method] = recorder(path, method)
+                    patched.append((module, method))
+        yield
+    finally:
+        for module, method in patched:
+            del module.__dict__[method]
+
+
+@contextmanager
+def _dropout_rates(shim: nn.Module, tracer: fx.Tracer) -> Iterator[None]:
+    """Record where a forward reads the rate of a dropout module, as fused attention does, instead of the rate."""
+    paths = {id(module): path for path, module in shim.named_modules() if type(module) is nn.Dropout}
+
+    class Recorded(nn.Dropout):
+        @property
+        def p(self) -> Any:  # type: ignore[override]
+            module = tracer.create_proxy("get_attr", paths[id(self)], (), {})
+            return tracer.create_proxy("call_function", getattr, (module, "p"), {})
+
+    dropouts = [module for module in shim.modules() if id(module) in paths]
+    try:
+        for module in dropouts:
+            module.__class__ = Recorded
+        yield
+    finally:
+        for module in dropouts:
+            module.__class__ = nn.Dropout

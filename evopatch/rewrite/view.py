@@ -1,0 +1,159 @@
+"""Stand-ins, for the length of one forward pass: a module seen with other children, called with something else to run.
+
+A module's own forward runs on a `View` of it, so nothing of a forward is copied. Children that a pass has something to
+say to are called through a `Call`: by their own `__call__`, so that hooks, sharding and offloading see a normal call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from ..errors import BypassError
+from .classes import Steered, Swapped, host_class
+
+
+class View:
+    """Stands for a module in its own methods, with other attributes in some places: the module in everything else."""
+
+    def __init__(self, module: Any, attributes: Mapping[str, Any]) -> None:
+        self.__dict__.update({"_evo_viewed": module, **attributes})
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # A zero-argument super() in a subclass of the host's class checks it. torch.compile looks at an instance
+        # that was never initialised.
+        module = self.__dict__.get("_evo_viewed")
+        return View if module is None else type(module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, on this view."""
+        return host_class(self._evo_viewed).forward(self, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        module = self._evo_viewed
+        value = getattr(module, name)
+        # Methods that the forward calls look at this view, too; unless they were set on the module itself.
+        if isinstance(value, MethodType) and name not in module.__dict__:
+            return partial(value.__func__, self)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._evo_viewed, name, value)
+
+
+class ContainerView(View):
+    """Stands for a container of modules, whose items are others.
+
+    Args:
+        container: An `nn.Sequential`, `nn.ModuleList` or `nn.ModuleDict`, or None for a part of one.
+        items: By name.
+    """
+
+    def __init__(self, container: Any, items: Mapping[str, Any]) -> None:
+        super().__init__(container, {"_evo_items": dict(items)})
+
+    def __call__(self, x: Any) -> Any:
+        container: Any = self._evo_viewed
+        if isinstance(container, Steered):  # by its own call, so that its hooks run
+            return container(x, evo=self.run)  # type: ignore[operator]
+        if container is not None and has_hooks(container):
+            raise BypassError(
+                f"a {type(container).__name__} of blocks that took the place of another after evopatch.apply has "
+                "hooks, which would not run: use evopatch.remove(model) before such changes, and evopatch.apply after"
+            )
+        return self.run(container, x)
+
+    def run(self, container: Any, x: Any) -> Any:
+        """What a sequence does: one item after the other."""
+        for item in self:
+            x = item(x)
+        return x
+
+    def __iter__(self) -> Iterator[Any]:
+        # A mapping yields its keys.
+        mapping = isinstance(self._evo_viewed, nn.ModuleDict)
+        return iter(self._evo_items) if mapping else iter(self._evo_items.values())
+
+    def __len__(self) -> int:
+        return len(self._evo_items)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, str):
+            return self._evo_items[index]
+        items = list(self._evo_items.values())
+        return ContainerView(None, dict(enumerate(items[index]))) if isinstance(index, slice) else items[index]  # type: ignore[arg-type]
+
+    def items(self) -> Any:
+        """Of a mapping."""
+        return self._evo_items.items()
+
+    def values(self) -> Any:
+        """Of a mapping."""
+        return self._evo_items.values()
+
+
+class Call:
+    """Stands where a module is called: calls it with something else to run than its own forward.
+
+    Args:
+        module: A `Steered` one, or something that holds it and passes keyword arguments on, such as a wrapper.
+        run: A function of the module and its arguments.
+    """
+
+    def __init__(self, module: Any, run: Callable[..., Any]) -> None:
+        self._evo_module = module
+        self._evo_run = run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evo_module(*args, evo=self._evo_run, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_evo_module"], name)
+
+
+def check_steered(module: nn.Module, name: str, expected: type[Swapped] = Steered) -> None:
+    """Whether a module, when called, runs what it is given.
+
+    Args:
+        module: To be called.
+        name: Its fully qualified name, for errors.
+        expected: The mixin that it was patched with.
+
+    Raises:
+        BypassError: If it was replaced after the patch, or its forward or class was.
+    """
+    advice = "Use evopatch.remove(model) before such changes, and evopatch.apply after them"
+    if isinstance(module, expected):
+        # Accelerate's dispatched modules have one, which calls their class's.
+        if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+            raise BypassError(
+                f"{name} ({type(module).__name__}) got a forward of its own after evopatch.apply, beside its class's, "
+                f"which the patch works by. {advice}"
+            )
+        return
+    wrapped = any(isinstance(inner, expected) for inner in module.children())
+    if not wrapped or not _passes_keywords(module):
+        raise BypassError(
+            f"{name} is a {type(module).__module__}.{type(module).__qualname__} now: expected the module that "
+            "evopatch.apply patched, or a wrapper around it whose forward passes keyword arguments (**kwargs) on. "
+            f"{advice}"
+        )
+
+
+def _passes_keywords(module: nn.Module) -> bool:
+    code = type(module).forward.__code__
+    return bool(code.co_flags & _VARKEYWORDS)
+
+
+_VARKEYWORDS = 0x08
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has forward or backward hooks of any kind."""
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forward or backward or module._backward_pre_hooks)
