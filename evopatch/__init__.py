@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .measure.pictures import visualize, visualize_training
     from .measure.profiling import Profile, profile
     from .patching.autopatch import autopatch
-    from .patching.inspect import token_groups, token_selection
+    from .patching.inspect import full_grid, token_groups, token_selection
     from .patching.saving import load_pretrained, save_pretrained
     from .training.finetuning import FinetuneConfig, FinetuneResult, finetune
 
@@ -43,6 +43,7 @@ _LAZY = {
     "autopatch": "patching.autopatch",
     "benchmark": "measure.comparison",
     "finetune": "training.finetuning",
+    "full_grid": "patching.inspect",
     "load_pretrained": "patching.saving",
     "profile": "measure.profiling",
     "save_pretrained": "patching.saving",
@@ -78,6 +79,7 @@ __all__ = [
     "benchmark",
     "config_of",
     "finetune",
+    "full_grid",
     "is_patched",
     "load_pretrained",
     "patched",

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from evopatch.forward.tokens import walk
+from evopatch.forward.walk import walk
 from evopatch.patching.adapter import Adapter, HostSpec
 from evopatch.rewrite.classes import Swapped
 

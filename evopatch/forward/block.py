@@ -126,19 +126,22 @@ def run_tapped(block: Any, tap: AttentionTap, x: Tensor, *args: Any, **kwargs: A
     return code.functions[block.training](view, x, inputs, tap, view)
 
 
-def tapped_view(module: Any, cores: tuple[str, ...], tap: AttentionTap) -> Any:
-    """A module whose own forward reaches the attention modules at these paths with a tap; itself without any."""
+def tapped_view(module: Any, cores: tuple[str, ...], tap: AttentionTap, path: str = "") -> Any:
+    """A module whose own forward reaches the attention modules at these paths with a tap; itself without any.
+
+    Args:
+        module: The block, or a module in it.
+        cores: Paths in the module.
+        tap: This run's.
+        path: Of the module in the block, for errors.
+    """
     changed: dict[str, Any] = {}
     for name, child in module._modules.items():
-        if child is None:
-            continue
         inner = tuple(core[len(name) + 1 :] for core in cores if core == name or core.startswith(f"{name}."))
-        if inner or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            seen = _on_the_way(child, inner, tap)
-        else:
-            seen = tap.full_grid.around(child) if tap.full_grid is not None and tap.full_grid.wants(child) else child
-        if seen is not child:
-            changed[name] = seen
+        if child is not None and (inner or tap.full_grid is not None):
+            seen = _seen(child, inner, tap, f"{path}.{name}")
+            if seen is not child:
+                changed[name] = seen
     if not changed:
         return module
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
@@ -146,22 +149,26 @@ def tapped_view(module: Any, cores: tuple[str, ...], tap: AttentionTap) -> Any:
     return View(module, changed)
 
 
-def _on_the_way(child: nn.Module, cores: tuple[str, ...], tap: AttentionTap) -> Any:
-    if "" in cores:
-        check_steered(child, f"the attention of {tap.block}", TappedAttention)
-        return Call(child, partial(_run_attention, tap=tap))
+def _seen(child: nn.Module, cores: tuple[str, ...], tap: AttentionTap, path: str) -> Any:
+    """What a module sees in place of a child."""
+    # Lists and dicts are looked into, not called.
     if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-        return tapped_view(child, cores, tap)
-    check_steered(child, f"a module around the attention of {tap.block}")
-    return Call(child, partial(_run_around, cores=cores, tap=tap))
+        return tapped_view(child, cores, tap, path)
+    full_grid = tap.full_grid if tap.full_grid is not None and tap.full_grid.wants(child) else None
+    if not cores:
+        return child if full_grid is None else full_grid.around(child)
+    attends = "" in cores
+    check_steered(child, f"{tap.block}{path}", TappedAttention if attends else Steered)
+    run = partial(_run_attention, tap=tap) if attends else partial(_run_around, cores=cores, tap=tap, path=path)
+    return Call(child, run) if full_grid is None else full_grid.around(Call(child, full_grid.inside(run)))
 
 
 def _run_attention(module: Any, *args: Any, tap: AttentionTap, **kwargs: Any) -> Any:
     return module._evo_run(tap, *args, **kwargs)
 
 
-def _run_around(module: Any, *args: Any, cores: tuple[str, ...], tap: AttentionTap, **kwargs: Any) -> Any:
-    view = tapped_view(module, cores, tap)
+def _run_around(module: Any, *args: Any, cores: tuple[str, ...], tap: AttentionTap, path: str, **kwargs: Any) -> Any:
+    view = tapped_view(module, cores, tap, path)
     if isinstance(view, ContainerView):
         return view.run(module, *args)
     return host_class(module).forward(view, *args, **kwargs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,8 @@ from torch import Tensor, nn
 from ..algorithm.partition import Partition, merge, spread_attention, unspread_attention
 from ..rewrite.view import has_hooks
 
-Hook = TypeVar("Hook", bound=Callable[..., Any])
-
 # Their hooks shard, offload, record or reparametrise: they don't look at single tokens, or ask for the full grid.
 _OWN_WAYS = {"torch", "transformers", "accelerate", "deepspeed", "evopatch"}
-
-
-def content_with_compact(hook: Hook) -> Hook:
-    """Mark a hook that needn't see every token."""
-    hook._evo_content = True  # type: ignore[attr-defined]
-    return hook
 
 
 def wants_tokens(module: nn.Module) -> bool:
@@ -45,8 +37,6 @@ def _hooks(module: nn.Module) -> list[Any]:
 def _is_foreign(hook: Any) -> bool:
     while isinstance(hook, partial):
         hook = hook.func
-    if getattr(hook, "_evo_content", False):
-        return False
     origin = getattr(hook, "__module__", None) or type(hook).__module__
     return str(origin).partition(".")[0] not in _OWN_WAYS
 
@@ -69,13 +59,27 @@ class FullGrid:
         """Whether to call this module on all tokens."""
         return self._everything or wants_tokens(module)
 
-    def around(self, module: nn.Module) -> Callable[..., Any]:
+    def around(self, module: Any) -> Shown:
         """What stands for the module: takes and returns the compact set, calls the module on all tokens."""
-        return partial(self._call, module)
+        return Shown(module, self)
 
-    def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        shown = module(*map(self._show, args), **{name: self._show(value) for name, value in kwargs.items()})
-        return tuple(map(self._hide, shown)) if isinstance(shown, tuple) else self._hide(shown)
+    def inside(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """The inverse: `run(module, ...)` on the compact set, of a module that is called on all tokens."""
+
+        def on_all_tokens(module: Any, *args: Any, **kwargs: Any) -> Any:
+            hidden = {name: self.hide(value) for name, value in kwargs.items()}
+            return self.show(run(module, *map(self.hide, args), **hidden))
+
+        return on_all_tokens
+
+    def show(self, x: Any) -> Any:
+        """From the compact set to all tokens: tensors of a layout with tokens, and tuples of such; anything else as it
+        is."""
+        return tuple(map(self.show, x)) if type(x) is tuple else self._show(x)
+
+    def hide(self, x: Any) -> Any:
+        """The inverse of `show`."""
+        return tuple(map(self.hide, x)) if type(x) is tuple else self._hide(x)
 
     def _show(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or x.dim() < 3:
@@ -86,12 +90,12 @@ class FullGrid:
             return _spread(x, partition)
         if x.dim() != 4:
             return x
-        if x.shape[2:] == (rows, rows):
-            return spread_attention(x, partition)
         if self._grid is not None and x.shape[1:3] == (rows, 1):  # (B, M, 1, C), Swin's
             return _spread(x.flatten(1, 2), partition).unflatten(1, self._grid)
         if self._grid is not None and x.shape[2:] == (rows, 1):  # (B, C, M, 1), convolutional LeViT's
             return _spread(x.flatten(2).transpose(1, 2), partition).transpose(1, 2).unflatten(2, self._grid)
+        if x.shape[2:] == (rows, rows):
+            return spread_attention(x, partition)
         if x.shape[2] == rows:  # (B, H, M, D)
             batch, heads, _, channels = x.shape
             full = _spread(x.transpose(1, 2).reshape(batch, rows, heads * channels), partition)
@@ -106,17 +110,32 @@ class FullGrid:
             return merge(x, partition)
         if x.dim() != 4:
             return x
-        if x.shape[2:] == (tokens, tokens):
-            return unspread_attention(x, partition)
         if self._grid is not None and x.shape[1:3] == self._grid:
             return merge(x.flatten(1, 2), partition).unsqueeze(2)
         if self._grid is not None and x.shape[2:] == self._grid:
             return merge(x.flatten(2).transpose(1, 2), partition).transpose(1, 2).unsqueeze(3)
+        if x.shape[2:] == (tokens, tokens):
+            return unspread_attention(x, partition)
         if x.shape[2] == tokens:
             batch, heads, _, channels = x.shape
             compact = merge(x.transpose(1, 2).reshape(batch, tokens, heads * channels), partition)
             return compact.view(batch, -1, heads, channels).transpose(1, 2)
         return x
+
+
+class Shown:
+    """Stands for a module that somebody wants to see all tokens in."""
+
+    def __init__(self, module: Any, full_grid: FullGrid) -> None:
+        self._evo_module = module
+        self._evo_full_grid = full_grid
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        show, hide = self._evo_full_grid.show, self._evo_full_grid.hide
+        return hide(self._evo_module(*map(show, args), **{name: show(value) for name, value in kwargs.items()}))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_evo_module"], name)
 
 
 def _spread(x: Tensor, partition: Partition) -> Tensor:

@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..algorithm.partition import Partition
 from ..errors import UnsupportedModelError
+from ..forward.host_state import HostState
 from .handle import Patched
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+_counting = threading.Lock()
+
+
+@contextmanager
+def full_grid(model: Model) -> Iterator[Model]:
+    """Inside, every hook in a patched model sees all tokens, as in the unpatched one.
+
+    Every block takes and returns the full grid in raster order. The modules in a block are called on all tokens, each
+    of which shows the value of its group; what hooks change is averaged over the group. So nothing is saved while it is
+    on: it is for looking, such as with explainability tools. Without it a forward does the same by itself for blocks
+    and modules that somebody's hooks are on, except under `torch.compile`, where hooks see the compact set.
+
+    Args:
+        model: A patched model, or one that holds some.
+
+    Yields:
+        The model.
+
+    Raises:
+        NotPatchedError: If nothing in the model is patched.
+    """
+    states = [host.state for host in Patched(model).hosts.values()]
+    _count(states, 1)
+    try:
+        yield model
+    finally:
+        _count(states, -1)
+
+
+def _count(states: list[HostState], step: int) -> None:
+    with _counting:
+        for state in states:
+            state.full_grid += step
 
 
 @torch.no_grad()

@@ -46,8 +46,8 @@ class View:
         setattr(self._evo_viewed, name, value)
 
 
-class ContainerView(View):
-    """Stands for a container of modules, whose items are others.
+class ContainerView:
+    """Stands for a container of modules, whose items are others. No instance of its class: libraries look inside it.
 
     Args:
         container: An `nn.Sequential`, `nn.ModuleList` or `nn.ModuleDict`, or None for a part of one.
@@ -55,7 +55,8 @@ class ContainerView(View):
     """
 
     def __init__(self, container: Any, items: Mapping[str, Any]) -> None:
-        super().__init__(container, {"_evo_items": dict(items)})
+        self._evo_viewed = container
+        self._evo_items = dict(items)
 
     def __call__(self, x: Any) -> Any:
         container: Any = self._evo_viewed
@@ -86,15 +87,12 @@ class ContainerView(View):
         if isinstance(index, str):
             return self._evo_items[index]
         items = list(self._evo_items.values())
-        return ContainerView(None, dict(enumerate(items[index]))) if isinstance(index, slice) else items[index]  # type: ignore[arg-type]
+        if isinstance(index, slice):
+            return ContainerView(None, {str(number): item for number, item in enumerate(items[index])})
+        return items[index]
 
-    def items(self) -> Any:
-        """Of a mapping."""
-        return self._evo_items.items()
-
-    def values(self) -> Any:
-        """Of a mapping."""
-        return self._evo_items.values()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_evo_items" if name in ("keys", "values", "items") else "_evo_viewed"], name)
 
 
 class Call:
