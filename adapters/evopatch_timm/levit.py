@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from evopatch.errors import UnsupportedInputError, UnsupportedModelError
 from evopatch.forward.host_state import HostState
 from evopatch.forward.spec import Pyramid
-from evopatch.forward.walk import walk
+from evopatch.forward.walk import refuse_symbolic, walk
 from evopatch.patching.adapter import Adapter, HostSpec
 from evopatch.rewrite.classes import Swapped
 from evopatch.rewrite.tracing import TraceSpec
@@ -35,6 +35,7 @@ class SlowFastLevit(Swapped):
 
     def _check_size(self, x: Tensor) -> None:
         # Tokens don't tell a grid from another one with as many.
+        refuse_symbolic((x,), {})
         if not self._evo_state.active or not hasattr(self.stem, "stride"):
             return
         assert self._evo_state.spec.pyramid is not None

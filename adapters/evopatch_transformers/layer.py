@@ -114,21 +114,35 @@ def start_pass(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         BypassError: If the layers aren't those that were patched.
     """
     state: HostState = host._evo_state
-    layers = list(host.get_submodule(state.spec.blocks))
-    if [getattr(layer, "_evo_index", None) for layer in layers] != list(range(state.depth)):
+    container = str(state.spec.blocks)
+    layers = dict(host.get_submodule(container).named_children())
+    for number, (name, layer) in enumerate(layers.items()):
+        path = ".".join(filter(None, (state.name, container, name)))
+        check_steered(layer, path, SlowFastLayer)
+        _check_index(layer, path, number)
+    if len(layers) != state.depth:
         raise BypassError(
-            f"'{state.name or type(host).__name__}' has other layers in '{state.spec.blocks}' than the {state.depth} "
-            "that were patched, and keep ratios go by depth: use evopatch.remove(model) before changing them, and "
-            "evopatch.apply after"
+            f"'{state.name or type(host).__name__}' has {len(layers)} layers in '{container}' and had "
+            f"{state.depth} when it was patched, and keep ratios go by depth: {_ADVICE}"
         )
     refuse_symbolic(args, kwargs)
     # Hidden states are recorded between the layers, and a checkpointed layer may depend on its arguments only: in both
     # cases layers take and return the full grid.
     recorded = kwargs.get("output_hidden_states", getattr(host.config, "output_hidden_states", False))
-    checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers.values())
     forward_pass = TokenPass(state, compact=not recorded and not checkpointed)
     forward_pass.depth = state.depth
-    for layer in layers:
-        check_steered(layer, f"{state.spec.blocks} of '{state.name or type(host).__name__}'", SlowFastLayer)
-    forward_pass.begin(layers)
+    forward_pass.begin(layers.values())
     return args, {**kwargs, "evo_pass": forward_pass}
+
+
+_ADVICE = "use evopatch.remove(model) before changing them, and evopatch.apply after"
+
+
+def _check_index(layer: nn.Module, path: str, number: int) -> None:
+    indices = [inner._evo_index for inner in (layer, *layer.children()) if isinstance(inner, SlowFastLayer)]
+    if indices[0] != number:
+        raise BypassError(
+            f"{path} was layer {indices[0]} when the model was patched, and keep ratios go by depth: other layers were "
+            f"added or removed; {_ADVICE}"
+        )

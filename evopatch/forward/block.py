@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedInputError
 from ..rewrite.classes import Steered, host_class
-from ..rewrite.graph import Code, Traced, generate_core, generate_metric
+from ..rewrite.graph import Code, GeneratesCode, generate_core, generate_metric
 from ..rewrite.tracing import TraceSpec, attention_cores
 from ..rewrite.view import Call, ContainerView, View, check_steered
 from .host_state import HostState
 from .tap import AttentionTap
 
 
-class SlowFastBlock(Traced, Steered):
+class SlowFastBlock(GeneratesCode, Steered):
     """Mixin of a patched block."""
 
+    _evo_always = "_evo_metric"
     _evo_state: HostState
     _evo_name: str
     _evo_cores: tuple[str, ...]
@@ -49,9 +50,10 @@ class SlowFastBlock(Traced, Steered):
         self.__dict__.update(block_codes(type(self), module, self._evo_name, self._evo_state.spec.trace))
 
 
-class TappedAttention(Traced, Steered):
+class TappedAttention(GeneratesCode, Steered):
     """Mixin of a patched attention module."""
 
+    _evo_always = "_evo_code"
     _evo_name: str
     _evo_trace: TraceSpec
     _evo_code: Code

@@ -92,7 +92,7 @@ class AttentionTap:
 
         Args:
             query: `(B, H, M, D)`, key likewise.
-            bias: Position bias for all tokens, `(1 or B, H, T, T)`.
+            bias: Position bias for all tokens, broadcastable to `(B, H, T, T)`.
             scale: Factor on the logits; None: `D ** -0.5`.
 
         Returns:
@@ -104,6 +104,8 @@ class AttentionTap:
                 f"a boolean attention mask inside {self.block}: slow and fast tokens are chosen among all tokens, so "
                 "attention can't be masked. Use evopatch.set_keep_ratio(model, 1.0), or leave the model unpatched"
             )
+        if bias is not None:
+            bias = bias[(None,) * (4 - bias.dim())]
         bias = self._bias(bias, query)
         if self.observe:
             self._observe(query, key, default_scale(query) if scale is None else scale, bias)

@@ -22,7 +22,7 @@ from ..algorithm.selection import num_slow
 from ..algorithm.window_bias import compact_bias, compact_mask
 from ..algorithm.window_selection import WindowPartition, match_tokens, select_windows, window_novelty
 from ..algorithm.windows import Windows, window_means
-from ..rewrite.view import View
+from ..rewrite.view import View, check_steered
 from .forward_pass import ForwardPass
 from .hooks import FullGrid
 from .host_state import HostState
@@ -168,6 +168,7 @@ class _Attention:
     def __init__(self, block: Any, cut: Cut, selected: WindowPartition) -> None:
         self._blocks: WindowedBlocks = block._evo_blocks
         self._attention = block.get_submodule(self._blocks.attention)
+        self._name = f"{block._evo_name}.{self._blocks.attention}"
         self._cut = cut
         self._selected = selected
 
@@ -183,6 +184,7 @@ class _Attention:
         else:
             bias = blocks.bias(self._attention)
             bias = compact_bias(bias, self._cut.mask, self._cut.windows, selected)
+            check_steered(self._attention, self._name)
             view, given = blocks.biased(self._attention, bias)
             # By its own call, so that its hooks run.
             out = self._attention(x, evo=partial(_run_on, view), **kwargs, **given)

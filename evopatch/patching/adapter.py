@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -89,9 +90,12 @@ def block_changes(
     for core in filter(None, cores):
         attention, attention_name = block.get_submodule(core), f"{name}.{core}"
         check_forward(attention, attention_name)
-        code = generate_core(attention_mixin._evo_traceable(attention), attention_name, trace)
+        own_trace = dataclasses.replace(trace, inputs=codes["_evo_metric"].given.get(core, ()))
+        code = generate_core(attention_mixin._evo_traceable(attention), attention_name, own_trace)
         changes.append(
-            Change(attention, attention_mixin, {"_evo_name": attention_name, "_evo_trace": trace, "_evo_code": code})
+            Change(
+                attention, attention_mixin, {"_evo_name": attention_name, "_evo_trace": own_trace, "_evo_code": code}
+            )
         )
     return changes
 

@@ -28,7 +28,8 @@ def full_grid(model: Model) -> Iterator[Model]:
     Every block takes and returns the full grid in raster order. The modules in a block are called on all tokens, each
     of which shows the value of its group; what hooks change is averaged over the group. So nothing is saved while it is
     on: it is for looking, such as with explainability tools. Without it a forward does the same by itself for blocks
-    and modules that somebody's hooks are on, except under `torch.compile`, where hooks see the compact set.
+    and modules that somebody's hooks are on, except under `torch.compile`, where hooks see the compact set. Inside the
+    attention of windowed blocks (Swin) hooks see the windows of the compact set, also here.
 
     Args:
         model: A patched model, or one that holds some.

@@ -7,21 +7,20 @@ graph.
 
 from __future__ import annotations
 
-import inspect
 import linecache
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from ..errors import AttentionNotFoundError
-from .classes import Swapped, host_class
-from .tracing import ROOT, TraceSpec, attention_cores, inputs_of, on_the_way, trace
+from .classes import Swapped
+from .tracing import ROOT, TraceSpec, attention_cores, inputs_of, on_the_way, parameters_of, trace
 
 _SOFTMAX_FUNCTIONS = {torch.softmax, F.softmax}
 _MATMULS = {torch.matmul, operator.matmul, torch.bmm, torch.einsum}
@@ -37,6 +36,8 @@ class Code:
     """Names of what the module's own forward takes, in order."""
     inputs: tuple[str, ...]
     """Those of the spec's inputs among them."""
+    given: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the tensors that a block gives to its attention modules beside the tokens, by their path."""
 
     def __deepcopy__(self, memo: Any) -> Code:
         return self  # stateless; tracing again would disturb forwards in other threads, as fx patches nn.Module
@@ -50,15 +51,19 @@ def _untraced() -> None:
     return None
 
 
-class Traced(Swapped):
+class GeneratesCode(Swapped):
     """Mixin of a module that runs generated code: makes it again after unpickling."""
+
+    _evo_always: ClassVar[str]
+    """The attribute that always holds code, but after unpickling."""
 
     def _evo_generate(self) -> None:
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        self._evo_generate()
+        if self.__dict__[self._evo_always] is None:  # a copy has its original's
+            self._evo_generate()
 
 
 def generate_core(module: nn.Module, name: str, spec: TraceSpec) -> Code:
@@ -77,11 +82,10 @@ def generate_core(module: nn.Module, name: str, spec: TraceSpec) -> Code:
     functions = {}
     for training in (False, True):
         with _mode(module, training):
-            graph = trace(module, name, spec)
+            graph, _ = trace(module, name, spec)
         _tap(graph, module, name, spec)
         functions[training] = _function(graph)
-    parameters = tuple(inspect.signature(host_class(module).forward).parameters)[1:]
-    return Code(functions, parameters, inputs_of(module, spec))
+    return Code(functions, parameters_of(module), inputs_of(module, spec))
 
 
 def generate_metric(block: nn.Module, name: str, spec: TraceSpec) -> Code:
@@ -94,10 +98,10 @@ def generate_metric(block: nn.Module, name: str, spec: TraceSpec) -> Code:
         AttentionNotFoundError: If the block can't be traced, or has no attention core behind a projection.
     """
     with _mode(block, training=False):
-        graph = trace(block, name, spec, on_the_way(attention_cores(block, spec)))
+        graph, given = trace(block, name, spec, on_the_way(attention_cores(block, spec)))
     _tap(graph, block, name, spec)
     function = _function(_without_hooks(_metric_graph(graph, block, name, spec)))
-    return Code({False: function, True: function}, (), inputs_of(block, spec))
+    return Code({False: function, True: function}, parameters_of(block), inputs_of(block, spec), given)
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..errors import AttentionNotFoundError
 from .classes import host_class
@@ -86,6 +86,8 @@ class _Tracer(fx.Tracer):
     def __init__(self, shim: _Shim, spec: TraceSpec, through: Collection[str]) -> None:
         super().__init__(autowrap_functions=spec.leaf_functions)
         self._through = {ROOT, *(f"{ROOT}.{name}" for name in through)}
+        self.given: dict[str, tuple[str, ...]] = {}
+        """By path of a module that is traced through: what it is given beside its first argument."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._through
@@ -96,9 +98,23 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         # Hooks of a module that is traced through, or a forward that accelerate set on it, would run now, on proxies,
         # instead of at every forward.
-        if not self.is_leaf_module(m, self.path_of_module(m)):
+        path = self.path_of_module(m)
+        if not self.is_leaf_module(m, path):
             forward = MethodType(host_class(m).forward, m)
+            named = dict(zip(parameters_of(m), args, strict=False)) | kwargs
+            others = list(named)[1:]
+            self.given[path.removeprefix(f"{ROOT}.")] = tuple(n for n in others if _holds_tensor(named[n]))
         return super().call_module(m, forward, args, kwargs)
+
+
+def _holds_tensor(value: Any) -> bool:
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(part, (fx.Proxy, Tensor)) for part in parts)
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of what a module's own forward takes, in order."""
+    return tuple(inspect.signature(host_class(module).forward).parameters)[1:]
 
 
 def attention_cores(block: nn.Module, spec: TraceSpec) -> tuple[str, ...]:
@@ -116,8 +132,17 @@ def _holds_core(module: nn.Module, spec: TraceSpec) -> bool:
     return code is not None and not spec.core_names.isdisjoint(code.co_names)
 
 
-def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str] = ()) -> fx.Graph:
-    """A module's forward as a graph with the placeholders `x` and `inputs`.
+class Traced(NamedTuple):
+    """What tracing a module gives."""
+
+    graph: fx.Graph
+    """With the placeholders `x` and `inputs`."""
+    given: dict[str, tuple[str, ...]]
+    """By path of a submodule that was traced through: names of the tensors that it is given beside the first."""
+
+
+def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str] = ()) -> Traced:
+    """A module's forward as a graph.
 
     Args:
         module: Left as it is.
@@ -145,7 +170,7 @@ def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str
             node.target = node.target.removeprefix(f"{ROOT}.")
     # Dead-code elimination looks submodules up in it.
     graph.owning_module = module  # type: ignore[assignment]
-    return graph
+    return Traced(graph, tracer.given)
 
 
 @contextmanager
