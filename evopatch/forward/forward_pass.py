@@ -33,6 +33,7 @@ class ForwardPass(ABC):
         self.name, self.spec, self.plans, self.active = state.name, state.spec, state.plans, state.active
         self.representative, self.importance = state.config.representative, state.config.importance
         self.blocks, self.stage_of, self.index_of = state.blocks, state.stage_of, state.index_of
+        self.around_blocks = state.around_blocks
         self.depth = 0
         """How many blocks there are; pruned models have fewer than were patched."""
         self.everything_seen = state.full_grid > 0

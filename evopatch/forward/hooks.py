@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..algorithm.partition import Partition, merge, spread_attention, unspread_attention
-from ..rewrite.view import has_hooks
 
 # Their hooks shard, offload, record or reparametrise: they don't look at single tokens, or ask for the full grid.
 _OWN_WAYS = {"torch", "transformers", "accelerate", "deepspeed", "evopatch"}
@@ -24,9 +23,16 @@ _OWN_WAYS = {"torch", "transformers", "accelerate", "deepspeed", "evopatch"}
 
 def wants_tokens(module: nn.Module) -> bool:
     """Whether somebody's hook on a module, or on one in it, may look at tokens."""
-    if has_hooks(module) and any(_is_foreign(hook) for hook in _hooks(module)):
-        return True
-    return any(child is not None and wants_tokens(child) for child in module._modules.values())
+    # Of every module at every forward, so not by properties or generators.
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        for hook in _hooks(module):
+            if _is_foreign(hook):
+                return True
+    for child in own["_modules"].values():  # noqa: SIM110
+        if child is not None and wants_tokens(child):
+            return True
+    return False
 
 
 def _hooks(module: nn.Module) -> list[Any]:

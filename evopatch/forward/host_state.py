@@ -7,6 +7,7 @@ from typing import Any
 from ..config import EvoConfig
 from ..errors import BypassError, ConfigError
 from ..plan import BlockPlan, plan_blocks
+from ..rewrite.tracing import on_the_way
 from .spec import Block, HostSpec
 
 
@@ -29,6 +30,8 @@ class HostState:
         self.depth = sum(self.depths)
         self.blocks: tuple[Block, ...] = tuple(block for stage in stages for block in stage)
         self.index_of = {block[0]: index for index, block in enumerate(self.blocks)}
+        self.around_blocks = frozenset(on_the_way(self.index_of)) - self.index_of.keys()
+        """Paths of the modules between the host and its blocks."""
         self.stage_of = tuple(number for number, depth in enumerate(self.depths) for _ in range(depth))
         self.full_grid = 0
         """How many `evopatch.full_grid` contexts are open."""

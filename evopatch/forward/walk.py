@@ -87,7 +87,7 @@ def _viewed(module: Any, path: str, forward_pass: ForwardPass, steps: list[Step]
         check_steered(module, ".".join(filter(None, (forward_pass.name, path))))
         steps.append(Step(forward_pass, index, module))
         return steps[-1]
-    if not any(block.startswith(f"{path}.") for block in forward_pass.index_of):
+    if path not in forward_pass.around_blocks:
         return module
     changed = _changed(module, path, forward_pass, steps)
     if isinstance(module, (nn.Sequential, nn.ModuleList)):
