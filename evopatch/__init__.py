@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .measure.profiling import Profile, profile
     from .patching.autopatch import autopatch
     from .patching.inspect import token_groups, token_selection
-    from .patching.saving import load_pretrained, save_pretrained
+    from .sources.saving import load_pretrained, save_pretrained
     from .training.finetuning import FinetuneConfig, FinetuneResult, finetune
 
 # Loaded when they are first asked for (PEP 562): patching a model needs none of them.
@@ -43,9 +43,9 @@ _LAZY = {
     "autopatch": "patching.autopatch",
     "benchmark": "measure.comparison",
     "finetune": "training.finetuning",
-    "load_pretrained": "patching.saving",
+    "load_pretrained": "sources.saving",
     "profile": "measure.profiling",
-    "save_pretrained": "patching.saving",
+    "save_pretrained": "sources.saving",
     "token_groups": "patching.inspect",
     "token_selection": "patching.inspect",
     "visualize": "measure.pictures",

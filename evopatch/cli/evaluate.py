@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..measure.comparison import ratio_text
 from ..progress import errors, progress_bar
 from . import options
 from .options import Precision
-from .tables import QUALITY, console, quality, ratio_text, table_of
+from .tables import QUALITY, console, quality, table_of
 
 
 def evaluate(

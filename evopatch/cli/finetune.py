@@ -137,9 +137,9 @@ def finetune(
         evopatch finetune --config evopatch-finetune-deit_tiny_patch16_224/config.toml --resume
     """
     from ..patching.apply import apply
-    from ..patching.saving import save_pretrained
     from ..sources.augment import Augmentation, training_transform
     from ..sources.models import Preprocessing, count_classes, open_classifier, reset_head
+    from ..sources.saving import save_pretrained
     from ..training import processes
     from ..training.finetuning import finetune as run
     from ..training.randomness import seed_everything

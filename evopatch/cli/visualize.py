@@ -94,23 +94,23 @@ def _open(path: Path) -> Any:
 
 
 def _states(folder: Path) -> dict[str, Any]:
-    import timm.models
+    from ..sources.models import read_state
+    from ..training import checkpoints
 
-    own = sorted(folder.glob("checkpoints/step-*/model.safetensors"))
-    files = own or sorted((path for path in folder.glob("*") if path.suffix in _WEIGHTS), key=_natural)
+    if own := checkpoints.weights(folder):
+        # As trained: the model beside the heads that only training needs.
+        return {f"step {step}": _of_model(read_state(file)) for step, file in own.items()}
+    files = sorted((path for path in folder.glob("*") if path.suffix in _WEIGHTS), key=_natural)
     if not files:
         raise CheckpointError(
             f"{folder}: no checkpoints there; expected the output folder of `evopatch finetune`, or one with weights "
             f"({', '.join(_WEIGHTS)})"
         )
-    states = {}
-    for file in files:
-        state = timm.models.load_state_dict(str(file), use_ema=False)
-        if own:
-            # As trained: the model beside the heads that only training needs.
-            state = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-        states[f"step {int(file.parent.name.removeprefix('step-'))}" if own else file.stem] = state
-    return states
+    return {file.stem: read_state(file) for file in files}
+
+
+def _of_model(state: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
 
 
 def _natural(path: Path) -> list[Any]:

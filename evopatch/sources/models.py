@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
+from ..patching.weights import foreign_code, weights_only
 from .hub import no_retries
 
 
@@ -97,7 +98,8 @@ def _transformers_classifier(name: str, preprocessing: Preprocessing) -> Classif
     try:
         # Resampling by PIL, as models are trained and evaluated with; that of tensors differs by rounding.
         processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil")
-        loaded: Any = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
+        with weights_only():
+            loaded: Any = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
     except Exception as error:
         raise CheckpointError(
             f"no image classifier could be loaded from '{name}': {_first_lines(error)}. Without network give "
@@ -261,11 +263,12 @@ def _from_file(name: str, checkpoint: Path, options: dict[str, Any]) -> nn.Modul
         raise CheckpointError(f"{checkpoint}: no such file; expected weights for {name} in timm's layout")
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, **options)
-        timm.models.load_checkpoint(model, str(checkpoint))
+        with weights_only():
+            timm.models.load_checkpoint(model, str(checkpoint))
     except Exception as error:
         raise CheckpointError(
             f"{checkpoint} doesn't fit {name}: {_first_lines(error)}. Expected a state dict in timm's layout for this "
-            "model; a head with another number of classes needs --num-classes"
+            f"model; a head with another number of classes needs --num-classes{foreign_code(checkpoint)}"
         ) from error
     return model
 
@@ -274,7 +277,8 @@ def _pretrained(name: str, options: dict[str, Any]) -> nn.Module:
     import timm
 
     try:
-        model: nn.Module = timm.create_model(name, pretrained=True, **options)
+        with weights_only():
+            model: nn.Module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:
         raise CheckpointError(
             f"no pretrained weights for {name} could be had: {_first_lines(error)}. Without network give a file with "
@@ -285,3 +289,19 @@ def _pretrained(name: str, options: dict[str, Any]) -> nn.Module:
 
 def _first_lines(error: BaseException) -> str:
     return " ".join(str(error).split("\n")[:3])[:400]
+
+
+def read_state(file: Path) -> dict[str, Tensor]:
+    """A state dict in a file that timm reads: `.safetensors`, or one of `torch.save`.
+
+    Raises:
+        CheckpointError: If there is none in it.
+    """
+    import timm.models
+
+    try:
+        with weights_only():
+            state: dict[str, Tensor] = timm.models.load_state_dict(str(file), use_ema=False)
+    except Exception as error:
+        raise CheckpointError(f"{file} holds no weights: {_first_lines(error)}{foreign_code(file)}") from error
+    return state

@@ -243,7 +243,7 @@ class Run:
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint that `resumable` found."""
-        self.accelerator.load_state(str(path))
+        checkpoints.restore(path, self.accelerator)
         self._scheduler.step_update(self.progress.step)
 
     def train(self, show: Callable[[int, str], None]) -> None:
