@@ -12,9 +12,7 @@ import timm
 import torch
 from PIL import Image
 
-from evopatch.cli import console, main
-from evopatch.cli import digits as demo
-from evopatch.progress import progress_bar
+from evopatch.cli import console, demo, main
 
 
 class Run(NamedTuple):
@@ -207,7 +205,7 @@ def test_demo_runs_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "TIMED_BATCH", 4)
     out = tmp_path / "selection.png"
     with console.capture() as captured:
-        demo.run(out, console, progress_bar, epochs=1)
+        demo.run(out, epochs=1)
     text = captured.get()
     for word in ("(unpatched)", "matched", "single", "none", "0.7", "0.5", "0.3", "x"):
         assert word in text

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from ..measure.accuracy import Evaluation
+if TYPE_CHECKING:
+    from ..measure.accuracy import Evaluation
 
 console = Console()
 

@@ -8,15 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
+from ..config import EvoConfig
 from ..errors import CheckpointError, ConfigError, UnreadableImageError
+from ..sources.preprocessing import Preprocessing
 from . import options
+from .patch_options import one_config
+from .preprocessing_options import with_preprocessing
 from .tables import console
 
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 
 
+@one_config
+@with_preprocessing
 def visualize(
     model: options.Model,
+    *,
     image: Annotated[list[Path], typer.Option(help="A picture. Repeat for several.")],
     out: Annotated[Path, typer.Option(help="Where the picture goes; the ending names the format.")] = Path(
         "selection.png"
@@ -35,17 +42,8 @@ def visualize(
         list[int] | None, typer.Option(help="Repeat for several. Default: the blocks that select anew.")
     ] = None,
     groups: Annotated[bool, typer.Option("--groups", help="Colour the tokens that are updated together.")] = False,
-    keep_ratio: options.KeepRatio = "0.5",
-    representative: options.Representative = None,
-    paper: options.Paper = False,
-    selection: options.Selection = "stage",
-    schedule: options.Schedule = None,
-    start: options.Start = None,
-    stages: options.Stages = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    crop_pct: options.CropPct = None,
-    image_size: options.ImageSize = None,
+    patch_config: EvoConfig,
+    preprocessing: Preprocessing,
 ) -> None:
     """Which tokens are slow: rows are pictures, columns are blocks or checkpoints.
 
@@ -59,13 +57,11 @@ def visualize(
     from ..measure.pictures import visualize as run
     from ..measure.pictures import visualize_training
     from ..patching.apply import apply
-    from ..sources.models import Preprocessing, open_classifier
+    from ..sources.models import open_classifier
 
     options.check_folder_of(out, "--out")
     if checkpoints is not None and (groups or len(block or ()) > 1):
         raise ConfigError("--checkpoints shows the slow tokens of one block: leave --groups out, and give one --block")
-    patch_config = options.patch_config(keep_ratio, representative, paper, selection, schedule, start, stages)
-    preprocessing = Preprocessing(options.parse_channels(mean), options.parse_channels(std), crop_pct, image_size)
     states = None if checkpoints is None else _states(checkpoints)
     # Weights given by --checkpoints take the place of timm's; a transformers model's come with its configuration.
     pretrained = states is None or not timm.is_model(model)

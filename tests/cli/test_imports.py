@@ -1,0 +1,61 @@
+"""What importing the package costs, each in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"timm", "transformers", "accelerate", "datasets", "matplotlib", "rich", "typer", "torch._dynamo"}
+
+
+def imported_by(code):
+    """The heavy modules that are there after some code."""
+    code = f"import sys\n{code}\nprint(*({HEAVY!r} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_importing_evopatch_imports_no_tool():
+    assert imported_by("import evopatch") == set()
+    assert "timm" in imported_by("import evopatch, timm"), "such an import would be noticed"
+
+
+def test_names_are_loaded_when_they_are_asked_for():
+    assert (
+        imported_by("import evopatch; evopatch.autopatch, evopatch.EvoConfig, evopatch.apply, dir(evopatch)") == set()
+    )
+    assert {"accelerate"} & imported_by("import evopatch; evopatch.finetune; import evopatch.training.loop")
+
+
+@pytest.mark.parametrize("module", ["measure.profiling", "measure.comparison", "training.finetuning", "patching.apply"])
+def test_modules_are_modules(module):
+    code = (
+        f"import evopatch, types\nevopatch.profile, evopatch.benchmark, evopatch.finetune\n"
+        f"import evopatch.{module} as found\nassert isinstance(found, types.ModuleType), found\n"
+        "assert callable(evopatch.profile) and not isinstance(evopatch.profile, types.ModuleType)"
+    )
+    imported_by(code)
+
+
+def test_the_command_line_needs_no_torch_to_print_its_help():
+    """Beyond what `import evopatch` itself needs: nothing is imported for a command that isn't run."""
+    code = (
+        "import types\npackage = types.ModuleType('evopatch')\n"
+        "import importlib.util\npackage.__path__ = importlib.util.find_spec('evopatch').submodule_search_locations\n"
+        "sys.modules['evopatch'] = package\n"
+        "import evopatch.cli\nassert 'torch' not in sys.modules\n"
+        "import typer; typer.main.get_command(evopatch.cli.app)"
+    )
+    assert imported_by(code) == {"rich", "typer"}
+
+
+def test_no_module_name_occurs_twice():
+    from collections import Counter
+    from pathlib import Path
+
+    import evopatch
+
+    files = Path(evopatch.__file__).parent.rglob("*.py")
+    names = Counter(file.stem for file in files if not file.stem.startswith("__"))
+    assert len(names) > 50
+    assert [name for name, count in names.items() if count > 1] == []
