@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Protocol, cast
 
 import typer
 
@@ -18,6 +18,9 @@ from .patch_options import several_configs
 from .tables import console, megabytes, table_of, write_json
 
 if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import Tensor, nn
+
     from ..measure.comparison import Benchmark
 
 
@@ -97,7 +100,15 @@ def benchmark(
         draw_speed(results, plot, model)
 
 
-def _load(path: Path) -> Any:
+class _Peer(Protocol):
+    """What a file given by --peer holds."""
+
+    NAME: str
+
+    def at_flops(self, model: nn.Module, image: Tensor, flops: int) -> nn.Module: ...
+
+
+def _load(path: Path) -> _Peer:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ConfigError(f"--peer {path}: expected a Python file")
@@ -105,10 +116,10 @@ def _load(path: Path) -> Any:
     spec.loader.exec_module(module)
     if not callable(getattr(module, "at_flops", None)) or not isinstance(getattr(module, "NAME", None), str):
         raise ConfigError(f"--peer {path}: expected a NAME and a function at_flops(model, image, flops)")
-    return module
+    return cast(_Peer, module)
 
 
-def _peers(other: Any, network: Any, image: Any, configs: list[EvoConfig]) -> dict[str, Any]:
+def _peers(other: _Peer, network: nn.Module, image: Tensor, configs: list[EvoConfig]) -> dict[str, nn.Module]:
     import torch
 
     from ..measure.comparison import side_names
@@ -133,7 +144,7 @@ def _conditions(result: Benchmark) -> str:
     return f"{where}, {result.dtype}, {how}, {result.rounds} rounds, torch {torch.__version__}"
 
 
-def _table(model: str, result: Benchmark) -> Any:
+def _table(model: str, result: Benchmark) -> Table:
     what = "forward and backward" if result.train else "forward"
     title = f"{model}, {'x'.join(map(str, result.input_size[1:]))}, batch {result.batch_size}, {what}"
     columns = ("images\n/s", "FLOPs", "speed\n-up", "quartiles", "effi-\nciency", "peak\nMB")

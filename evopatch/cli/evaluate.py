@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +15,11 @@ from .options import Precision
 from .patch_options import several_configs
 from .preprocessing_options import with_preprocessing
 from .tables import QUALITY, console, quality, table_of, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..sources.dataset import Images
 
 
 @several_configs
@@ -59,13 +65,13 @@ def evaluate(
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing)
     network = options.place(classifier.model, device, dtype)
     apply(network, config=patch_configs[0])
-    dataset: Any = open_evaluation(data, classifier.transform)
+    dataset: Images | Subset[Any] = open_evaluation(data, classifier.transform)
     if rows is not None:
         dataset = Subset(dataset, options.parse_rows(rows, len(dataset)))
     loader = DataLoader(Items(dataset), batch_size=batch_size, num_workers=workers, collate_fn=collate)
     unreadable: list[str] = []
 
-    def batches() -> Any:
+    def batches() -> Iterator[tuple[Tensor, Tensor | None]]:
         for batch in loader:
             unreadable.extend(batch.unreadable)
             yield batch.images, batch.labels

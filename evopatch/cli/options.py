@@ -6,11 +6,14 @@ import sys
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -76,7 +79,7 @@ JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the res
 ImageSize = Annotated[int | None, typer.Option(help="Input size in pixels. Default: the model's.")]
 
 
-def place(model: Any, device: str, precision: Precision) -> Any:
+def place(model: nn.Module, device: str, precision: Precision) -> nn.Module:
     """A model on a device, in a type.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,10 @@ from . import options
 from .patch_options import one_config
 from .preprocessing_options import with_preprocessing
 from .tables import console
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
 
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -80,16 +84,16 @@ def visualize(
     console.print(f"token selection: {out}", highlight=False, soft_wrap=True)
 
 
-def _open(path: Path) -> Any:
-    from PIL import Image
+def _open(path: Path) -> Image:
+    import PIL.Image
 
     try:
-        return Image.open(path).convert("RGB")
+        return PIL.Image.open(path).convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
         raise UnreadableImageError(str(path), error) from error
 
 
-def _states(folder: Path) -> dict[str, Any]:
+def _states(folder: Path) -> dict[str, dict[str, Tensor]]:
     from ..sources.models import read_state
     from ..training import checkpoints
 
@@ -105,9 +109,9 @@ def _states(folder: Path) -> dict[str, Any]:
     return {file.stem: read_state(file) for file in files}
 
 
-def _of_model(state: dict[str, Any]) -> dict[str, Any]:
+def _of_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
 
 
-def _natural(path: Path) -> list[Any]:
+def _natural(path: Path) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]

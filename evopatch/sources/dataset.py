@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch.utils.data import Dataset
 
 from ..errors import DataError, UnreadableImageError
 
-Transform = Callable[[Any], Any]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Transform = Callable[["Image"], Any]
 Split = Literal["train", "eval"]
 
 
@@ -33,8 +36,8 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
         """What makes a tensor `(3, height, width)` of a PIL image."""
 
     @abstractmethod
-    def encoded(self, index: int) -> Any:
-        """A path, encoded bytes, or a PIL image."""
+    def encoded(self, index: int) -> str | bytes | Image | None:
+        """A path, encoded bytes, or a PIL image; None where it is missing."""
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -75,18 +78,19 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
         Raises:
             UnreadableImageError: If the image is damaged.
         """
-        from PIL import Image
+        import PIL.Image
 
         source = self.encoded(index)
         if source is None:
             raise UnreadableImageError(self.name(index), ValueError("it is missing"))
         try:
-            if isinstance(source, Image.Image):
+            if isinstance(source, PIL.Image.Image):
                 image = source.convert("RGB")
             else:
-                with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+                with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
                     image = opened.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL's decoders raise
+        # What PIL's decoders raise.
+        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
             raise UnreadableImageError(self.name(index), error) from error
         transformed = image if self.transform is None else self.transform(image)
         return transformed, None if self.labels is None else int(self.labels[index])
@@ -106,10 +110,10 @@ class Digits(Images):
         self._pixels = (digits.images * (255 / 16)).round().astype("uint8")
         super().__init__(len(self._rows), digits.target[self._rows], [str(number) for number in range(10)])
 
-    def encoded(self, index: int) -> Any:
-        from PIL import Image
+    def encoded(self, index: int) -> str | bytes | Image | None:
+        import PIL.Image
 
-        return Image.fromarray(self._pixels[self._rows[index]])
+        return PIL.Image.fromarray(self._pixels[self._rows[index]])
 
     def name(self, index: int) -> str:
         return f"digit {self._rows[index]}"
@@ -122,7 +126,7 @@ class Files(Images):
         super().__init__(len(paths), labels, classes)
         self._paths = paths
 
-    def encoded(self, index: int) -> Any:
+    def encoded(self, index: int) -> str | bytes | Image | None:
         return self._paths[index]
 
     def name(self, index: int) -> str:
@@ -136,11 +140,11 @@ class Table(Images):
         super().__init__(len(column), labels, classes)
         self._column, self._where = column, where
 
-    def encoded(self, index: int) -> Any:
+    def encoded(self, index: int) -> str | bytes | Image | None:
         value = self._value(index)
         if isinstance(value, dict):
-            return value["path"] if value.get("bytes") is None else value["bytes"]
-        return value
+            value = value["path"] if value.get("bytes") is None else value["bytes"]
+        return cast("str | bytes | Image | None", value)
 
     def name(self, index: int) -> str:
         value = self._value(index)

@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,15 @@ from ..patching.weights import foreign_code, weights_only
 from .hub import no_retries
 from .preprocessing import Preprocessing
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 class Classifier(NamedTuple):
     """A model in eval mode and what turns a PIL image into its input."""
 
     model: nn.Module
-    transform: Callable[[Any], Tensor]
+    transform: Callable[[Image], Tensor]
     input_size: tuple[int, int, int]
     """`(channels, height, width)`."""
     mean: tuple[float, ...]
@@ -108,12 +111,12 @@ def _transformers_classifier(name: str, preprocessing: Preprocessing) -> Classif
     own = {"image_mean": preprocessing.mean, "image_std": preprocessing.std}
     changed = {key: list(value) for key, value in own.items() if value is not None}
 
-    def transform(image: Any) -> Tensor:
+    def transform(image: Image) -> Tensor:
         return cast(Tensor, processor(images=image, return_tensors="pt", **changed)["pixel_values"][0])
 
-    from PIL import Image
+    import PIL.Image
 
-    channels, height, width = transform(Image.new("RGB", (640, 480))).shape
+    channels, height, width = transform(PIL.Image.new("RGB", (640, 480))).shape
     normalises = getattr(processor, "do_normalize", True)
     return Classifier(
         model.eval(),
@@ -121,7 +124,9 @@ def _transformers_classifier(name: str, preprocessing: Preprocessing) -> Classif
         (channels, height, width),
         mean=preprocessing.mean or (tuple(processor.image_mean) if normalises else (0.0,) * 3),
         std=preprocessing.std or (tuple(processor.image_std) if normalises else (1.0,) * 3),
-        interpolation=Image.Resampling(getattr(processor, "resample", None) or Image.Resampling.BICUBIC).name.lower(),
+        interpolation=PIL.Image.Resampling(
+            getattr(processor, "resample", None) or PIL.Image.Resampling.BICUBIC
+        ).name.lower(),
     )
 
 

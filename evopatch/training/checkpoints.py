@@ -11,13 +11,16 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from ..patching.weights import foreign_code, weights_only
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 FOLDER = "checkpoints"
 _MANIFEST = "manifest.json"
@@ -59,7 +62,7 @@ def load_initial(output: Path, model: nn.Module) -> None:
     model.load_state_dict(state)
 
 
-def write(output: Path, step: int, accelerator: Any, settings: Mapping[str, Any], keep: int) -> None:
+def write(output: Path, step: int, accelerator: Accelerator, settings: Mapping[str, Any], keep: int) -> None:
     """Write a checkpoint: under a temporary name, flushed to the disk, then renamed; older ones go after that.
 
     Args:
@@ -100,7 +103,7 @@ def _finish(temporary: Path, target: Path, settings: Mapping[str, Any]) -> None:
     _flush(target.parent)
 
 
-def restore(path: Path, accelerator: Any) -> None:
+def restore(path: Path, accelerator: Accelerator) -> None:
     """Give an accelerator, and what it was told to save, the state that a whole checkpoint holds.
 
     Raises:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError
 from ..measure.accuracy import logits_of
@@ -59,7 +60,7 @@ class Student(nn.Module):
     def forward(self, images: Tensor) -> Outputs:
         """`(B, 3, height, width)`."""
         last: list[Tensor] = []
-        hook: Any = None
+        hook: RemovableHandle | None = None
         if self.assistant is not None:
             block = self.model.get_submodule(self._last_block)
             hook = block.register_forward_hook(lambda module, args, out: last.append(out))
