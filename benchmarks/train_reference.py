@@ -91,7 +91,7 @@ def train(arguments: argparse.Namespace, model: Any, output: Path) -> list[dict[
     log: list[dict[str, float]] = []
     checkpoint = output / "checkpoint.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint)
+        state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         log = state["log"]

@@ -25,6 +25,7 @@ from evopatch.algorithm.partition import Partition
 from evopatch.algorithm.selection import num_slow
 from evopatch.algorithm.window_selection import WindowPartition, select_windows, window_novelty
 from evopatch.algorithm.windows import in_windows, window_means
+from evopatch.cli.options import parse_rows
 from evopatch.forward.windowed import Cut, WindowedPass
 from evopatch.measure.accuracy import evaluate
 from evopatch.sources.images import open_evaluation
@@ -86,9 +87,8 @@ def main() -> None:
     arguments = parser.parse_args()
     classifier = open_classifier(arguments.model, None, None, Preprocessing(None, None, None, None))
     model = evopatch.apply(classifier.model)
-    data: Any = open_evaluation(arguments.data, classifier.transform)
-    start, stop = (int(end) if end else None for end in arguments.rows.split(":"))
-    loader = DataLoader(Subset(data, range(len(data))[slice(start, stop)]), batch_size=100)
+    data = open_evaluation(arguments.data, classifier.transform)
+    loader = DataLoader(Subset(data, parse_rows(arguments.rows, len(data))), batch_size=100)
     size = (3, *model.patch_embed.img_size)
     ratios = arguments.keep_ratio or [0.7, 0.5]
 

@@ -22,31 +22,39 @@ from .errors import (
     UnsupportedInputError,
     UnsupportedModelError,
 )
-from .patching.apply import apply, config_of, is_patched, patched, remove, set_config, set_keep_ratio, supported
 from .version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
     from .measure.comparison import Benchmark, benchmark
     from .measure.pictures import visualize, visualize_training
     from .measure.profiling import Profile, profile
+    from .patching.apply import apply, config_of, is_patched, patched, remove, set_config, set_keep_ratio, supported
     from .patching.autopatch import autopatch
     from .patching.inspect import full_grid, token_groups, token_selection
-    from .patching.saving import load_pretrained, save_pretrained
+    from .sources.saving import load_pretrained, save_pretrained
     from .training.finetuning import FinetuneConfig, FinetuneResult, finetune
 
-# Loaded when they are first asked for (PEP 562): patching a model needs none of them.
+# Loaded when they are first asked for (PEP 562): `evopatch --help` needs none of them, patching a model few.
 _LAZY = {
     "Benchmark": "measure.comparison",
     "FinetuneConfig": "training.finetuning",
     "FinetuneResult": "training.finetuning",
     "Profile": "measure.profiling",
+    "apply": "patching.apply",
     "autopatch": "patching.autopatch",
     "benchmark": "measure.comparison",
+    "config_of": "patching.apply",
     "finetune": "training.finetuning",
     "full_grid": "patching.inspect",
-    "load_pretrained": "patching.saving",
+    "is_patched": "patching.apply",
+    "load_pretrained": "sources.saving",
+    "patched": "patching.apply",
     "profile": "measure.profiling",
-    "save_pretrained": "patching.saving",
+    "remove": "patching.apply",
+    "save_pretrained": "sources.saving",
+    "set_config": "patching.apply",
+    "set_keep_ratio": "patching.apply",
+    "supported": "patching.apply",
     "token_groups": "patching.inspect",
     "token_selection": "patching.inspect",
     "visualize": "measure.pictures",

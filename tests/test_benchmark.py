@@ -238,7 +238,7 @@ def test_profile_command_of_a_pyramid(command, tmp_path):  # noqa: F811
         (("benchmark", "--model", "vit_tiny_patch16_224", "--peer", "nowhere.py"), 2, "expected a Python file"),
         (("benchmark", "--model", "vit_tiny_patch16_224", "--json", "no/a.json"), 1, "no such folder"),
         (("benchmark", "--model", "vit_tiny_patch16_224", "--rounds", "1"), 2, "rounds"),
-        (("benchmark", "--model", "resnet18"), 1, "nothing to patch in ResNet"),
+        (("benchmark", "--model", "resnet18"), 1, "nothing to patch in timm.models.resnet.ResNet"),
         (("benchmark", "--model", "vit_tiny_patch16_224", "--device", "gpu"), 2, "'gpu'"),
         (("profile", "--model", "vit_tiny_patch16_224", "--image-size", "7"), 2, "7 px"),
         (("profile", "--model", "vit_tiny_patch16_224", "--keep-ratio", "0"), 2, "keep_ratio=0.0"),

@@ -43,7 +43,12 @@ def test_round_trip(name, tmp_path):
     assert evopatch.config_of(loaded) == CONFIG
     assert not loaded.training
     assert torch.equal(call(loaded, x), expected)
-    assert sorted(os.listdir(tmp_path / "new" / "folder")) == ["config.json", "evopatch.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "new" / "folder")) == [
+        "README.md",
+        "config.json",
+        "evopatch.json",
+        "model.safetensors",
+    ]
 
 
 @EVERY
@@ -105,7 +110,7 @@ def test_an_earlier_checkpoint_survives_a_failed_save(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", failing)
     with pytest.raises(OSError, match="disk full"):
         evopatch.save_pretrained(model, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "evopatch.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "evopatch.json", "model.safetensors"]
     assert torch.equal(call(evopatch.load_pretrained(tmp_path), x), expected)
 
 
@@ -118,7 +123,7 @@ def test_weights_in_other_files_are_replaced(tmp_path):
     for shard in ("10KB", "1GB"):
         old.save_pretrained(tmp_path, max_shard_size=shard)
         evopatch.save_pretrained(model, tmp_path)
-        assert sorted(os.listdir(tmp_path)) == ["config.json", "evopatch.json", "model.safetensors"]
+        assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "evopatch.json", "model.safetensors"]
         assert torch.equal(call(evopatch.load_pretrained(tmp_path), x), expected)
 
 

@@ -12,9 +12,7 @@ import timm
 import torch
 from PIL import Image
 
-from evopatch.cli import console, main
-from evopatch.cli import digits as demo
-from evopatch.progress import progress_bar
+from evopatch.cli import console, demo, main
 
 
 class Run(NamedTuple):
@@ -118,7 +116,11 @@ def test_overridden_preprocessing_changes_the_result(evopatch, files, tmp_path):
     [
         (("--model", "deit_tny_patch16_224", "--data", "images"), 1, "did you mean deit_tiny_patch16_224"),
         (("--model", "nothing_like_it", "--data", "images"), 1, "timm has no model named 'nothing_like_it'"),
-        (("--model", "resnet18", "--checkpoint", "resnet.pth", "--data", "images"), 1, "nothing to patch in ResNet"),
+        (
+            ("--model", "resnet18", "--checkpoint", "resnet.pth", "--data", "images"),
+            1,
+            "nothing to patch in timm.models.resnet.ResNet",
+        ),
         (("--checkpoint", "missing.pth", "--data", "images"), 1, "missing.pth: no such file"),
         (("--checkpoint", "images.parquet", "--data", "images"), 1, "images.parquet doesn't fit deit_tiny_patch16_224"),
         (("--num-classes", "5", "--checkpoint", "weights.pth", "--data", "images"), 1, "doesn't fit"),
@@ -207,7 +209,7 @@ def test_demo_runs_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "TIMED_BATCH", 4)
     out = tmp_path / "selection.png"
     with console.capture() as captured:
-        demo.run(out, console, progress_bar, epochs=1)
+        demo.run(out, epochs=1)
     text = captured.get()
     for word in ("(unpatched)", "matched", "single", "none", "0.7", "0.5", "0.3", "x"):
         assert word in text

@@ -53,7 +53,7 @@ def wait_for(process, folder, steps):
 
 
 def assert_equal(file, other):
-    found, expected = torch.load(file), torch.load(other)
+    found, expected = (torch.load(path, weights_only=True) for path in (file, other))
     assert found["losses"] == expected["losses"]
     assert all(torch.equal(tensor, found["weights"][key]) for key, tensor in expected["weights"].items())
 
@@ -202,7 +202,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     other = ["--weights", two, "--config", json.dumps(config | {"batch_size": 4})]
     run = subprocess.run([sys.executable, *launch, *script, *other], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    found, expected = torch.load(two), torch.load(one)
+    found, expected = (torch.load(path, weights_only=True) for path in (two, one))
     assert (found["processes"], expected["processes"]) == (2, 1)
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     for key, tensor in expected["weights"].items():

@@ -12,7 +12,9 @@ from timm.models import save_for_hf
 from torch import nn
 
 from evopatch.errors import CheckpointError
+from evopatch.patching.library import Origin, hub_name
 from evopatch.patching.rebuilt import check_rebuilt
+from evopatch.patching.weights import weights_only
 from evopatch.rewrite.classes import host_class
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -50,7 +52,18 @@ def load(folder: Path, **kwargs: Any) -> nn.Module:
             types = {_DTYPES.get(tensors.get_slice(name).get_dtype()) for name in names} - {None}
         if len(types) == 1:
             kwargs.setdefault("dtype", types.pop())
-        model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
+        with weights_only():
+            model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
     except Exception as error:
         raise CheckpointError(f"{folder} can't be loaded by timm: {error}") from error
     return model
+
+
+def origin(model: Any) -> Origin:
+    """What a model card says of the model."""
+    cfg = model.pretrained_cfg
+    channels, *size = cfg["input_size"]
+    # A model may be made for other images than its weights; most have that on record.
+    height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+    stock = 'timm.create_model("local-dir:folder", pretrained=True)'
+    return Origin(hub_name(cfg.get("hf_hub_id")), (channels, height, width), stock)

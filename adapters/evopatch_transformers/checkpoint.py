@@ -11,7 +11,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from evopatch.errors import CheckpointError
+from evopatch.patching.library import Origin, hub_name
 from evopatch.patching.rebuilt import check_rebuilt
+from evopatch.patching.weights import weights_only
 
 
 def owns(model: nn.Module) -> bool:
@@ -51,7 +53,8 @@ def load(folder: Path, **kwargs: Any) -> nn.Module:
     if cls is None:
         raise CheckpointError(f"{folder}: its config.json names no class of transformers under 'architectures'")
     try:
-        model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
+        with weights_only():
+            model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
     except Exception as error:
         raise CheckpointError(f"{folder} can't be loaded into {cls.__name__}: {error}") from error
     if info["missing_keys"]:
@@ -61,3 +64,19 @@ def load(folder: Path, **kwargs: Any) -> nn.Module:
         )
     loaded: nn.Module = model
     return loaded
+
+
+def origin(model: Any) -> Origin:
+    """What a model card says of the model."""
+    config = model.config
+    vision = next(
+        (getattr(config, part) for part in ("vision_config", "backbone_config", "encoder") if hasattr(config, part)),
+        config,
+    )
+    size = getattr(vision, "image_size", None)
+    height, width = (size, size) if isinstance(size, int) else size or (None, None)
+    channels = getattr(vision, "num_channels", 3)
+    input_size = None if height is None or width is None else (channels, height, width)
+    return Origin(
+        hub_name(model.name_or_path), input_size, f'transformers.{type(model).__name__}.from_pretrained("folder")'
+    )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 from rich.markup import escape
 
 from ..errors import ConfigError, EvoPatchError
 from ..progress import errors
+from ..version import VERSION
 from . import benchmark, demo, evaluate, finetune, listing, profile, run, visualize
 from .tables import console
 
@@ -19,6 +22,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"evopatch {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(finetune.finetune)
 app.command()(evaluate.evaluate)
 app.command()(benchmark.benchmark)

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Protocol, cast
 
 import typer
 
 from ..config import EvoConfig
 from ..errors import ConfigError
-from ..measure.comparison import Benchmark, side_names
 from ..progress import progress_bar
 from . import options
 from .options import Precision
-from .tables import console, megabytes, table_of
+from .patch_options import several_configs
+from .tables import console, megabytes, table_of, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import Tensor, nn
+
+    from ..measure.comparison import Benchmark
 
 
+@several_configs
 def benchmark(
     model: options.Model,
+    *,
     config: options.ConfigFile = None,
-    keep_ratio: options.KeepRatios = None,
-    representative: options.Representatives = None,
-    paper: options.Paper = False,
-    selection: options.Selection = "stage",
-    schedule: options.Schedule = None,
-    start: options.Start = None,
-    stages: options.Stages = None,
+    patch_configs: list[EvoConfig],
     image_size: options.ImageSize = None,
     batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Repeat for several. Default 16.")] = None,
     device: options.Device = "cpu",
@@ -62,27 +63,26 @@ def benchmark(
 
     from ..measure.comparison import benchmark as run
     from ..patching.apply import apply
-    from ..sources.models import open_architecture
+    from ..sources.architectures import open_architecture
 
     options.check_folder_of(json_out, "--json")
     options.check_folder_of(plot, "--plot")
     if plot is not None:
         import matplotlib  # noqa: F401, before the work that it draws
-    configs = options.patch_configs(keep_ratio, representative, paper, selection, schedule, start, stages)
     other = None if peer is None else _load(peer)
     network, input_size = open_architecture(model, image_size)
     network = options.place(network, device, dtype)
     image = torch.randn(1, *input_size, device=device, dtype=getattr(torch, dtype.value))
-    peers = {} if other is None else _peers(other, network, image, configs)
-    apply(network, config=configs[0])
+    peers = {} if other is None else _peers(other, network, image, patch_configs)
+    apply(network, config=patch_configs[0])
     sizes = batch_size or [16]
     results = []
-    with progress_bar(f"{model}, {len(configs)} setting(s)", len(sizes) * (rounds + warm_up)) as advance:
+    with progress_bar(f"{model}, {len(patch_configs)} setting(s)", len(sizes) * (rounds + warm_up)) as advance:
         for size in sizes:
             batch = torch.randn(size, *input_size, device=device, dtype=image.dtype)
             results.append(
                 run(
-                    network, batch, configs, peers=peers, rounds=rounds, warm_up=warm_up,
+                    network, batch, patch_configs, peers=peers, rounds=rounds, warm_up=warm_up,
                     compile=compile_mode or compile_, train=train, on_round=advance,
                 )
             )  # fmt: skip
@@ -93,15 +93,22 @@ def benchmark(
         "times FLOPs, 1 where the promise of the FLOPs is kept. Peak: beyond weights and input.",
         highlight=False,
     )
-    if json_out is not None:
-        json_out.write_text(json.dumps([result.to_dict() for result in results], indent=2) + "\n")
+    write_json(json_out, [result.to_dict() for result in results])
     if plot is not None:
         from ..measure.pictures import draw_speed
 
         draw_speed(results, plot, model)
 
 
-def _load(path: Path) -> Any:
+class _Peer(Protocol):
+    """What a file given by --peer holds."""
+
+    NAME: str
+
+    def at_flops(self, model: nn.Module, image: Tensor, flops: int) -> nn.Module: ...
+
+
+def _load(path: Path) -> _Peer:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ConfigError(f"--peer {path}: expected a Python file")
@@ -109,12 +116,13 @@ def _load(path: Path) -> Any:
     spec.loader.exec_module(module)
     if not callable(getattr(module, "at_flops", None)) or not isinstance(getattr(module, "NAME", None), str):
         raise ConfigError(f"--peer {path}: expected a NAME and a function at_flops(model, image, flops)")
-    return module
+    return cast(_Peer, module)
 
 
-def _peers(other: Any, network: Any, image: Any, configs: list[EvoConfig]) -> dict[str, Any]:
+def _peers(other: _Peer, network: nn.Module, image: Tensor, configs: list[EvoConfig]) -> dict[str, nn.Module]:
     import torch
 
+    from ..measure.comparison import side_names
     from ..measure.profiling import count_flops
     from ..patching.apply import apply
     from ..patching.handle import shared_copy
@@ -136,7 +144,7 @@ def _conditions(result: Benchmark) -> str:
     return f"{where}, {result.dtype}, {how}, {result.rounds} rounds, torch {torch.__version__}"
 
 
-def _table(model: str, result: Benchmark) -> Any:
+def _table(model: str, result: Benchmark) -> Table:
     what = "forward and backward" if result.train else "forward"
     title = f"{model}, {'x'.join(map(str, result.input_size[1:]))}, batch {result.batch_size}, {what}"
     columns = ("images\n/s", "FLOPs", "speed\n-up", "quartiles", "effi-\nciency", "peak\nMB")

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..config import EvoConfig
 from ..progress import errors, progress_bar
+from ..sources.preprocessing import Preprocessing
 from . import options
 from .options import Precision
-from .tables import QUALITY, console, quality, ratio_text, table_of
+from .patch_options import several_configs
+from .preprocessing_options import with_preprocessing
+from .tables import QUALITY, console, quality, table_of, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..sources.dataset import Images
 
 
+@several_configs
+@with_preprocessing
 def evaluate(
     model: options.Model,
     data: Annotated[
@@ -22,20 +33,12 @@ def evaluate(
             "the Hugging Face hub, or digits."
         ),
     ],
+    *,
     config: options.ConfigFile = None,
     checkpoint: options.Checkpoint = None,
     num_classes: options.NumClasses = None,
-    keep_ratio: options.KeepRatios = None,
-    representative: options.Representatives = None,
-    paper: options.Paper = False,
-    selection: options.Selection = "stage",
-    schedule: options.Schedule = None,
-    start: options.Start = None,
-    stages: options.Stages = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    crop_pct: options.CropPct = None,
-    image_size: options.ImageSize = None,
+    patch_configs: list[EvoConfig],
+    preprocessing: Preprocessing,
     rows: Annotated[str | None, typer.Option(help="Only these images, as in 650: or 0:100.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 50,
     workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
@@ -52,30 +55,29 @@ def evaluate(
     from torch.utils.data import DataLoader, Subset
 
     from ..measure.accuracy import evaluate as run
+    from ..measure.comparison import ratio_text
     from ..patching.apply import apply
     from ..sources.images import open_evaluation
-    from ..sources.models import Preprocessing, open_classifier
+    from ..sources.models import open_classifier
     from ..training.items import Items, collate
 
     options.check_folder_of(json_out, "--json")
-    configs = options.patch_configs(keep_ratio, representative, paper, selection, schedule, start, stages)
-    preprocessing = Preprocessing(options.parse_channels(mean), options.parse_channels(std), crop_pct, image_size)
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing)
     network = options.place(classifier.model, device, dtype)
-    apply(network, config=configs[0])
-    dataset: Any = open_evaluation(data, classifier.transform)
+    apply(network, config=patch_configs[0])
+    dataset: Images | Subset[Any] = open_evaluation(data, classifier.transform)
     if rows is not None:
         dataset = Subset(dataset, options.parse_rows(rows, len(dataset)))
     loader = DataLoader(Items(dataset), batch_size=batch_size, num_workers=workers, collate_fn=collate)
     unreadable: list[str] = []
 
-    def batches() -> Any:
+    def batches() -> Iterator[tuple[Tensor, Tensor | None]]:
         for batch in loader:
             unreadable.extend(batch.unreadable)
             yield batch.images, batch.labels
 
-    with progress_bar(f"{model}, {len(configs)} setting(s)", len(dataset)) as advance:
-        results = run(network, batches(), configs, classifier.input_size, on_batch=advance)
+    with progress_bar(f"{model}, {len(patch_configs)} setting(s)", len(dataset)) as advance:
+        results = run(network, batches(), patch_configs, classifier.input_size, on_batch=advance)
     if unreadable:
         errors.print(f"{len(unreadable)} unreadable image(s) left out: {', '.join(unreadable[:5])}", highlight=False)
     title = f"{model}, {results[0].images} images, {dtype.value}, no training"
@@ -84,5 +86,4 @@ def evaluate(
         kind = ("unpatched", "") if result is results[0] else (result.config.representative, ratio_text(result.config))
         table.add_row(*kind, *quality(result))
     console.print(table)
-    if json_out is not None:
-        json_out.write_text(json.dumps([result.to_dict() for result in results], indent=2) + "\n")
+    write_json(json_out, [result.to_dict() for result in results])

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import EvoConfig
 from ..errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,14 +27,6 @@ class Precision(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-
-class RepresentativeName(str, Enum):
-    """What stands in for the fast tokens."""
-
-    matched = "matched"
-    single = "single"
-    none = "none"
 
 
 def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -80,27 +74,12 @@ Model = Annotated[
 ]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights in timm's layout. Default: timm's pretrained ones.")]
 NumClasses = Annotated[int | None, typer.Option(help="Classes of the checkpoint's head.")]
-Paper = Annotated[bool, typer.Option("--paper", help="The paper's setting: single, constant keep ratio.")]
-Selection = Annotated[str, typer.Option(help="stage or layer.")]
-Schedule = Annotated[str | None, typer.Option(help="taper or constant.")]
-Start = Annotated[int | None, typer.Option(help="First selecting block.")]
-Stages = Annotated[str | None, typer.Option(help="Number of runs, or the first block of each (4,8).")]
-Mean = Annotated[str | None, typer.Option(help="Normalisation mean, one number or three.")]
-Std = Annotated[str | None, typer.Option(help="Normalisation standard deviation, one number or three.")]
-CropPct = Annotated[float | None, typer.Option(help="Share of the image kept by the centre crop.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
-KeepRatios = Annotated[
-    list[str] | None,
-    typer.Option(help="Mean share of slow tokens, or one per run (0.6,0.35). Repeat for several. Default 0.5."),
-]
-KeepRatio = Annotated[str, typer.Option(help="Mean share of slow tokens, or one per run (0.6,0.35).")]
-Representative = Annotated[RepresentativeName | None, typer.Option(help="Default matched.")]
-Representatives = Annotated[list[RepresentativeName] | None, typer.Option(help="Repeat for several. Default matched.")]
 ImageSize = Annotated[int | None, typer.Option(help="Input size in pixels. Default: the model's.")]
 
 
-def place(model: Any, device: str, precision: Precision) -> Any:
+def place(model: nn.Module, device: str, precision: Precision) -> nn.Module:
     """A model on a device, in a type.
 
     Raises:
@@ -159,49 +138,12 @@ def parse_rows(text: str, total: int) -> range:
     first, separator, last = text.partition(":")
     if not separator:
         raise typer.BadParameter(f"rows {text}: expected FIRST:LAST, either of them may be left out")
-    begin, end = _integers([first or "0", last or str(total)], text)
+    begin, end = whole_numbers([first or "0", last or str(total)], text)
     return range(total)[begin:end]
 
 
-def patch_configs(
-    keep_ratios: list[str] | None,
-    representatives: list[RepresentativeName] | None,
-    paper: bool,
-    selection: str,
-    schedule: str | None,
-    start: int | None,
-    stages: str | None,
-) -> list[EvoConfig]:
-    """Every representative with every keep ratio."""
-    base: dict[str, Any] = EvoConfig.paper().to_dict() if paper else EvoConfig().to_dict()
-    base.update(selection=selection, start=start)
-    if schedule is not None:
-        base["schedule"] = schedule
-    if stages is not None:
-        firsts = _integers(stages.split(","), stages)
-        base["stages"] = firsts[0] if len(firsts) == 1 else firsts
-    names = [name.value for name in representatives or ()] or [base["representative"]]
-    ratios = [parse_ratios(text) for text in keep_ratios or ("0.5",)]
-    return [
-        EvoConfig.from_dict({**base, "representative": name, "keep_ratio": ratio}) for name in names for ratio in ratios
-    ]
-
-
-def patch_config(
-    keep_ratio: str,
-    representative: RepresentativeName | None,
-    paper: bool,
-    selection: str,
-    schedule: str | None,
-    start: int | None,
-    stages: str | None,
-) -> EvoConfig:
-    """One setting."""
-    names = None if representative is None else [representative]
-    return patch_configs([keep_ratio], names, paper, selection, schedule, start, stages)[0]
-
-
-def _integers(parts: list[str], text: str) -> list[int]:
+def whole_numbers(parts: list[str], text: str) -> list[int]:
+    """The parts of an option's text as numbers."""
     try:
         return [int(part) for part in parts]
     except ValueError:

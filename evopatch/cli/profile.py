@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-
+from ..config import EvoConfig
 from . import options
-from .tables import console, megabytes, table_of
+from .patch_options import one_config
+from .tables import console, megabytes, table_of, write_json
 
 
+@one_config
 def profile(
     model: options.Model,
+    *,
     config: options.ConfigFile = None,
-    keep_ratio: options.KeepRatio = "0.5",
-    representative: options.Representative = None,
-    paper: options.Paper = False,
-    selection: options.Selection = "stage",
-    schedule: options.Schedule = None,
-    start: options.Start = None,
-    stages: options.Stages = None,
+    patch_config: EvoConfig,
     image_size: options.ImageSize = None,
     json_out: options.JsonOut = None,
 ) -> None:
@@ -27,10 +23,9 @@ def profile(
     """
     from ..measure.profiling import profile as run
     from ..patching.apply import apply
-    from ..sources.models import open_architecture
+    from ..sources.architectures import open_architecture
 
     options.check_folder_of(json_out, "--json")
-    patch_config = options.patch_config(keep_ratio, representative, paper, selection, schedule, start, stages)
     network, input_size = open_architecture(model, image_size)
     found = run(apply(network, config=patch_config), input_size)
     columns = ("tokens", "of", "GFLOPs", "un-\npatched", "share", "kept\nMB", "un-\npatched", "share")
@@ -59,8 +54,7 @@ def profile(
         f"{memory[1]} MB, share {memory[2]}.",
         highlight=False,
     )
-    if json_out is not None:
-        json_out.write_text(json.dumps({"config": patch_config.to_dict(), **found.to_dict()}, indent=2) + "\n")
+    write_json(json_out, {"config": patch_config.to_dict(), **found.to_dict()})
 
 
 def _pair(patched: float, unpatched: float) -> tuple[str, str, str]:

@@ -11,23 +11,21 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..config import EvoConfig
 from ..errors import ConfigError
 from ..progress import errors
 from . import options
+from .patch_options import one_config
 
 
+@one_config
 def run(
     ctx: typer.Context,
     script: Annotated[str, typer.Argument(help="A Python file, or with -m a module. What follows is for it.")],
+    *,
     config: options.ConfigFile = None,
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module, as for python -m.")] = False,
-    keep_ratio: options.KeepRatio = "0.5",
-    representative: options.Representative = None,
-    paper: options.Paper = False,
-    selection: options.Selection = "stage",
-    schedule: options.Schedule = None,
-    start: options.Start = None,
-    stages: options.Stages = None,
+    patch_config: EvoConfig,
 ) -> None:
     """Run a script unchanged, with every supported timm and transformers model that it builds patched.
 
@@ -39,7 +37,6 @@ def run(
 
     if not module and not Path(script).is_file():
         raise ConfigError(f"{script}: no such file; expected a Python script, or a module's name after -m")
-    patch_config = options.patch_config(keep_ratio, representative, paper, selection, schedule, start, stages)
     logger.addHandler(_Printed())
     logger.setLevel(logging.INFO)
     sys.argv = [script, *ctx.args]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
-from ..config import EvoConfig
-from ..measure.accuracy import Evaluation
+if TYPE_CHECKING:
+    from ..measure.accuracy import Evaluation
 
 console = Console()
 
@@ -41,7 +45,7 @@ QUALITY = ("FLOPs", "FLOPs of\nblocks", "top-1\n%", "top-5\n%", "agree\n%", "KL"
 """The columns of `quality`."""
 
 
-def ratio_text(config: EvoConfig) -> str:
-    """The keep ratio, or one per run."""
-    ratio = config.keep_ratio
-    return ", ".join(f"{r:g}" for r in ratio) if isinstance(ratio, tuple) else f"{ratio:g}"
+def write_json(file: Path | None, values: object) -> None:
+    """Results, if a file for them was given."""
+    if file is not None:
+        file.write_text(json.dumps(values, indent=2) + "\n")

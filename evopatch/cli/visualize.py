@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..config import EvoConfig
 from ..errors import CheckpointError, ConfigError, UnreadableImageError
+from ..sources.preprocessing import Preprocessing
 from . import options
+from .patch_options import one_config
+from .preprocessing_options import with_preprocessing
 from .tables import console
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
 
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 
 
+@one_config
+@with_preprocessing
 def visualize(
     model: options.Model,
+    *,
     image: Annotated[list[Path], typer.Option(help="A picture. Repeat for several.")],
     out: Annotated[Path, typer.Option(help="Where the picture goes; the ending names the format.")] = Path(
         "selection.png"
@@ -35,17 +46,8 @@ def visualize(
         list[int] | None, typer.Option(help="Repeat for several. Default: the blocks that select anew.")
     ] = None,
     groups: Annotated[bool, typer.Option("--groups", help="Colour the tokens that are updated together.")] = False,
-    keep_ratio: options.KeepRatio = "0.5",
-    representative: options.Representative = None,
-    paper: options.Paper = False,
-    selection: options.Selection = "stage",
-    schedule: options.Schedule = None,
-    start: options.Start = None,
-    stages: options.Stages = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    crop_pct: options.CropPct = None,
-    image_size: options.ImageSize = None,
+    patch_config: EvoConfig,
+    preprocessing: Preprocessing,
 ) -> None:
     """Which tokens are slow: rows are pictures, columns are blocks or checkpoints.
 
@@ -59,13 +61,11 @@ def visualize(
     from ..measure.pictures import visualize as run
     from ..measure.pictures import visualize_training
     from ..patching.apply import apply
-    from ..sources.models import Preprocessing, open_classifier
+    from ..sources.models import open_classifier
 
     options.check_folder_of(out, "--out")
     if checkpoints is not None and (groups or len(block or ()) > 1):
         raise ConfigError("--checkpoints shows the slow tokens of one block: leave --groups out, and give one --block")
-    patch_config = options.patch_config(keep_ratio, representative, paper, selection, schedule, start, stages)
-    preprocessing = Preprocessing(options.parse_channels(mean), options.parse_channels(std), crop_pct, image_size)
     states = None if checkpoints is None else _states(checkpoints)
     # Weights given by --checkpoints take the place of timm's; a transformers model's come with its configuration.
     pretrained = states is None or not timm.is_model(model)
@@ -84,34 +84,34 @@ def visualize(
     console.print(f"token selection: {out}", highlight=False, soft_wrap=True)
 
 
-def _open(path: Path) -> Any:
-    from PIL import Image
+def _open(path: Path) -> Image:
+    import PIL.Image
 
     try:
-        return Image.open(path).convert("RGB")
+        return PIL.Image.open(path).convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
         raise UnreadableImageError(str(path), error) from error
 
 
-def _states(folder: Path) -> dict[str, Any]:
-    import timm.models
+def _states(folder: Path) -> dict[str, dict[str, Tensor]]:
+    from ..sources.models import read_state
+    from ..training import checkpoints
 
-    own = sorted(folder.glob("checkpoints/step-*/model.safetensors"))
-    files = own or sorted((path for path in folder.glob("*") if path.suffix in _WEIGHTS), key=_natural)
+    if own := checkpoints.weights(folder):
+        # As trained: the model beside the heads that only training needs.
+        return {f"step {step}": _of_model(read_state(file)) for step, file in own.items()}
+    files = sorted((path for path in folder.glob("*") if path.suffix in _WEIGHTS), key=_natural)
     if not files:
         raise CheckpointError(
             f"{folder}: no checkpoints there; expected the output folder of `evopatch finetune`, or one with weights "
             f"({', '.join(_WEIGHTS)})"
         )
-    states = {}
-    for file in files:
-        state = timm.models.load_state_dict(str(file), use_ema=False)
-        if own:
-            # As trained: the model beside the heads that only training needs.
-            state = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-        states[f"step {int(file.parent.name.removeprefix('step-'))}" if own else file.stem] = state
-    return states
+    return {file.stem: read_state(file) for file in files}
 
 
-def _natural(path: Path) -> list[Any]:
+def _of_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+
+
+def _natural(path: Path) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import EvoConfig
 from ..errors import DataError
 from ..patching.handle import Patched
-from .profiling import profile
+from .profiling import UNPATCHED, profile
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,6 @@ class Evaluation:
     def to_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""
         return {**dataclasses.asdict(self), "config": self.config.to_dict()}
-
-
-UNPATCHED = EvoConfig(keep_ratio=1.0)
 
 
 @torch.no_grad()

@@ -6,17 +6,17 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config import EvoConfig
 from ..patching.handle import Patched, shared_copy, unpatch
-from .accuracy import logits_of
 from .memory import peak_memory
 from .profiling import count_flops
-from .timing import alternate
+from .timing import alternate, forward_and_backward
 
 
 @dataclass(frozen=True)
@@ -138,29 +138,26 @@ def side_names(configs: Sequence[EvoConfig]) -> list[str]:
     kinds = {config.representative for config in configs}
     names = []
     for config in configs:
-        ratio = config.keep_ratio
-        name = "keep " + (", ".join(f"{r:g}" for r in ratio) if isinstance(ratio, tuple) else f"{ratio:g}")
+        name = f"keep {ratio_text(config)}"
         names.append(f"{config.representative}, {name}" if len(kinds) > 1 else name)
     if len(set(names)) < len(names):
         names = [f"{name} (setting {number})" for number, name in enumerate(names, 1)]
     return names
 
 
-def _step(model: Any, batch: Tensor, train: bool) -> Callable[[], object]:
-    if not train:
-        return lambda: model(batch)
-    module: nn.Module = getattr(model, "_orig_mod", model)
-
-    def step() -> None:
-        logits_of(model(batch)).float().logsumexp(1).sum().backward()
-        module.zero_grad()
-
-    return step
+def ratio_text(config: EvoConfig) -> str:
+    """The keep ratio, or one per run."""
+    ratio = config.keep_ratio
+    return ", ".join(f"{r:g}" for r in ratio) if isinstance(ratio, tuple) else f"{ratio:g}"
 
 
-def _compiled(model: nn.Module, compile: bool | str) -> Any:
+def _step(model: nn.Module, batch: Tensor, train: bool) -> Callable[[], object]:
+    return forward_and_backward(model, batch) if train else partial(model, batch)
+
+
+def _compiled(model: nn.Module, compile: bool | str) -> nn.Module:
     mode = compile if isinstance(compile, str) else None
-    return torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
+    return cast(nn.Module, torch.compile(model, fullgraph=True, dynamic=False, mode=mode))
 
 
 def _memory(steps: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, int]:

@@ -38,7 +38,7 @@ class _LiveTensors(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._bytes = 0
-        self._seen: dict[int, Any] = {}
+        self._seen: dict[int, object] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         # What is there before the first operator that uses it isn't made by the call.

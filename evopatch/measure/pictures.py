@@ -54,7 +54,7 @@ def visualize(
         NotPatchedError: If nothing in the model is patched.
         UnsupportedModelError: If several hosts in it are patched.
     """
-    blocks = _checked(model, blocks)
+    blocks = _checked(Patched(model), blocks)
     maps = block_maps(model, images, **model_inputs)
     panels = []
     for block in blocks:
@@ -89,8 +89,9 @@ def visualize_training(
         NotPatchedError: If nothing in the model is patched.
         UnsupportedModelError: If several hosts in it are patched.
     """
-    block = _checked(model, None if block is None else [block])[-1]
-    Patched(model).forget_caches()  # may hold tensors of a graph, which can't be copied
+    patched = Patched(model)
+    block = _checked(patched, None if block is None else [block])[-1]
+    patched.forget_caches()  # may hold tensors of a graph, which can't be copied
     other = copy.deepcopy(model)
     panels = []
     for name, state in checkpoints.items():
@@ -146,8 +147,8 @@ def _pixels(images: Tensor) -> Tensor:
     return ((images - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)).permute(0, 2, 3, 1)
 
 
-def _checked(model: nn.Module, blocks: Sequence[int] | None) -> list[int]:
-    plans = Patched(model).host.state.plans
+def _checked(patched: Patched[nn.Module], blocks: Sequence[int] | None) -> list[int]:
+    plans = patched.host.state.plans
     if blocks is None:
         return [index for index, plan in enumerate(plans) if plan.selects] or [len(plans) - 1]
     for block in blocks:

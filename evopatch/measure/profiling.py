@@ -15,6 +15,9 @@ from ..patching.handle import Patched, shared_copy
 from ..patching.inspect import block_maps
 from .memory import peak_memory, saved_for_backward
 
+UNPATCHED = EvoConfig(keep_ratio=1.0)
+"""At which a patched model runs as it would unpatched, to the bit."""
+
 
 @dataclass(frozen=True)
 class BlockProfile:
@@ -78,7 +81,7 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     maps = block_maps(model, image)
     names = handle.host.blocks()
     patched = _measure(handle.at(handle.config), image, names)
-    unpatched = _measure(handle.at(EvoConfig(keep_ratio=1.0)), image, names)
+    unpatched = _measure(handle.at(UNPATCHED), image, names)
     profiles = [
         BlockProfile(
             flops=patched.block_flops[index],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import EvoConfig
 from ..patching.handle import Patched
 from .accuracy import logits_of
+from .profiling import UNPATCHED
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -74,12 +75,12 @@ def compare_speed(model: nn.Module, batch: Tensor, rounds: int = 5, warm_up: int
         warm_up: Forwards of each side before.
     """
     patched = Patched(model)
-    own, unpatched = patched.at(patched.config), patched.at(EvoConfig(keep_ratio=1.0))
+    own, unpatched = patched.at(patched.config), patched.at(UNPATCHED)
     return _compare(partial(own, batch), partial(unpatched, batch), batch, rounds, warm_up)
 
 
 def compare_training_speed(model: nn.Module, batch: Tensor, rounds: int = 5, warm_up: int = 1) -> Speed:
-    """The same for forward and backward in train mode, on a copy of a classifier.
+    """The same for forward and backward in train mode, on copies of a classifier.
 
     Args:
         model: A patched classifier of timm or transformers.
@@ -87,18 +88,30 @@ def compare_training_speed(model: nn.Module, batch: Tensor, rounds: int = 5, war
         rounds: Timed steps of each side.
         warm_up: Steps of each side before.
     """
+    patched = Patched(model)
 
     def side(config: EvoConfig) -> Callable[[], None]:
-        trained = Patched(model).copy(requires_grad=True).train()
+        trained = patched.copy(requires_grad=True).train()
         Patched(trained).set_config(config)
+        return forward_and_backward(trained, batch)
 
-        def step() -> None:
-            logits_of(trained(batch)).float().logsumexp(1).sum().backward()
-            trained.zero_grad()
+    return _compare(side(patched.config), side(UNPATCHED), batch, rounds, warm_up)
 
-        return step
 
-    return _compare(side(Patched(model).config), side(EvoConfig(keep_ratio=1.0)), batch, rounds, warm_up)
+def forward_and_backward(model: nn.Module, batch: Tensor) -> Callable[[], None]:
+    """A call that runs a classifier forward and backward, and drops the gradients.
+
+    Args:
+        model: Of timm or transformers, compiled or not.
+        batch: Images `(B, 3, height, width)`.
+    """
+    module: nn.Module = getattr(model, "_orig_mod", model)
+
+    def step() -> None:
+        logits_of(model(batch)).float().logsumexp(1).sum().backward()
+        module.zero_grad()
+
+    return step
 
 
 def _compare(

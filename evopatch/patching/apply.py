@@ -18,6 +18,7 @@ from . import changes, registry
 from .adapter import Adapter, walks_by_itself
 from .changes import Change
 from .handle import Patched, unpatch
+from .versions import versions_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -167,4 +168,6 @@ def _plan(name: str, host: nn.Module, adapter: Adapter, config: EvoConfig) -> li
     spec = adapter.inspect(host, name or type(host).__name__)
     state = HostState(name, spec, spec.stages(host), config)
     state.foreign = walks_by_itself(host, adapter, state)
-    return adapter.plan(host, state)
+    made_with = {"_evo_versions": versions_of(host)}
+    planned = adapter.plan(host, state)
+    return [dataclasses.replace(change, attributes=made_with | dict(change.attributes)) for change in planned]

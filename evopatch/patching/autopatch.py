@@ -17,7 +17,7 @@ from ..errors import UnsupportedModelError
 from . import registry
 from .apply import apply, is_patched
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("evopatch.autopatch")
 
 _MAKERS = {"timm": "create_model", "transformers.modeling_utils": "PreTrainedModel.from_pretrained"}
 """By module, what makes a library's models."""
@@ -46,24 +46,53 @@ def autopatch(
     Raises:
         ConfigError: From the function that makes a model, if a setting doesn't fit it.
     """
-    from wrapt import register_post_import_hook, unwrap_object, wrap_function_wrapper
+    from wrapt import register_post_import_hook
 
     patched: list[nn.Module] = []
-    maker = _Maker(keep_ratio, config, patched)
-    with ExitStack() as stack:
-
-        def wrap(module: ModuleType) -> None:
-            if not maker.active:  # a hook can't be taken back
-                return
-            for owner, name in _places(module, _MAKERS[module.__name__]):
-                stack.callback(unwrap_object, owner, name, wrap_function_wrapper(owner, name, maker))
-
+    scope = _Scope(_Maker(keep_ratio, config, patched))
+    _scopes.append(scope)
+    try:
         for library in _MAKERS:
-            register_post_import_hook(wrap, library)  # at once, if it is imported already
-        try:
-            yield patched
-        finally:
-            maker.active = False
+            if library in sys.modules:
+                scope.wrap(sys.modules[library])
+            elif library not in _awaited:
+                _awaited.add(library)
+                register_post_import_hook(_imported, library)
+        yield patched
+    finally:
+        _scopes.remove(scope)
+        scope.close()
+
+
+class _Scope:
+    """The functions that one `autopatch` wraps."""
+
+    def __init__(self, maker: _Maker) -> None:
+        self._maker = maker
+        self._undo = ExitStack()
+
+    def wrap(self, module: ModuleType) -> None:
+        from wrapt import unwrap_object, wrap_function_wrapper
+
+        for owner, name in _places(module, _MAKERS[module.__name__]):
+            self._undo.callback(unwrap_object, owner, name, wrap_function_wrapper(owner, name, self._maker))
+
+    def close(self) -> None:
+        self._maker.end()
+        self._undo.close()
+
+
+_scopes: list[_Scope] = []
+"""Those that are open, the outermost first."""
+
+_awaited: set[str] = set()
+"""Modules with a hook on their import. It can't be taken back, so it is one for all scopes and knows none of them."""
+
+
+def _imported(module: ModuleType) -> None:
+    _awaited.discard(module.__name__)
+    for scope in list(_scopes):
+        scope.wrap(module)
 
 
 def _places(module: ModuleType, name: str) -> list[tuple[Any, str]]:
@@ -90,28 +119,34 @@ class _Maker:
     def __init__(
         self, keep_ratio: float | Sequence[float] | None, config: EvoConfig | None, patched: list[nn.Module]
     ) -> None:
-        self._keep_ratio, self._config, self._patched = keep_ratio, config, patched
-        self.active = True
-        """References to a wrapped function may outlive the scope."""
+        self._keep_ratio, self._config = keep_ratio, config
+        self._patched: list[nn.Module] | None = patched
+
+    def end(self) -> None:
+        """References to a wrapped function may outlive the scope: they patch nothing then, and hold no model."""
+        self._patched = None
 
     def __call__(self, wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
-        if not self.active or getattr(_calls, "inside", False):
+        patched = self._patched
+        if patched is None or getattr(_calls, "inside", False):
             return wrapped(*args, **kwargs)
         _calls.inside = True
         try:
             made = wrapped(*args, **kwargs)
         finally:
             _calls.inside = False
-        self._patch(made[0] if isinstance(made, tuple) else made)  # with output_loading_info=True it is a pair
+        model = made[0] if isinstance(made, tuple) else made  # with output_loading_info=True it is a pair
+        if self._patch(model):
+            patched.append(model)
         return made
 
-    def _patch(self, model: Any) -> None:
+    def _patch(self, model: Any) -> bool:
         if not isinstance(model, nn.Module) or is_patched(model) or not registry.find_hosts(model):
-            return
+            return False
         try:
             apply(model, self._keep_ratio, self._config)
         except UnsupportedModelError as error:
             logger.warning("left unpatched: %s", error)
-            return
-        self._patched.append(model)
+            return False
         logger.info("patched a %s", type(model).__name__)
+        return True

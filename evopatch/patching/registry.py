@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -12,7 +13,7 @@ from torch import nn
 from .adapter import Adapter
 
 # The library whose modules an adapter serves, and where the adapter is. Third parties add theirs as an entry point of
-# the group "evopatch.adapters", named by the library: `mylibrary = "mypackage.evopatch:MyAdapter"`.
+# the group "evopatch.adapters", named by the library: `mylibrary = "mypackage.evopatch:MyAdapter"`. Theirs come first.
 _BUILT_IN = {
     "timm": ("evopatch_timm.vit:ViTAdapter", "evopatch_timm.levit:LevitAdapter", "evopatch_timm.swin:SwinAdapter"),
     "transformers": (
@@ -27,31 +28,51 @@ _GROUP = "evopatch.adapters"
 @cache
 def _load(target: str) -> Adapter:
     module, _, name = target.partition(":")
-    adapter: Adapter = getattr(import_module(module), name)()
+    adapter = getattr(import_module(module), name)()
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"{target} makes a {type(adapter).__name__}: expected an evopatch.patching.adapter.Adapter")
+    hosts = adapter.hosts()
+    if not isinstance(hosts, tuple) or not all(isinstance(cls, type) for cls in hosts):
+        raise TypeError(f"hosts() of {target} returns {hosts!r}: expected a tuple of classes")
     return adapter
 
 
+def _targets() -> list[tuple[str, str]]:
+    """Libraries that are imported already, each with where an adapter for it is; those of third parties come first."""
+    registered = [(entry.name, entry.value) for entry in entry_points(group=_GROUP)]
+    built_in = [(library, target) for library, targets in _BUILT_IN.items() for target in targets]
+    return [(library, target) for library, target in (*registered, *built_in) if library in sys.modules]
+
+
+def _attempt(library: str, target: str) -> Adapter | Exception:
+    try:
+        return _load(target)
+    except Exception as error:  # whatever somebody's module raises when it is imported
+        if target not in _BUILT_IN.get(library, ()):
+            _say_once(f"the adapter {target} for {library} can't be used: {type(error).__name__}: {error}")
+        return error
+
+
+@cache
+def _say_once(text: str) -> None:
+    warnings.warn(f"{text}. Other adapters are; mend it, or uninstall the package that brings it", stacklevel=2)
+
+
 def adapters() -> list[Adapter]:
-    """Adapters for the libraries that are imported already: a model of another library can't be at hand."""
-    loaded = []
-    for library, targets in _BUILT_IN.items():
-        # A program may well use one library with evopatch, and have the other in a version that has no adapter.
-        if library in sys.modules and library not in failures():
-            loaded += [_load(target) for target in targets]
-    return loaded + [_load(e.value) for e in entry_points(group=_GROUP) if e.name in sys.modules]
+    """Adapters for the libraries that are imported already: a model of another library can't be at hand.
+
+    The first that serves a module is the one: third parties' come first. One that can't be used doesn't keep others
+    from it: of a third party it is named in a warning, once; a built-in one is in `failures`, as a program may well use
+    one library with evopatch, and have the other in a version that has no adapter.
+    """
+    found = (_attempt(library, target) for library, target in _targets())
+    return [adapter for adapter in found if isinstance(adapter, Adapter)]
 
 
 def failures() -> dict[str, str]:
-    """Imported libraries whose built-in adapters can't be used, and why: their version is another one, as a rule."""
-    reasons = {}
-    for library, targets in _BUILT_IN.items():
-        if library in sys.modules:
-            try:
-                for target in targets:
-                    _load(target)
-            except ImportError as error:
-                reasons[library] = str(error)
-    return reasons
+    """Imported libraries with an adapter that can't be used, and why: their version is another one, as a rule."""
+    found = ((library, _attempt(library, target)) for library, target in reversed(_targets()))
+    return {library: str(error) for library, error in found if isinstance(error, Exception)}
 
 
 def find(module: nn.Module, among: list[Adapter] | None = None) -> Adapter | None:

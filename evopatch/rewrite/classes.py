@@ -25,7 +25,7 @@ class Swapped:
         reduced = super().__reduce_ex__(protocol)
         assert isinstance(reduced, tuple)
         mixin = type(self).__mro__[1]
-        return (_new, (self._evo_host_class, mixin), *reduced[2:])
+        return (_new, (self.__dict__.get("_evo_versions"), self._evo_host_class, mixin), *reduced[2:])
 
     def __prepare_scriptable__(self) -> Any:
         raise UnsupportedModelError(
@@ -91,6 +91,7 @@ def host_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_evo_host_class", type(module))
 
 
-def _new(host_class: type[nn.Module], mixin: type[Swapped]) -> nn.Module:
+def _new(versions: object, host_class: type[nn.Module], mixin: type[Swapped]) -> nn.Module:
+    # The versions come first, so that unpickling meets them before what another version may have elsewhere.
     cls = swapped_class(host_class, mixin)
     return cls.__new__(cls)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from ..errors import ConfigError
 from .models import Classifier
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class Augmentation(NamedTuple):
@@ -27,7 +30,7 @@ class Augmentation(NamedTuple):
     """Probability."""
 
 
-def training_transform(classifier: Classifier, augmentation: Augmentation) -> Callable[[Any], Tensor]:
+def training_transform(classifier: Classifier, augmentation: Augmentation) -> Callable[[Image], Tensor]:
     """From a PIL image to an augmented, normalised `(3, height, width)`.
 
     Raises:
@@ -36,7 +39,7 @@ def training_transform(classifier: Classifier, augmentation: Augmentation) -> Ca
     from timm.data import create_transform
 
     try:
-        transform: Callable[[Any], Tensor] = create_transform(
+        transform: Callable[[Image], Tensor] = create_transform(
             classifier.input_size,
             is_training=True,
             scale=augmentation.scale,
@@ -62,5 +65,5 @@ def _keep_a_bit(transform: Any) -> None:
                 op.aug_fn = partial(_posterize, op.aug_fn)
 
 
-def _posterize(function: Callable[..., Any], image: Any, bits: int, **kwargs: Any) -> Any:
+def _posterize(function: Callable[..., Any], image: Image, bits: int, **kwargs: Any) -> Any:
     return function(image, max(bits, 1), **kwargs)

@@ -6,35 +6,31 @@ import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
+from ..patching.weights import foreign_code, weights_only
 from .hub import no_retries
+from .preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class Classifier(NamedTuple):
     """A model in eval mode and what turns a PIL image into its input."""
 
     model: nn.Module
-    transform: Callable[[Any], Tensor]
+    transform: Callable[[Image], Tensor]
     input_size: tuple[int, int, int]
     """`(channels, height, width)`."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
     """How images are resized: `"bicubic"`, `"bilinear"` ..."""
-
-
-class Preprocessing(NamedTuple):
-    """What to change in the model's own preprocessing; None leaves it."""
-
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    crop_pct: float | None = None
-    image_size: int | None = None
 
 
 _OWN = Preprocessing()
@@ -62,7 +58,7 @@ def open_classifier(
         CheckpointError: If the weights are missing, unreadable, don't fit, or can't be downloaded.
         ConfigError: If an argument isn't for this kind of model.
     """
-    library, source = _library_and_source(name)
+    library, source = library_and_source(name)
     if library == "timm":
         with no_retries():
             return _timm_classifier(source, checkpoint, num_classes, preprocessing, pretrained)
@@ -78,7 +74,12 @@ def open_classifier(
         return _transformers_classifier(source, preprocessing)
 
 
-def _library_and_source(name: str) -> tuple[str, str]:
+def library_and_source(name: str) -> tuple[str, str]:
+    """Which library a name is for, and what that library calls it.
+
+    Raises:
+        CheckpointError: If it is a folder of neither.
+    """
     config = Path(name) / "config.json"
     if config.is_file():
         try:
@@ -97,10 +98,11 @@ def _transformers_classifier(name: str, preprocessing: Preprocessing) -> Classif
     try:
         # Resampling by PIL, as models are trained and evaluated with; that of tensors differs by rounding.
         processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil")
-        loaded: Any = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
+        with weights_only():
+            loaded: Any = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
     except Exception as error:
         raise CheckpointError(
-            f"no image classifier could be loaded from '{name}': {_first_lines(error)}. Without network give "
+            f"no image classifier could be loaded from '{name}': {first_lines(error)}. Without network give "
             "a local folder with config.json, weights and preprocessor_config.json; with it, a name on its hub"
         ) from error
     model, info = loaded
@@ -109,12 +111,12 @@ def _transformers_classifier(name: str, preprocessing: Preprocessing) -> Classif
     own = {"image_mean": preprocessing.mean, "image_std": preprocessing.std}
     changed = {key: list(value) for key, value in own.items() if value is not None}
 
-    def transform(image: Any) -> Tensor:
+    def transform(image: Image) -> Tensor:
         return cast(Tensor, processor(images=image, return_tensors="pt", **changed)["pixel_values"][0])
 
-    from PIL import Image
+    import PIL.Image
 
-    channels, height, width = transform(Image.new("RGB", (640, 480))).shape
+    channels, height, width = transform(PIL.Image.new("RGB", (640, 480))).shape
     normalises = getattr(processor, "do_normalize", True)
     return Classifier(
         model.eval(),
@@ -122,7 +124,9 @@ def _transformers_classifier(name: str, preprocessing: Preprocessing) -> Classif
         (channels, height, width),
         mean=preprocessing.mean or (tuple(processor.image_mean) if normalises else (0.0,) * 3),
         std=preprocessing.std or (tuple(processor.image_std) if normalises else (1.0,) * 3),
-        interpolation=Image.Resampling(getattr(processor, "resample", None) or Image.Resampling.BICUBIC).name.lower(),
+        interpolation=PIL.Image.Resampling(
+            getattr(processor, "resample", None) or PIL.Image.Resampling.BICUBIC
+        ).name.lower(),
     )
 
 
@@ -132,7 +136,7 @@ def _timm_classifier(
     import timm
     import timm.data
 
-    _check_timm_name(name)
+    check_timm_name(name)
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if checkpoint is not None:
         model = _from_file(name, checkpoint, options)
@@ -154,54 +158,11 @@ def _timm_classifier(
     return Classifier(model.eval(), transform, size, mean, std, data["interpolation"])
 
 
-def open_architecture(name: str, image_size: int | None = None) -> tuple[nn.Module, tuple[int, int, int]]:
-    """A classifier with random weights, in eval mode, and its input's `(channels, height, width)`.
-
-    Args:
-        name: As for `open_classifier`.
-        image_size: In pixels. None: the model's own.
-
-    Raises:
-        UnsupportedModelError: If there is no such model; names similar ones.
-        CheckpointError: If its configuration is missing or can't be downloaded.
-        ConfigError: If the image size doesn't suit it.
+def check_timm_name(name: str) -> None:
     """
-    library, source = _library_and_source(name)
-    with no_retries():
-        if library == "timm":
-            return _timm_architecture(source, image_size)
-        from transformers import AutoConfig, AutoModelForImageClassification
-
-        try:
-            config: Any = AutoConfig.from_pretrained(source)
-            if image_size is not None:
-                config.image_size = image_size
-            model = AutoModelForImageClassification.from_config(config)
-        except Exception as error:
-            raise CheckpointError(f"no image classifier could be made from '{name}': {_first_lines(error)}") from error
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return model.eval(), (config.num_channels, height, width)
-
-
-def _timm_architecture(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
-    import timm
-    import timm.data
-
-    _check_timm_name(name)
-    try:
-        model: Any = timm.create_model(name)
-        if image_size is not None and hasattr(model, "set_input_size"):
-            model.set_input_size(img_size=(image_size, image_size))
-        elif image_size is not None:
-            model = timm.create_model(name, img_size=image_size)
-    except Exception as error:
-        raise ConfigError(f"{name} can't be made for images of {image_size} px: {_first_lines(error)}") from error
-    channels, height, width = timm.data.resolve_data_config(model=model, use_test_size=False)["input_size"]
-    return model.eval(), (channels, image_size or height, image_size or width)
-
-
-def _check_timm_name(name: str) -> None:
+    Raises:
+        UnsupportedModelError: If timm has no such model; names similar ones.
+    """
     import timm
 
     if ":" not in name and not timm.is_model(name):
@@ -261,11 +222,12 @@ def _from_file(name: str, checkpoint: Path, options: dict[str, Any]) -> nn.Modul
         raise CheckpointError(f"{checkpoint}: no such file; expected weights for {name} in timm's layout")
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, **options)
-        timm.models.load_checkpoint(model, str(checkpoint))
+        with weights_only():
+            timm.models.load_checkpoint(model, str(checkpoint))
     except Exception as error:
         raise CheckpointError(
-            f"{checkpoint} doesn't fit {name}: {_first_lines(error)}. Expected a state dict in timm's layout for this "
-            "model; a head with another number of classes needs --num-classes"
+            f"{checkpoint} doesn't fit {name}: {first_lines(error)}. Expected a state dict in timm's layout for this "
+            f"model; a head with another number of classes needs --num-classes{foreign_code(checkpoint)}"
         ) from error
     return model
 
@@ -274,14 +236,32 @@ def _pretrained(name: str, options: dict[str, Any]) -> nn.Module:
     import timm
 
     try:
-        model: nn.Module = timm.create_model(name, pretrained=True, **options)
+        with weights_only():
+            model: nn.Module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:
         raise CheckpointError(
-            f"no pretrained weights for {name} could be had: {_first_lines(error)}. Without network give a file with "
+            f"no pretrained weights for {name} could be had: {first_lines(error)}. Without network give a file with "
             "--checkpoint, or --no-pretrained to train from scratch; `--data digits` needs no network either"
         ) from error
     return model
 
 
-def _first_lines(error: BaseException) -> str:
+def first_lines(error: BaseException) -> str:
+    """What goes into a message of a library's error."""
     return " ".join(str(error).split("\n")[:3])[:400]
+
+
+def read_state(file: Path) -> dict[str, Tensor]:
+    """A state dict in a file that timm reads: `.safetensors`, or one of `torch.save`.
+
+    Raises:
+        CheckpointError: If there is none in it.
+    """
+    import timm.models
+
+    try:
+        with weights_only():
+            state: dict[str, Tensor] = timm.models.load_state_dict(str(file), use_ema=False)
+    except Exception as error:
+        raise CheckpointError(f"{file} holds no weights: {first_lines(error)}{foreign_code(file)}") from error
+    return state

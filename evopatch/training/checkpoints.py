@@ -6,22 +6,29 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
+from ..patching.weights import foreign_code, weights_only
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 FOLDER = "checkpoints"
 _MANIFEST = "manifest.json"
 _INITIAL = "initial.pt"
 _PREFIX = "step-"
 _UNFINISHED = "unfinished-"
+_PICKLED = (".bin", ".pkl", ".pt")
+_UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
 
 
 def write_initial(output: Path, model: nn.Module) -> None:
@@ -45,15 +52,17 @@ def load_initial(output: Path, model: nn.Module) -> None:
     path = output / FOLDER / _INITIAL
     try:
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}, the weights that the run began with, can't be read: {error}") from error
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"{path}, the weights that the run began with, can't be read: {_first_line(error)}{foreign_code(path)}"
+        ) from error
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if own != {name: tensor.shape for name, tensor in state.items()}:
         raise ConfigError(f"{path} is of another model than this {type(model).__name__}: resume with the same one")
     model.load_state_dict(state)
 
 
-def write(output: Path, step: int, accelerator: Any, settings: Mapping[str, Any], keep: int) -> None:
+def write(output: Path, step: int, accelerator: Accelerator, settings: Mapping[str, Any], keep: int) -> None:
     """Write a checkpoint: under a temporary name, flushed to the disk, then renamed; older ones go after that.
 
     Args:
@@ -94,9 +103,34 @@ def _finish(temporary: Path, target: Path, settings: Mapping[str, Any]) -> None:
     _flush(target.parent)
 
 
+def restore(path: Path, accelerator: Accelerator) -> None:
+    """Give an accelerator, and what it was told to save, the state that a whole checkpoint holds.
+
+    Raises:
+        CheckpointError: If a file in it holds more than tensors and plain values, none of which is run then.
+    """
+    from accelerate.utils import load
+
+    with weights_only():
+        # accelerate goes on without random states that it can't read.
+        for file in sorted(file for ending in _PICKLED for file in path.glob(f"*{ending}")):
+            try:
+                load(str(file), map_location="cpu", mmap=True)
+            except _UNREADABLE as error:
+                raise CheckpointError(f"{file} can't be read: {_first_line(error)}{foreign_code(file)}") from error
+        accelerator.load_state(str(path))
+
+
 def steps(output: Path) -> list[int]:
-    """The steps that there are checkpoints of, ascending."""
-    return sorted(int(path.name[len(_PREFIX) :]) for path in (output / FOLDER).glob(f"{_PREFIX}*"))
+    """The steps that there are checkpoints of, ascending. Folders of other names beside them aren't touched."""
+    names = (path.name.removeprefix(_PREFIX) for path in (output / FOLDER).glob(f"{_PREFIX}*"))
+    return sorted(int(name) for name in names if re.fullmatch(r"\d{9,}", name))
+
+
+def weights(output: Path) -> dict[int, Path]:
+    """Files with the weights of every checkpoint by step: the model's, beside the heads that only training needs."""
+    files = {step: output / FOLDER / f"{_PREFIX}{step:09d}" / "model.safetensors" for step in steps(output)}
+    return {step: file for step, file in files.items() if file.is_file()}
 
 
 def latest(output: Path) -> Path | None:
@@ -137,6 +171,10 @@ def _damage(folder: Path) -> str | None:
         if _digest(path) != digest:
             return f"the checkpoint {folder} is damaged: {name} is truncated or changed"
     return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n")[0]
 
 
 def _digest(path: Path) -> str:

@@ -5,66 +5,28 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
+from torch.utils.data import Dataset
 
 from ..errors import CheckpointError, ConfigError, DataError
-from ..measure.accuracy import Evaluation, evaluate
-from ..measure.timing import Speed, compare_speed, compare_training_speed
+from ..measure.accuracy import Evaluation
+from ..measure.timing import compare_speed, compare_training_speed
 from ..patching.handle import Patched, unpatch
 from . import checkpoints
-from .items import Batch, Items, collate, refuse_unreadable
+from .evaluation import EvaluationData
+from .items import Items
 from .randomness import preserved
+from .result import TIMED_BATCH, FinetuneResult
 from .settings import FinetuneConfig
 
 if TYPE_CHECKING:
     from .loop import Run
 
 __all__ = ["FinetuneConfig", "FinetuneResult", "finetune"]
-
-TIMED_BATCH = 16
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What a fine-tuning run did."""
-
-    losses: tuple[float, ...]
-    """Mean training loss of every epoch."""
-    steps: int
-    """Optimizer steps."""
-    seconds: float
-    """Training time, without evaluations; of a resumed run, all parts together."""
-    images_per_second: float
-    """Training speed, all processes together."""
-    unreadable: tuple[str, ...]
-    """Training images that could not be read and were replaced by others."""
-    unreadable_evaluation: tuple[str, ...]
-    """Evaluation images that could not be read and were left out."""
-    unpatched: Evaluation | None
-    """The unpatched model on the evaluation data, before training."""
-    before: Evaluation | None
-    """The patched model before training; agreement and KL are to the unpatched model before training."""
-    after: Evaluation | None
-    """The patched model after training; agreement and KL are to the unpatched model before training."""
-    speed: Speed
-    """Inference of the trained model, patched against unpatched, alternating."""
-    training_speed: Speed
-    """Forward and backward of the trained model, patched against unpatched, alternating."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        evaluations = {"unpatched": self.unpatched, "before": self.before, "after": self.after}
-        return {
-            **asdict(self),
-            **{name: value and value.to_dict() for name, value in evaluations.items()},
-        }
 
 
 def finetune(
@@ -109,15 +71,18 @@ def finetune(
         TrainingError: If loss or gradient are no longer finite; the model keeps the weights before that step.
         TrainingInterruptedError: After Ctrl-C or SIGTERM where there is an output folder; a KeyboardInterrupt.
     """
-    _check_patch(model)
+    patched = Patched(model)
+    if len(set(patched.configs.values())) > 1:
+        raise ConfigError("parts of the model are patched with different settings: expected one for all")
     folder = None if output is None else Path(output)
     _check_output(folder, resume)
     with preserved():
-        return _finetune(model, train_data, eval_data, config, teacher, folder, resume, progress)
+        return _finetune(model, patched, train_data, eval_data, config, teacher, folder, resume, progress)
 
 
 def _finetune(
     model: nn.Module,
+    patched: Patched[nn.Module],
     train_data: Dataset[Any],
     eval_data: Dataset[Any] | None,
     config: FinetuneConfig,
@@ -135,7 +100,6 @@ def _finetune(
     if len(items) == 0:
         raise DataError("no images to train on")
     objective = Objective(config, _distils(items, config, teacher is not None))
-    patched = Patched(model)
     patched.forget_caches()  # may hold tensors of a graph, which can't be copied
     original = unpatch(copy.deepcopy(model)).eval().requires_grad_(False)
     begun = folder is not None and resume and bool(checkpoints.steps(folder))
@@ -146,17 +110,17 @@ def _finetune(
     taught_by = _teacher(teacher, original, model) if objective.distils else None
     identity = None if taught_by is None else "itself" if teacher is None else _digest(taught_by)
     patch_config = patched.config
-    evaluation = None if eval_data is None else _EvaluationData(eval_data, config.batch_size)
+    evaluation = None if eval_data is None else EvaluationData(eval_data, config.batch_size)
     unpatched = before = after = None
     modes = None if taught_by is None else taught_by.training
     try:
-        run = Run(model, items, config, objective, taught_by and taught_by.eval(), folder, identity)
+        run = Run(model, patched, items, config, objective, taught_by and taught_by.eval(), folder, identity)
         try:
             reached = run.resumable() if resume else None
             if begun:  # a model that was trained before it was interrupted begins anew
                 model.load_state_dict(original.state_dict())
             if evaluation is not None:
-                unpatched, before = evaluation.run(model)
+                unpatched, before = evaluation.run(patched)
             if reached is not None:
                 run.resume(reached)
             hidden = not progress or not run.accelerator.is_main_process
@@ -170,16 +134,11 @@ def _finetune(
             taught_by.train(modes)
     assert patched.config == patch_config
     if evaluation is not None:
-        _, after = evaluation.run(model, original)
+        _, after = evaluation.run(patched, original)
     result = _result(run, items, evaluation, unpatched, before, after)
     if folder is not None and run.accelerator.is_main_process:
         (folder / "result.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     return result
-
-
-def _check_patch(model: nn.Module) -> None:
-    if len(set(Patched(model).configs.values())) > 1:
-        raise ConfigError("parts of the model are patched with different settings: expected one for all")
 
 
 def _check_output(folder: Path | None, resume: bool) -> None:
@@ -225,32 +184,10 @@ def _digest(teacher: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class _EvaluationData:
-    def __init__(self, data: Dataset[Any], batch_size: int) -> None:
-        self._items, self._batch_size = Items(data), batch_size
-        self.unreadable: dict[str, None] = {}
-        images = (item.image for item in map(self._items.__getitem__, range(len(self._items))))
-        first = next((image for image in images if image is not None), None)
-        if first is None:
-            raise DataError("no images to evaluate on")
-        self._size = cast(tuple[int, int, int], tuple(first.shape))
-
-    def run(self, model: nn.Module, original: nn.Module | None = None) -> tuple[Evaluation, Evaluation]:
-        """Of the unpatched (or original) and of the patched model."""
-        unpatched, patched = evaluate(model, self._batches(), [Patched(model).config], self._size, original=original)
-        return unpatched, patched
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for batch in cast(Iterator[Batch], DataLoader(self._items, self._batch_size, collate_fn=collate)):
-            self.unreadable |= dict.fromkeys(batch.unreadable)
-            refuse_unreadable(list(self.unreadable), len(self._items), "evaluation")
-            yield batch.images, batch.labels
-
-
 def _result(
     run: Run,
     items: Items,
-    evaluation: _EvaluationData | None,
+    evaluation: EvaluationData | None,
     unpatched: Evaluation | None,
     before: Evaluation | None,
     after: Evaluation | None,

@@ -10,6 +10,8 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, on_main_process
 
+from ..version import VERSION
+
 FILE = "log.jsonl"
 
 
@@ -47,8 +49,8 @@ def versions() -> dict[str, str]:
     """Of what a result may depend on."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
-    for name in ("evopatch", "torch", "timm", "transformers", "accelerate"):
+    found = {"evopatch": VERSION}
+    for name in ("torch", "timm", "transformers", "accelerate"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

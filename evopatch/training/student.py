@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError
 from ..measure.accuracy import logits_of
@@ -40,9 +41,11 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.two_heads = two_heads
+        patched = Patched(model)
         if assisted:
-            _check_class_token(model)
-        logits, width = _probe(model, image)
+            _check_class_token(patched)
+        self._last_block = patched.host.blocks()[-1][-1]
+        logits, width = _probe(patched, self._last_block, image)
         self.classes = logits.shape[1]
         self.assistant: nn.Module | None = None
         if assisted:
@@ -57,9 +60,10 @@ class Student(nn.Module):
     def forward(self, images: Tensor) -> Outputs:
         """`(B, 3, height, width)`."""
         last: list[Tensor] = []
-        hook: Any = None
+        hook: RemovableHandle | None = None
         if self.assistant is not None:
-            hook = _last_block(self.model).register_forward_hook(lambda module, args, out: last.append(out))
+            block = self.model.get_submodule(self._last_block)
+            hook = block.register_forward_hook(lambda module, args, out: last.append(out))
         if self.two_heads:
             _set_distilled_training(self.model, True)
         try:
@@ -88,22 +92,19 @@ def _set_distilled_training(model: Any, enable: bool) -> None:
         model.set_distilled_training(enable)
 
 
-def _last_block(model: nn.Module) -> nn.Module:
-    return model.get_submodule(Patched(model).host.blocks()[-1][-1])
-
-
 @torch.no_grad()
-def _probe(model: nn.Module, image: Tensor) -> tuple[Tensor, int]:
+def _probe(patched: Patched[nn.Module], last_block: str, image: Tensor) -> tuple[Tensor, int]:
+    """Logits of one forward, and the width of the tokens behind the last block."""
     last: list[Tensor] = []
-    probed = Patched(model).copy().eval()
-    _last_block(probed).register_forward_hook(lambda module, args, out: last.append(out))
-    parameter = next(model.parameters())
+    probed = patched.copy().eval()
+    probed.get_submodule(last_block).register_forward_hook(lambda module, args, out: last.append(out))
+    parameter = next(patched.model.parameters())
     logits = logits_of(probed(image.unsqueeze(0).to(parameter.device, parameter.dtype)))
     return logits, last[0].shape[-1]
 
 
-def _check_class_token(model: nn.Module) -> None:
-    host = Patched(model).host
+def _check_class_token(patched: Patched[nn.Module]) -> None:
+    host = patched.host
     spec = host.state.spec
     has_class_token = any(path.split(".")[-1] == "cls_token" for path, _ in host.module.named_parameters())
     if not has_class_token or spec.readout > 0:

@@ -1,4 +1,4 @@
-"""Save a patched model and load it again: its library's own checkpoint folder, with `evopatch.json` beside it."""
+"""Save a patched model and load it again: its library's own checkpoint folder, `evopatch.json` and a card beside it."""
 
 from __future__ import annotations
 
@@ -9,31 +9,21 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from torch import nn
 
 from ..config import EvoConfig
 from ..errors import CheckpointError, ConfigError
+from ..patching.apply import apply
+from ..patching.handle import Patched
+from ..patching.library import Library
 from ..version import VERSION
-from .apply import apply
-from .handle import Patched
+from . import card
 
 FILE_NAME = "evopatch.json"
 FORMAT = 1
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
-
-
-class _Library(Protocol):
-    """What the module `evopatch_<library>.checkpoint` offers."""
-
-    def owns(self, model: nn.Module) -> bool: ...
-
-    def save(self, model: nn.Module, folder: Path) -> None: ...
-
-    def load(self, folder: Path, **kwargs: Any) -> nn.Module: ...
-
-
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _LIBRARIES = {"transformers": "evopatch_transformers.checkpoint", "timm": "evopatch_timm.checkpoint"}
 
 
@@ -42,34 +32,67 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     The folder is also a normal checkpoint of the unpatched model: `from_pretrained(path)` reads it for transformers,
     `timm.create_model("local-dir:<path>", pretrained=True)` for timm. Files are written under temporary names and
-    renamed, `evopatch.json` last.
+    renamed, `evopatch.json` last. A model card, `README.md`, is written where there is none.
 
     Args:
         model: A patched model of transformers, or one that `timm.create_model` made.
-        path: The folder; made if missing, files of the same names are replaced.
+        path: The folder; made if missing, files of the same names are replaced. Of the other files in it, those go
+            that an `evopatch.json` or a `model.safetensors.index.json` in it lists as their own.
 
     Raises:
         NotPatchedError: If nothing in the model is patched.
-        CheckpointError: If the model is of neither library, or can't be built again from what the folder would hold.
+        CheckpointError: If the model is of neither library, can't be built again from what the folder would hold, or
+            another model's weights in the folder would be read in place of this one's.
     """
-    hosts = {name: config.to_dict() for name, config in Patched(model).configs.items()}
-    name, library = _library_of(model)
+    patched = Patched(model)
+    hosts = {name: config.to_dict() for name, config in patched.configs.items()}
+    name, library = _library_of(patched.model)
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: expected a folder to save to")
     folder.mkdir(parents=True, exist_ok=True)
-    written = {"format": FORMAT, "evopatch": VERSION, "library": name, "hosts": hosts}
     with tempfile.TemporaryDirectory(prefix=".evopatch-", dir=folder) as temporary:
-        library.save(model, Path(temporary))
-        names = sorted(file.name for file in Path(temporary).iterdir())
-        for file_name in names:
-            os.replace(Path(temporary, file_name), folder / file_name)
-        # Of an earlier model in more or fewer files: libraries would read them instead.
-        for stale in (file for pattern in _WEIGHTS for file in folder.glob(pattern) if file.name not in names):
-            stale.unlink()
+        library.save(patched.model, Path(temporary))
+        files = sorted(file.name for file in Path(temporary).iterdir())
+        stale = _listed(folder) - set(files)
+        _refuse_other_weights(folder, files, stale)
+        if not (folder / card.FILE_NAME).exists():
+            Path(temporary, card.FILE_NAME).write_text(card.card(patched, name, library.origin(patched.model)))
+        for file in sorted(Path(temporary).iterdir()):
+            os.replace(file, folder / file.name)
+        for file_name in stale:  # libraries may read them instead
+            (folder / file_name).unlink()
         last = Path(temporary, FILE_NAME)
+        written = {"format": FORMAT, "evopatch": VERSION, "library": name, "hosts": hosts, "files": files}
         last.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         os.replace(last, folder / FILE_NAME)
+
+
+def _listed(folder: Path) -> set[str]:
+    """Names of the files in a folder that are of an earlier checkpoint, by its own account."""
+    names = _entries(folder / FILE_NAME, "files")
+    if shards := _entries(folder / _INDEX, "weight_map"):
+        names |= {_INDEX, *shards}
+    # Nothing outside of the folder, whatever a list says; a card may have been edited since.
+    names = {name for name in names if name == Path(name).name} - {FILE_NAME, card.FILE_NAME}
+    return {name for name in names if (folder / name).is_file()}
+
+
+def _entries(file: Path, key: str) -> set[str]:
+    try:
+        values = json.loads(file.read_text())[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    listed = values.values() if isinstance(values, dict) else values if isinstance(values, list) else ()
+    return {name for name in listed if isinstance(name, str)}
+
+
+def _refuse_other_weights(folder: Path, files: list[str], stale: set[str]) -> None:
+    if _WEIGHTS not in files and _WEIGHTS not in stale and (folder / _WEIGHTS).exists():
+        raise CheckpointError(
+            f"{folder / _WEIGHTS} is of another checkpoint, and would be read in place of the shards that this model "
+            "is saved in: move it away, or save to another folder"
+        )
 
 
 def load_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
@@ -92,7 +115,7 @@ def load_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     folder = Path(path) if Path(path).is_dir() else _download(str(path))
     file = folder / FILE_NAME
     name, hosts = _read(file)
-    library = cast(_Library, importlib.import_module(_LIBRARIES[name]))
+    library = cast(Library, importlib.import_module(_LIBRARIES[name]))
     model = library.load(folder, **kwargs).eval()
     parts = dict(model.named_modules())
     if missing := [host for host in hosts if host not in parts]:
@@ -102,10 +125,10 @@ def load_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     return model
 
 
-def _library_of(model: nn.Module) -> tuple[str, _Library]:
+def _library_of(model: nn.Module) -> tuple[str, Library]:
     for name, target in _LIBRARIES.items():
         if name in sys.modules:
-            library = cast(_Library, importlib.import_module(target))
+            library = cast(Library, importlib.import_module(target))
             if library.owns(model):
                 return name, library
     raise CheckpointError(

@@ -1,0 +1,63 @@
+"""Which run a checkpoint can be gone on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ..config import EvoConfig
+from ..errors import ConfigError
+from . import checkpoints
+from .objective import Objective
+from .settings import MAY_DIFFER, FinetuneConfig
+
+
+def settings_of_run(
+    config: FinetuneConfig,
+    patch_config: EvoConfig,
+    images: int,
+    accelerator: Accelerator,
+    objective: Objective,
+    taught_by: str | None,
+) -> dict[str, Any]:
+    """All that has to be the same when a run is resumed, as plain values."""
+    settings = {key: value for key, value in config.to_dict().items() if key not in MAY_DIFFER}
+    settings |= {
+        "patch": patch_config.to_dict(),
+        "images": images,
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "objective": "distillation" if objective.distils else "labels",
+        "teacher": taught_by,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(settings))  # as they come back from a checkpoint
+    return plain
+
+
+def resumable(output: Path, settings: Mapping[str, Any]) -> Path | None:
+    """The newest whole checkpoint of an output folder; None where there is none.
+
+    Args:
+        output: The folder.
+        settings: Of the run that is to go on.
+
+    Raises:
+        CheckpointError: If all are damaged.
+        ConfigError: If they are of a run with other settings.
+    """
+    path = checkpoints.latest(output)
+    if path is None:
+        return None
+    found = checkpoints.settings_of(path)
+    different = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
+    if different:
+        raise ConfigError(
+            f"{path} is of a run with other settings: "
+            + ", ".join(f"{key} was {found.get(key)!r} and is {settings.get(key)!r} now" for key in different)
+            + ". Resume with the same ones, or start anew in another output folder"
+        )
+    return path
