@@ -1,105 +1,46 @@
-"""Small random models, one per structure that the adapters serve."""
-
-from collections.abc import Callable
+"""The one list of model structures: small random models of both libraries, and what tests do with any of them."""
 
 import torch
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
-from timm.models.levit import Levit, LevitDistilled
-from timm.models.vision_transformer import (
-    DiffParallelScalingBlock,
-    ParallelScalingBlock,
-    ParallelThingsBlock,
-    ResPostBlock,
-    VisionTransformer,
-)
-from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
-from variants_transformers import PYRAMIDS as TRANSFORMERS_PYRAMIDS
-from variants_transformers import VARIANTS as TRANSFORMERS_VARIANTS
 
-SIZE = 40
-"""Pixels; with patches of 8 a grid of 5 by 5."""
-_SMALL = {"img_size": SIZE, "patch_size": 8, "num_classes": 7, "embed_dim": 48, "depth": 6, "num_heads": 4}
+from . import timm_models, transformers_models, windowed
 
+FLAT = frozenset({*timm_models.FLAT, *transformers_models.FLAT})
+"""Names of models with one grid of tokens: ViT, DeiT, DINO, EVA and their like; 6 blocks."""
+PYRAMIDS = frozenset({*timm_models.PYRAMIDS, *transformers_models.PYRAMIDS})
+"""Names of LeViT models: three stages of 2, 3 and 2 blocks on grids of 5x5, 3x3 and 2x2."""
+WINDOWED = frozenset({*windowed.TIMM, *windowed.TRANSFORMERS})
+"""Names of Swin models: three stages of 2 blocks on grids of 16x16, 8x8 and 4x4 with windows of 4x4."""
+TIMM = frozenset({*timm_models.FLAT, *timm_models.PYRAMIDS, *windowed.TIMM})
+TRANSFORMERS = frozenset({*transformers_models.FLAT, *transformers_models.PYRAMIDS, *windowed.TRANSFORMERS})
+EVERY = FLAT | PYRAMIDS | WINDOWED
 
-class SubclassedViT(VisionTransformer):
-    """What users do: a subclass that overrides a method and calls super()."""
-
-    def forward_features(self, x, attn_mask=None, is_causal=False):
-        return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal) * 1.5
-
-
-TIMM_VARIANTS: dict[str, Callable[..., nn.Module]] = {
-    "vit": lambda **k: VisionTransformer(**_SMALL | k),
-    "deit_distilled": lambda **k: VisionTransformerDistilled(**_SMALL | k),
-    "registers": lambda **k: VisionTransformer(**_SMALL | {"reg_tokens": 3, "no_embed_class": True} | k),
-    "dinov2": lambda **k: VisionTransformer(**_SMALL | {"init_values": 0.5} | k),
-    "clip": lambda **k: VisionTransformer(**_SMALL | {"pre_norm": True, "norm_layer": nn.LayerNorm} | k),
-    "qk_norm": lambda **k: VisionTransformer(**_SMALL | {"qk_norm": True, "scale_attn_norm": True} | k),
-    "gap": lambda **k: VisionTransformer(**_SMALL | {"class_token": False, "global_pool": "avg"} | k),
-    "reg_gap": lambda **k: VisionTransformer(
-        **_SMALL | {"class_token": False, "reg_tokens": 4, "global_pool": "avg"} | k
-    ),
-    "siglip": lambda **k: VisionTransformer(**_SMALL | {"class_token": False, "global_pool": "map"} | k),
-    "post_norm": lambda **k: VisionTransformer(**_SMALL | {"block_fn": ResPostBlock, "init_values": 0.5} | k),
-    "parallel": lambda **k: VisionTransformer(**_SMALL | {"block_fn": ParallelScalingBlock} | k),
-    "parallel_things": lambda **k: VisionTransformer(**_SMALL | {"block_fn": ParallelThingsBlock} | k),
-    "diff": lambda **k: VisionTransformer(**_SMALL | {"attn_layer": "diff"} | k),
-    "diff_parallel": lambda **k: VisionTransformer(**_SMALL | {"block_fn": DiffParallelScalingBlock} | k),
-    "subclass": lambda **k: SubclassedViT(**_SMALL | k),
-    "relpos": lambda **k: VisionTransformerRelPos(**_SMALL | {"init_values": 0.5, "rel_pos_type": "mlp"} | k),
-    "relpos_class": lambda **k: VisionTransformerRelPos(
-        **_SMALL | {"class_token": True, "global_pool": "token", "init_values": 0.5, "rel_pos_type": "bias"} | k
-    ),
-    "relpos_shared": lambda **k: VisionTransformerRelPos(
-        **_SMALL | {"init_values": 0.5, "shared_rel_pos": True, "block_fn": ResPostRelPosBlock} | k
-    ),
-    "eva": lambda **k: Eva(**_SMALL | {"global_pool": "token"} | k),
-    "rope": lambda **k: Eva(**_SMALL | {"use_rot_pos_emb": True, "attn_type": "rope", "init_values": 0.5} | k),
-    "rope_mixed": lambda **k: Eva(
-        **_SMALL | {"use_rot_pos_emb": True, "rope_type": "mixed", "attn_type": "rope", "global_pool": "token"} | k
-    ),
-    "rope_dinov3": lambda **k: Eva(
-        **_SMALL
-        | {
-            "use_rot_pos_emb": True,
-            "rope_type": "dinov3",
-            "attn_type": "rope",
-            "num_reg_tokens": 4,
-            "rope_rotate_half": True,
-            "swiglu_mlp": True,
-            "global_pool": "token",
-            "init_values": 0.5,
-        }
-        | k
-    ),
-    "eva_post_norm": lambda **k: Eva(**_SMALL | {"use_post_norm": True, "qkv_fused": False} | k),
+_BUILDERS = {
+    **timm_models.FLAT,
+    **timm_models.PYRAMIDS,
+    **transformers_models.FLAT,
+    **transformers_models.PYRAMIDS,
+    **windowed.TIMM,
+    **windowed.TRANSFORMERS,
 }
-
-_PYRAMID = {"img_size": SIZE, "num_classes": 7, "embed_dim": (32, 48, 64), "key_dim": 8, "depth": (2, 3, 2)}
-_PYRAMID |= {"num_heads": (2, 3, 4), "stem_type": "s8"}  # grids of 5x5, 3x3 and 2x2
-
-TIMM_PYRAMIDS: dict[str, Callable[..., nn.Module]] = {
-    "levit": lambda **k: Levit(**_PYRAMID | k),
-    "levit_conv": lambda **k: Levit(**_PYRAMID | {"use_conv": True} | k),
-    "levit_distilled": lambda **k: LevitDistilled(**_PYRAMID | {"act_layer": "silu"} | k),
-}
-
-FLAT = TIMM_VARIANTS | TRANSFORMERS_VARIANTS
-PYRAMIDS = TIMM_PYRAMIDS | TRANSFORMERS_PYRAMIDS
-VARIANTS = FLAT | PYRAMIDS
+SIZE = timm_models.SIZE
+"""Pixels of a flat model's images; with patches of 8 a grid of 5 by 5."""
 
 
-def build(name: str, **kwargs: object) -> nn.Module:
-    """A variant in eval mode, the same weights at every call; attention sharp enough to rank tokens by."""
+def build(name: str, **settings: object) -> nn.Module:
+    """A model in eval mode, the same weights at every call; attention sharp enough to rank tokens by.
+
+    Args:
+        name: One of `EVERY`.
+        settings: For its constructor or configuration, beside its own.
+    """
     torch.manual_seed(0)
-    model = VARIANTS[name](**kwargs).eval()
+    model = _BUILDERS[name](**settings).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.08)
         if name in PYRAMIDS:
-            calibrate(model, images_for(name, batch=64, size=kwargs.get("img_size"), seed=3))
+            calibrate(model, images_for(name, batch=64, size=settings.get("img_size"), seed=3))
     return model
 
 
@@ -117,33 +58,41 @@ def calibrate(model: nn.Module, x: torch.Tensor) -> None:
 
 
 def images(batch: int = 2, size: int | tuple[int, int] = SIZE, seed: int = 1) -> torch.Tensor:
-    """Random images `(B, 3, size, size)`."""
+    """Random images `(B, 3, size, size)`, or of `(height, width)`."""
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def images_for(name: str, batch: int = 2, size: int | tuple[int, int] | None = None, seed: int = 1) -> torch.Tensor:
-    """Random images of a variant's own size."""
-    own = 2 * SIZE if name in TRANSFORMERS_PYRAMIDS else SIZE
+    """Random images of a model's own size, unless another one is given."""
+    own = windowed.SIZE if name in WINDOWED else 2 * SIZE if name in transformers_models.PYRAMIDS else SIZE
     return images(batch, own if size is None else size, seed)
 
 
-def call(model: nn.Module, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
-    """What a model is used for: logits, embeddings, feature maps or last hidden state."""
-    out = model(x, **kwargs)
+def call(model: nn.Module, x: torch.Tensor, **options: object) -> torch.Tensor:
+    """What a model is used for: logits, embeddings, a reconstruction, the last hidden state or the last stage's maps."""
+    out = model(x, **options)
     if isinstance(out, torch.Tensor):
         return out
     for key in ("logits", "image_embeds", "reconstruction", "last_hidden_state"):
         if out.get(key) is not None:
             return out[key]
-    return torch.cat(out.feature_maps, dim=1)
+    return torch.cat([m for m in out.feature_maps if m.shape == out.feature_maps[-1].shape], dim=1)
 
 
-def between(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """Tokens `(B, T, C)` after every block, as the library gives them to callers who ask."""
-    if not hasattr(model, "forward_intermediates"):
-        return list(model(x, output_hidden_states=True).hidden_states[1:])
-    out = model.forward_intermediates(
-        x, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=model.num_prefix_tokens > 0
-    )
-    return [torch.cat([o[1], o[0]], dim=1) for o in out] if model.num_prefix_tokens else out
+def between(name: str, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Features as the library gives them to callers who ask.
+
+    Returns:
+        Of flat models the tokens `(B, T, C)` after every block; of the others feature maps or tokens after every stage.
+    """
+    if name in TRANSFORMERS:
+        out = model(x, output_hidden_states=True)
+        if name in WINDOWED:
+            return list(out.feature_maps if "feature_maps" in out else out.reshaped_hidden_states[1:])
+        return list(out.hidden_states[1:])
+    if name not in FLAT:
+        return model.forward_intermediates(x, intermediates_only=True)
+    prefix = model.num_prefix_tokens > 0
+    out = model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=prefix)
+    return [torch.cat([o[1], o[0]], dim=1) for o in out] if prefix else out

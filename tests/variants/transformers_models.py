@@ -1,4 +1,4 @@
-"""Small random models of transformers, one per structure that its adapter serves."""
+"""Small random flat models and LeViT of transformers, one per structure that its adapters serve."""
 
 from collections.abc import Callable
 
@@ -59,7 +59,7 @@ def _dinov2(cls: type[nn.Module], config: type = Dinov2Config, **fixed: object) 
     return lambda **k: cls(config(**_DINO | fixed | k))
 
 
-VARIANTS: dict[str, Callable[..., nn.Module]] = {
+FLAT: dict[str, Callable[..., nn.Module]] = {
     "hf_vit": _vit(ViTForImageClassification),
     "hf_vit_eager": _vit(ViTForImageClassification, attn_implementation="eager"),
     "hf_vit_model": _vit(ViTModel),
