@@ -10,11 +10,8 @@ import torch
 
 pytest.register_assert_rewrite("comparing", "terminal")
 
-from terminal import Run  # noqa: E402  after it is registered
-
-
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-"""Real weights and images beside the checkout; they may not be redistributed, so a plain clone has none."""
+from samples import REAL_DATA  # noqa: E402
+from terminal import Run  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
@@ -23,9 +20,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real weights and images; tests that need it are skipped where there is none."""
-    if not (DATA / "imagenet_val_1300.parquet").exists():
+    if not (REAL_DATA / "imagenet_val_1300.parquet").exists():
         pytest.skip("real weights and images are not at hand")
-    return DATA
+    return REAL_DATA
 
 
 @pytest.fixture

@@ -1,11 +1,15 @@
-"""Images for the tools: data sets in memory, and encoded ones for files."""
+"""Images for the tools: data sets in memory, encoded ones for files, and where real ones are."""
 
 import io
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from variants import images
+
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+"""Real weights and images beside the checkout; they may not be redistributed, so a plain clone has none."""
 
 
 def encoded(seed: int) -> bytes:

@@ -1,3 +1,5 @@
+"""Settings, and the plan of blocks that they make of a depth."""
+
 import pytest
 
 from evopatch import ConfigError, EvoConfig
@@ -147,3 +149,14 @@ def test_json_round_trip(config):
 def test_bad_json(text, message):
     with pytest.raises(ConfigError, match=message):
         EvoConfig.from_json(text)
+
+
+def test_unpatched_start_and_settings_by_stage():
+    plans = plan_blocks(EvoConfig(keep_ratio=[0.6, 0.5, 0.4]), 4, 4, 4)
+    assert [p.keep_ratio for p in plans] == [1.0] * 2 + [0.6] * 2 + [0.5] * 4 + [0.4] * 4
+    assert [i for i, p in enumerate(plans) if p.selects] == [2, 4, 8]
+    assert [i for i, p in enumerate(plans) if p.ends] == [3, 7, 11]
+    assert [p.selects for p in plan_blocks(EvoConfig(start=2, stages=2, schedule="constant"), 2, 4)] == [
+        False, False, True, False, True, False]  # fmt: skip
+    with pytest.raises(ConfigError, match="a run starts at block 9, beyond the model's 6 blocks"):
+        plan_blocks(EvoConfig(start=9), 2, 4)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from loop_reference import matched_reference, top
 
 from evopatch import UnsupportedInputError
 from evopatch.algorithm.bias import merge_bias
@@ -21,24 +22,6 @@ def tensors():
     g = torch.rand(B, N, generator=generator) + 0.01
     metric = torch.randn(B, N, C, generator=generator)
     return x, g, metric
-
-
-def top(values, count):
-    return set(sorted(range(len(values)), key=lambda i: -values[i])[:count])
-
-
-def matched_reference(g, metric, keep, importance=0.7):
-    """Slow set and, for every token, the slow token that it follows."""
-    patches = len(g)
-    unit = [m / m.norm() for m in metric]
-    similarity = [[float(unit[i] @ unit[j]) for j in range(patches)] for i in range(patches)]
-    loss = []
-    for i in range(patches):
-        better = [similarity[i][j] for j in range(patches) if g[j] > g[i]]
-        loss.append(float(g[i]) ** importance * (1 - max(better)) if better else math.inf)
-    slow = sorted(top(loss, keep))
-    leader = [i if i in slow else max(slow, key=lambda j: similarity[i][j]) for i in range(patches)]
-    return set(slow), leader
 
 
 @pytest.mark.parametrize("importance", [0.7, 0.15, 0.0])

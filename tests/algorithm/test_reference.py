@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
-from test_ops import matched_reference, top
-from variants import build, images
+from comparing import moved
+from loop_reference import matched_reference, top
+from matrix import EACH_REPRESENTATIVE, EACH_SELECTION
+from variants import between, build, images
 
 import evopatch
 from evopatch import EvoConfig
@@ -90,8 +92,8 @@ def reference(model, image, config):
 
 
 @pytest.mark.parametrize("name", ["vit", "deit_distilled", "clip", "gap", "reg_gap"])
-@pytest.mark.parametrize("selection", ["stage", "layer"])
-@pytest.mark.parametrize("representative", ["matched", "single", "none"])
+@EACH_SELECTION
+@EACH_REPRESENTATIVE
 @torch.no_grad()
 def test_every_block_of_the_patched_model_equals_the_reference(name, selection, representative):
     model, x = build(name), images(3)
@@ -100,15 +102,10 @@ def test_every_block_of_the_patched_model_equals_the_reference(name, selection, 
     )
     expected = torch.stack([reference(model, image, config) for image in x], dim=1)
     evopatch.apply(model, config=config)
-    intermediates = model.forward_intermediates(
-        x, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=model.num_prefix_tokens > 0
-    )
-    if model.num_prefix_tokens:
-        intermediates = [torch.cat([prefix, patches], dim=1) for patches, prefix in intermediates]
-    result = torch.stack(intermediates)
+    result = torch.stack(between(name, model, x))
     torch.testing.assert_close(result, expected, atol=5e-5, rtol=5e-5)
     torch.testing.assert_close(model.forward_features(x), model.norm(expected[-1]), atol=5e-5, rtol=5e-5)
     evopatch.set_config(
         model, EvoConfig(keep_ratio=[0.56, 0.3], stages=[2, 4], representative=representative, tradeoff=0.4)
     )
-    assert (model.forward_features(x) - model.norm(expected[-1])).abs().max() > 1e-3
+    assert moved(model.forward_features(x), model.norm(expected[-1])) > 1e-3

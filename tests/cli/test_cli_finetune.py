@@ -9,7 +9,8 @@ import time
 import pytest
 import timm
 import torch
-from test_cli import encoded, evopatch  # noqa: F401
+from samples import encoded
+from terminal import unboxed
 
 from evopatch import EvoConfig, config_of, load_pretrained
 from evopatch.cli.options import read_toml
@@ -17,17 +18,13 @@ from evopatch.cli.options import read_toml
 SMALL = ("--model", "vit_tiny_patch16_224", "--no-pretrained", "--image-size", "32")
 
 
-def words(text):
-    return " ".join(text.replace("│", " ").split())
-
-
 @pytest.fixture
-def run_in(evopatch, tmp_path, monkeypatch):  # noqa: F811
+def run_in(command, tmp_path, monkeypatch):
     """The command, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, code=0):
-        result = evopatch("finetune", *arguments)
+        result = command("finetune", *arguments)
         assert result.returncode == code, result.stderr
         assert "Traceback" not in result.stderr
         return result
@@ -39,8 +36,8 @@ def test_digits_is_what_works_without_network(run_in, tmp_path):
     run = run_in(*SMALL, "--epochs", "1", "--rows", ":256", "--eval-rows", ":64", "--keep-ratio", "0.6,0.3")
     folder = tmp_path / "evopatch-finetune-vit_tiny_patch16_224"
     for word in ("unpatched", "patched, before", "patched, trained", "images/s", "top-1", "one training step is"):
-        assert word in words(run.stdout)
-    assert "digits has 10 classes: vit_tiny_patch16_224 gets a new head in place of the one for 1000" in words(
+        assert word in unboxed(run.stdout)
+    assert "digits has 10 classes: vit_tiny_patch16_224 gets a new head in place of the one for 1000" in unboxed(
         run.stderr
     )
     model = load_pretrained(folder / "model")
@@ -87,7 +84,7 @@ def test_without_labels_the_model_teaches_itself(run_in, photos, tmp_path):
     line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[1])
     assert line["distillation_loss"] > 0
     run = run_in(*common, "--output", "other")
-    assert "nothing was evaluated: give --eval-data" in words(run.stdout)
+    assert "nothing was evaluated: give --eval-data" in unboxed(run.stdout)
 
 
 def test_a_teacher_sees_pixels_as_it_was_trained_to():
@@ -130,16 +127,16 @@ def test_a_teacher_sees_pixels_as_it_was_trained_to():
 def test_bad_usage_is_one_message(arguments, code, message, run_in, tmp_path):
     (tmp_path / "unknown.toml").write_text("lr = 1")
     (tmp_path / "wrong.toml").write_text('epochs = "three"')
-    assert message in words(run_in(*arguments, code=code).stderr)
+    assert message in unboxed(run_in(*arguments, code=code).stderr)
     assert not list(tmp_path.glob("evopatch-finetune*/checkpoints"))
 
 
-def test_a_file_of_settings_for_evaluate(evopatch, photos, tmp_path):  # noqa: F811
+def test_a_file_of_settings_for_evaluate(command, photos, tmp_path):
     (tmp_path / "settings.toml").write_text(
         f'model = "vit_tiny_patch16_224"\ncheckpoint = "{photos / "weights.pth"}"\nnum_classes = 3\n'
         f'data = "{photos / "photos"}"\nkeep_ratio = [0.7, "0.6,0.3"]\njson_out = "{tmp_path / "out.json"}"'
     )
-    run = evopatch("evaluate", "--config", tmp_path / "settings.toml")
+    run = command("evaluate", "--config", tmp_path / "settings.toml")
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["config"]["keep_ratio"] for row in rows[1:]] == [0.7, [0.6, 0.3]]
@@ -160,18 +157,18 @@ def test_interrupt_and_go_on(tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "Traceback" not in errors
-    assert "To go on: evopatch finetune --config run/config.toml --resume" in words(errors)
+    assert "To go on: evopatch finetune --config run/config.toml --resume" in unboxed(errors)
     resumed = subprocess.run(
         [*command, "--config", "run/config.toml", "--resume", "--epochs", "39"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert resumed.returncode == 2
-    assert "epochs was 40 and is 39 now" in words(resumed.stderr)
+    assert "epochs was 40 and is 39 now" in unboxed(resumed.stderr)
     resumed = subprocess.run(
         [*command, "--config", "run/config.toml", "--resume"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert "160 steps" in words(resumed.stdout)
+    assert "160 steps" in unboxed(resumed.stdout)
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if "loss" in json.loads(line)]
     assert steps == list(range(1, 161))
 
@@ -186,6 +183,6 @@ def test_two_processes_are_one_run(tmp_path):
     events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert events[0]["settings"]["processes"] == 2
     assert [line["step"] for line in events if line.get("event") == "end"] == [8]  # 128 images in batches of 2 x 16
-    assert words(run.stdout).count("patched, trained") == 1
+    assert unboxed(run.stdout).count("patched, trained") == 1
     assert "destroy_process_group" not in run.stderr
     load_pretrained(tmp_path / "run" / "model")

@@ -39,7 +39,12 @@ def test_exports_with_gradients_enabled(name):
 ONNX = ["vit", "gap", "relpos", "rope", "levit", "levit_conv", "hf_vit", "hf_dinov2_swiglu", "hf_siglip", "hf_levit"]
 ONNX_ROWS = [(name, representative, None) for name in ONNX for representative in REPRESENTATIVES]
 ONNX_ROWS += [("swin", "single", None), ("swinv2", "matched", None), ("hf_swin", "matched", (72, 88))]
-ONNX_FAST = [("vit", "matched", None), ("hf_vit", "matched", None), ("levit", "matched", None), ("swin", "single", None)]
+ONNX_FAST = [
+    ("vit", "matched", None),
+    ("hf_vit", "matched", None),
+    ("levit", "matched", None),
+    ("swin", "single", None),
+]
 
 
 @cases(("name", "representative", "size"), ONNX_ROWS, fast=ONNX_FAST)

@@ -1,4 +1,4 @@
-"""LeViT: whole patched models against a slow reference, and what is its own: stages, biases, batch norms, layouts."""
+"""LeViT of both libraries: what is its own. Stages, position biases, batch norms, layouts, small grids."""
 
 import copy
 import warnings
@@ -6,7 +6,9 @@ import warnings
 import pytest
 import timm
 import torch
-from test_ops import matched_reference, top
+from comparing import moved
+from internals import plans, say_again
+from matrix import every
 from timm.utils.model import reparameterize_model
 from torch import nn
 from transformers import LevitConfig, LevitForImageClassification
@@ -14,148 +16,6 @@ from variants import PYRAMIDS, build, call, images_for
 
 import evopatch
 from evopatch import ConfigError, EvoConfig, UnsupportedInputError
-from evopatch.algorithm.selection import num_slow
-from evopatch.plan import plan_blocks
-
-EVERY = pytest.mark.parametrize("name", sorted(PYRAMIDS))
-REPRESENTATIVES = pytest.mark.parametrize("representative", ["matched", "single", "none"])
-GRIDS = [(5, 5), (3, 3), (2, 2)]
-
-
-def attention(attn, x, bias):
-    """One image through an attention module: x (T, C) and bias (H, T, T) to output (T, C) and weights (H, T, T)."""
-    qkv = attn.qkv(x[None])[0].reshape(len(x), attn.num_heads, -1)
-    out, weights = [], []
-    for h in range(attn.num_heads):
-        q, k, v = qkv[:, h].split([attn.key_dim, attn.key_dim, attn.val_dim], dim=1)
-        row = (q @ k.T * attn.scale + bias[h]).softmax(-1)
-        weights.append(row)
-        out.append(row @ v)
-    return attn.proj(torch.stack(out, dim=1).flatten(1)[None])[0], torch.stack(weights)
-
-
-def chosen(g, x, keep, representative):
-    """Members and their shares of every row of the compact set, and the slow tokens."""
-    if representative == "matched":
-        slow, leader = matched_reference(g, x, keep)
-        groups = [[i for i in range(len(x)) if leader[i] == s] for s in sorted(slow)]
-        shares = [[g[i].sqrt() / sum(g[j].sqrt() for j in members) for i in members] for members in groups]
-        return groups, shares, slow
-    slow = top(g.tolist(), keep)
-    groups, shares = [[i] for i in sorted(slow)], [[1.0]] * keep
-    if representative == "single":
-        fast = [i for i in range(len(x)) if i not in slow]
-        total = sum(g[i] for i in fast)
-        groups, shares = [*groups, fast], [*shares, [g[i] / total for i in fast]]
-    return groups, shares, slow
-
-
-def merged_bias(bias, groups, shares, slow, representative):
-    """(H, T, T) to (H, M, M): a matched group's is its slow token's, the single representative's the members' mean."""
-    if representative == "matched":
-        places = [[(i, 1.0) for i in members if i in slow] for members in groups]
-    else:
-        places = [list(zip(members, share, strict=True)) for members, share in zip(groups, shares, strict=True)]
-    rows = torch.zeros(len(bias), len(groups), len(groups))
-    for m, first in enumerate(places):
-        for n, second in enumerate(places):
-            rows[:, m, n] = sum(w * v * bias[:, i, j] for i, w in first for j, v in second)
-    return rows
-
-
-def coarser(g, grid):
-    """The mean over the 3 by 3 tokens around every second one."""
-    rows, columns = grid
-    found = []
-    for i in range(0, rows, 2):
-        for j in range(0, columns, 2):
-            near = [g[a * columns + b] for a in range(i - 1, i + 2) for b in range(j - 1, j + 2)
-                    if 0 <= a < rows and 0 <= b < columns]  # fmt: skip
-            found.append(sum(near) / len(near))
-    return torch.stack(found)
-
-
-def reference(model, image, config):
-    """Tokens (T, C) after every stage, for one image."""
-    x = model.stem(image[None]).flatten(2).transpose(1, 2)[0]
-    g, groups, outputs, index = None, None, [], 0
-    plans = plan_blocks(config, *(len(stage.blocks) for stage in model.stages))
-    for number, stage in enumerate(model.stages):
-        if number:
-            x, g = stage.downsample(x[None])[0], coarser(g, GRIDS[number - 1])
-        for block in stage.blocks:
-            plan, index = plans[index], index + 1
-            bias = block.attn.attention_biases[:, block.attn.attention_bias_idxs]
-            if plan.keep_ratio == 1.0:
-                groups, shares, slow = [[i] for i in range(len(x))], [[1.0]] * len(x), set(range(len(x)))
-            elif plan.selects:
-                groups, shares, slow = chosen(g, x, num_slow(len(x), plan.keep_ratio), config.representative)
-            sizes = torch.tensor([float(len(m)) if config.representative == "matched" else 1.0 for m in groups])
-            entry = torch.stack(
-                [sum(w * x[i] for i, w in zip(m, s, strict=True)) for m, s in zip(groups, shares, strict=True)]
-            )
-            merged = merged_bias(bias, groups, shares, slow, config.representative) + sizes.log()
-            out, weights = attention(block.attn, entry, merged)
-            hidden = entry + out
-            out = hidden + block.mlp(hidden[None])[0]
-            received = sum(sizes[m] * weights[:, m] for m in range(len(groups))).mean(0) / sizes.sum()
-            before, x = g, x.clone()
-            g = torch.zeros(len(x)) if g is None else g.clone()
-            for row, members in enumerate(groups):
-                for i in members:
-                    x[i] = x[i] + out[row] - entry[row]
-                    if config.representative == "matched" or i in slow:
-                        own = received[row] / sizes[row]
-                        g[i] = own if before is None else (1 - config.tradeoff) * g[i] + config.tradeoff * own
-        outputs.append(x)
-    return outputs
-
-
-@pytest.mark.parametrize("name", ["levit", "levit_conv", "levit_distilled"])
-@pytest.mark.parametrize("selection", ["stage", "layer"])
-@REPRESENTATIVES
-@torch.no_grad()
-def test_every_stage_equals_the_reference(name, selection, representative):
-    model, x = build(name), images_for(name, 3)
-    config = EvoConfig(keep_ratio=[0.6, 0.5, 0.5], selection=selection, representative=representative, tradeoff=0.4)
-    linear = model
-    if name == "levit_conv":  # the same weights, as matrices
-        linear = build("levit")
-        linear.load_state_dict({k: v.reshape(linear.state_dict()[k].shape) for k, v in model.state_dict().items()})
-    expected = [reference(linear, image, config) for image in x]
-    evopatch.apply(model, config=config)
-    final, stages = model.forward_intermediates(x)
-    for number, (grid, result) in enumerate(zip(GRIDS, stages, strict=True)):
-        assert result.shape[-2:] == grid
-        whole = torch.stack([tokens[number] for tokens in expected])
-        torch.testing.assert_close(result.flatten(2).transpose(1, 2), whole, atol=2e-4, rtol=2e-4)
-    assert torch.equal(model.forward_features(x), final)
-    evopatch.set_config(model, EvoConfig(keep_ratio=[0.4, 0.5, 0.5], representative=representative, tradeoff=0.4))
-    assert (model.forward_features(x) - final).abs().max() > 1e-3
-
-
-@EVERY
-@torch.no_grad()
-def test_features_between_the_stages_are_the_full_grid(name):
-    model, x = build(name), images_for(name)
-
-    def features(images):
-        if hasattr(model, "forward_intermediates"):
-            return model.forward_intermediates(images, intermediates_only=True)
-        return [h.transpose(1, 2) for h in model(images, output_hidden_states=True).hidden_states]
-
-    shapes = [f.shape for f in features(x)]
-    evopatch.apply(model, config=EvoConfig(keep_ratio=[1.0, 0.5, 0.5]))
-    plain = call(model, x)
-    patched = features(x)
-    assert [f.shape for f in patched] == shapes
-    assert torch.equal(call(model, x), plain)
-    evopatch.set_keep_ratio(model, 1.0)
-    original = features(x)
-    assert torch.equal(patched[0], original[0])
-    assert not torch.equal(patched[-1], original[-1])
-    early = None if "hf" in name else model.forward_intermediates(x, indices=[0, 1], stop_early=True)[1]
-    assert early is None or torch.equal(early[1], original[1])
 
 
 @torch.no_grad()
@@ -175,7 +35,7 @@ def test_features_only_and_pruned_models():
     assert whole(images_for("levit")).shape == (2, 9, 48)
 
 
-@EVERY
+@every(PYRAMIDS)
 @torch.no_grad()
 def test_hooks_on_stages_and_blocks_run(name):
     model, x = evopatch.apply(build(name)), images_for(name)
@@ -208,10 +68,10 @@ def test_batch_norms_fused_into_the_layers(name, fused_first):
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
     torch.testing.assert_close(call(fused, x), expected, atol=2e-4, rtol=2e-4)
     evopatch.set_keep_ratio(fused, 0.4)
-    assert (call(fused, x) - expected).abs().max() > 1e-3
+    assert moved(call(fused, x), expected) > 1e-3
 
 
-@EVERY
+@every(PYRAMIDS)
 def test_batch_norms_learn_from_what_goes_through_the_block_once(name):
     model, x = evopatch.apply(build(name)), images_for(name, 8)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
@@ -258,7 +118,7 @@ def _attentions(model):
     return [m for m in model.modules() if hasattr(m, "attention_bias_idxs")]
 
 
-@EVERY
+@every(PYRAMIDS)
 @torch.no_grad()
 def test_selection_on_the_finest_grid(name):
     model, x = evopatch.apply(build(name), config=EvoConfig(keep_ratio=[0.6, 0.34, 0.5])), images_for(name)
@@ -272,7 +132,7 @@ def test_selection_on_the_finest_grid(name):
     assert [len(g.unique()) for g in coarse] == [2, 2]
 
 
-@EVERY
+@every(PYRAMIDS)
 def test_profile(name):
     size = 80 if "hf" in name else 40
     profile = evopatch.profile(evopatch.apply(build(name), keep_ratio=[0.6, 0.5, 0.5]), (3, size, size))
@@ -291,7 +151,7 @@ def test_another_image_size_is_refused_with_the_numbers(name):
         model(torch.zeros(1, 3, 56, 56))
 
 
-@EVERY
+@every(PYRAMIDS)
 @torch.no_grad()
 def test_a_keep_ratio_that_leaves_no_slow_token_is_refused(name):
     model, x = build(name), images_for(name)
@@ -319,30 +179,17 @@ def test_a_run_that_crosses_stages_is_refused():
     with pytest.raises(ConfigError, match=r"at block\(s\) \[5\] of stages with \(2, 3, 2\) blocks"):
         evopatch.apply(build("levit"), config=EvoConfig(stages=[1, 2, 4]))
     model = evopatch.apply(build("levit"), config=EvoConfig(stages=[1, 2, 4, 5]))
-    assert [p.selects for p in model._evo_state.plans] == [False, True, True, False, True, True, False]
-
-
-def test_unpatched_start_and_settings_by_stage():
-    plans = plan_blocks(EvoConfig(keep_ratio=[0.6, 0.5, 0.4]), 4, 4, 4)
-    assert [p.keep_ratio for p in plans] == [1.0] * 2 + [0.6] * 2 + [0.5] * 4 + [0.4] * 4
-    assert [i for i, p in enumerate(plans) if p.selects] == [2, 4, 8]
-    assert [i for i, p in enumerate(plans) if p.ends] == [3, 7, 11]
-    assert [p.selects for p in plan_blocks(EvoConfig(start=2, stages=2, schedule="constant"), 2, 4)] == [
-        False, False, True, False, True, False]  # fmt: skip
-    with pytest.raises(ConfigError, match="a run starts at block 9, beyond the model's 6 blocks"):
-        plan_blocks(EvoConfig(start=9), 2, 4)
+    assert [p.selects for p in plans(model)] == [False, True, True, False, True, True, False]
 
 
 def test_apply_says_once_where_it_is_not_faster():
-    from evopatch.patching.apply import _say_once
-
-    _say_once.cache_clear()
+    say_again()
     with pytest.warns(evopatch.SpeedWarning, match="slower than unpatched for single images"):
         evopatch.apply(build("levit"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evopatch.apply(build("levit"))
-        _say_once.cache_clear()
+        say_again()
         evopatch.apply(build("vit"))
 
 
@@ -362,14 +209,13 @@ def test_saved_and_loaded(tmp_path):
             assert torch.equal(call(twin, x), call(model, x))
 
 
-@EVERY
+@every(PYRAMIDS)
 def test_one_keep_ratio_tapers_over_the_stages(name):
     model = evopatch.apply(build(name), keep_ratio=0.5)
-    patch = next(module._evo_state for module in model.modules() if "_evo_state" in vars(module))
-    assert [plan.keep_ratio for plan in patch.plans] == [1.0, 0.75, 0.5, 0.5, 0.5, 0.25, 0.25]
+    assert [plan.keep_ratio for plan in plans(model)] == [1.0, 0.75, 0.5, 0.5, 0.5, 0.25, 0.25]
 
 
-@EVERY
+@every(PYRAMIDS)
 @torch.no_grad()
 def test_no_position_biases_of_other_weights(name):
     """Attention modules keep them from their first forward in eval mode on; evopatch's own functions must not."""
@@ -391,7 +237,7 @@ def test_no_position_biases_of_other_weights(name):
     assert torch.equal(call(model, x), call(fresh, x))
 
 
-@EVERY
+@every(PYRAMIDS)
 def test_copies_after_a_forward_with_gradients(name):
     model, x = evopatch.apply(build(name)), images_for(name)
     call(model, x)
@@ -401,12 +247,10 @@ def test_copies_after_a_forward_with_gradients(name):
 
 
 def test_warnings_as_errors_leave_the_model_untouched():
-    from evopatch.patching.apply import _say_once
-
     model = build("levit")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _say_once.cache_clear()
+        say_again()
         with pytest.raises(evopatch.SpeedWarning):
             evopatch.apply(model)
     assert not evopatch.is_patched(model)

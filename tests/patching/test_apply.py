@@ -7,14 +7,13 @@ import sys
 import pytest
 import timm
 import torch
-from timm.layers import Attention, set_fused_attn
+from comparing import moved
 from torch import nn
-from variants import TIMM_VARIANTS, build, images
+from variants import build, images
 
 import evopatch
 from evopatch import EvoConfig
 from evopatch.measure.timing import compare_speed
-from evopatch.rewrite import graph
 
 
 @torch.no_grad()
@@ -83,44 +82,6 @@ def test_fast_tokens_stay_in_their_place_without_a_representative():
     before, after = model.forward_intermediates(x, indices=[3, 5], intermediates_only=True)
     changed = (after != before).any(dim=1)
     assert torch.equal(changed, selection)
-
-
-@pytest.mark.parametrize("name", sorted(set(TIMM_VARIANTS) - {"relpos", "relpos_class", "relpos_shared"}))
-@torch.no_grad()
-def test_unfused_attention_gives_the_same(name):
-    fused, x = evopatch.apply(build(name)), images()
-    set_fused_attn(False)
-    try:
-        unfused = evopatch.apply(build(name))
-    finally:
-        set_fused_attn(True)
-    code = unfused.blocks[3]._evo_code.forward[False].__code__.co_names
-    assert "softmax" in code
-    assert "attend" not in code
-    torch.testing.assert_close(unfused(x), fused(x), atol=3e-5, rtol=3e-5)
-    assert torch.equal(evopatch.token_selection(unfused, x), evopatch.token_selection(fused, x))
-    evopatch.set_keep_ratio(unfused, 0.3)
-    assert (unfused(x) - fused(x)).abs().max() > 1e-5
-
-
-def test_blocks_of_one_structure_share_their_code():
-    model = evopatch.apply(build("vit"))
-    assert len({block._evo_code.forward[False] for block in model.blocks}) == 1
-    before = len(graph._functions)
-    evopatch.apply(build("vit"))
-    assert len(graph._functions) == before
-
-
-@torch.no_grad()
-def test_a_linear_layer_replaced_after_apply_is_used():
-    """As LoRA and quantisation do."""
-    model, x = evopatch.apply(build("vit")), images()
-    before = model(x)
-    old = model.blocks[4].attn.qkv
-    model.blocks[4].attn.qkv = nn.Sequential(old, nn.Dropout(0.0))
-    assert torch.equal(model(x), before)
-    model.blocks[4].attn.qkv = nn.Linear(48, 144)
-    assert not torch.equal(model(x), before)
 
 
 @torch.no_grad()
@@ -244,7 +205,7 @@ def test_a_change_between_forward_and_backward_changes_no_gradient(first, second
     result = gradients(first, second)
     for name, gradient in expected.items():
         torch.testing.assert_close(result[name], gradient, atol=2e-4 * gradient.abs().max().item() + 1e-6, rtol=1e-3)
-    assert any((expected[n] - different[n]).abs().max() > 1e-3 for n in expected)
+    assert any(moved(expected[n], different[n]) > 1e-3 for n in expected)
 
 
 def test_set_keep_ratio_keeps_every_hosts_other_settings():
@@ -254,14 +215,6 @@ def test_set_keep_ratio_keeps_every_hosts_other_settings():
     evopatch.set_keep_ratio(pair, 0.7)
     assert evopatch.config_of(pair[0]) == EvoConfig(keep_ratio=0.7, representative="single")
     assert evopatch.config_of(pair[1]) == EvoConfig(keep_ratio=0.7, tradeoff=0.3)
-
-
-def test_deepcopy_does_not_trace_again():
-    model = evopatch.apply(build("vit"))
-    twin = copy.deepcopy(model)
-    assert twin.blocks[0]._evo_code is model.blocks[0]._evo_code
-    assert twin.blocks[0]._evo_state is not model.blocks[0]._evo_state
-    assert twin.blocks[0]._evo_state is twin._evo_state
 
 
 def test_selection_and_profile_of_a_pruned_model():
@@ -295,20 +248,6 @@ def test_modes_are_kept():
     compare_speed(model, images(), rounds=1)
     assert [m.training for m in model.modules()] == modes
     assert evopatch.config_of(model) == EvoConfig()
-
-
-class FunctionalSoftmax(Attention):
-    def forward(self, x, attn_mask=None, is_causal=False):
-        b, n, c = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        weights = nn.functional.softmax(q @ k.transpose(-2, -1) * self.scale, dim=-1)
-        return self.proj((weights @ v).transpose(1, 2).reshape(b, n, c))
-
-
-@torch.no_grad()
-def test_an_attention_module_that_calls_functional_softmax():
-    model, stock, x = build("vit", attn_layer=FunctionalSoftmax), build("vit"), images()
-    torch.testing.assert_close(evopatch.apply(model)(x), evopatch.apply(stock)(x), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -18,7 +18,7 @@ import evopatch
 from evopatch import ConfigError, EvoConfig, autopatch
 
 TINY = {"img_size": 32, "num_classes": 3}
-EXAMPLE = Path(__file__).parents[1] / "examples" / "train_timm.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_timm.py"
 
 
 def test_create_model_under_every_name():

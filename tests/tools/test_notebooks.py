@@ -9,10 +9,10 @@ import pytest
 import transformers_weights
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from samples import REAL_DATA
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-REAL = EXAMPLES.parents[1] / "shared" / "data"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SMALL = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
@@ -26,7 +26,7 @@ def run(notebook, folder):
 def models(tmp_path_factory):
     """Folders that stand in for names on the hub: real weights where they are at hand, else small random models."""
     vit, dinov2 = (tmp_path_factory.mktemp(name) for name in ("vit", "dinov2"))
-    weights = REAL / "deit_tiny" / "model.safetensors"
+    weights = REAL_DATA / "deit_tiny" / "model.safetensors"
     if weights.exists():
         transformers_weights.main(weights, vit)
     else:

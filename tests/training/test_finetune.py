@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from samples import Images
 from torch.utils.data import Dataset
 from variants import build, call, images
 
@@ -13,22 +14,6 @@ from evopatch import ConfigError, DataError, EvoConfig, FinetuneConfig
 from evopatch.training.student import Student
 
 FAST = FinetuneConfig(epochs=6, batch_size=8, learning_rate=1e-3, warmup_epochs=0)
-
-
-class Images(Dataset):
-    """Random images whose brightness is their class; as tuples, mappings, or without labels."""
-
-    def __init__(self, kind, count=32, seed=0):
-        self.labels = torch.arange(count) % 7
-        self.images = images(count, seed=seed) + self.labels[:, None, None, None] - 3
-        self.kind = kind
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        image, label = self.images[index], self.labels[index]
-        return {"tuple": (image, label), "mapping": {"pixel_values": image, "labels": label}, "none": image}[self.kind]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("vit", "tuple"), ("hf_vit", "mapping"), ("gap", "mapping")])

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_finetune import FAST, Images
-from torch.utils.data import Dataset
+from comparing import moved
+from samples import Images, NoisyImages
 from variants import build, call, images
 
 import evopatch
@@ -17,6 +17,7 @@ from evopatch import ConfigError, DataError, EvoConfig, FinetuneConfig
 from evopatch.training.objective import Objective
 from evopatch.training.student import Outputs, Student
 
+FAST = FinetuneConfig(epochs=6, batch_size=8, learning_rate=1e-3, warmup_epochs=0)
 torch.manual_seed(0)
 S, D, A, T = (torch.randn(4, 7) for _ in range(4))
 Y = torch.tensor([0, 3, 6, 2])
@@ -190,22 +191,14 @@ def test_accumulation_is_a_larger_batch():
     _, parts = trained(batch_size=8, accumulation_steps=2, epochs=3, learning_rate=1e-4)
     _, other = trained(batch_size=8, epochs=3, learning_rate=1e-4)
     torch.testing.assert_close(weights(parts), weights(whole), rtol=0, atol=1e-5)
-    assert (weights(other) - weights(whole)).abs().max() > 1e-4
-
-
-class Noisy(Dataset):
-    def __len__(self):
-        return 32
-
-    def __getitem__(self, index):
-        return torch.randn(3, 40, 40), index % 7
+    assert moved(weights(other), weights(whole)) > 1e-4
 
 
 def test_workers_do_not_change_the_result():
     def run(**settings):
         model = evopatch.apply(build("vit"))
         config = FinetuneConfig(epochs=2, batch_size=8, mixup=0.8, cutmix=1.0, **settings)
-        evopatch.finetune(model, Noisy(), config=config, progress=False)
+        evopatch.finetune(model, NoisyImages(), config=config, progress=False)
         return weights(model)
 
     alone = run()
@@ -218,7 +211,7 @@ def test_the_callers_random_numbers_go_on():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    evopatch.finetune(model, Noisy(), config=FAST, progress=False)
+    evopatch.finetune(model, NoisyImages(), config=FAST, progress=False)
     assert torch.equal(torch.rand(1), expected)
 
 

@@ -14,7 +14,7 @@ import torch
 import evopatch
 from evopatch.training import checkpoints
 
-SCRIPT = Path(__file__).with_name("training_script.py")
+SCRIPT = Path(__file__).parents[1] / "training_script.py"
 EVERYTHING = {
     "epochs": 6,
     "batch_size": 4,

@@ -70,7 +70,7 @@ def images_for(name: str, batch: int = 2, size: int | tuple[int, int] | None = N
 
 
 def call(model: nn.Module, x: torch.Tensor, **options: object) -> torch.Tensor:
-    """What a model is used for: logits, embeddings, a reconstruction, the last hidden state or the last stage's maps."""
+    """What a model is used for: logits, embeddings, a reconstruction, the last hidden state or the last maps."""
     out = model(x, **options)
     if isinstance(out, torch.Tensor):
         return out
