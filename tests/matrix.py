@@ -1,8 +1,12 @@
-"""Rows and columns of the test matrix, and which of its cases are slow."""
+"""Rows and columns of the test matrix, which of its cases are slow, and the patched models that it runs on."""
 
+import copy
+import functools
 from collections.abc import Iterable
 
 import pytest
+from torch import nn
+from variants import build
 
 import evopatch
 
@@ -43,3 +47,24 @@ def by_representative(names: Iterable[str], others: Iterable[str]) -> list[tuple
 def config(representative: str, selection: str = "stage") -> evopatch.EvoConfig:
     """The default settings but for these."""
     return evopatch.EvoConfig(representative=representative, selection=selection)
+
+
+def patched(name: str, settings: evopatch.EvoConfig | None = None, **options: object) -> nn.Module:
+    """A patched model of one's own, in eval mode.
+
+    A copy of one that was patched once in this process, as tracing blocks is what takes most of the time; that it is
+    what `evopatch.apply` gives is what `test_changed_settings_are_those_applied` asserts.
+
+    Args:
+        name: As for `variants.build`.
+        settings: By default those of `evopatch.apply`.
+        options: As for `variants.build`.
+    """
+    model = copy.deepcopy(_patched(name, tuple(sorted(options.items()))))
+    evopatch.set_config(model, settings or evopatch.EvoConfig())
+    return model
+
+
+@functools.cache
+def _patched(name: str, options: tuple[tuple[str, object], ...]) -> nn.Module:
+    return evopatch.apply(build(name, **dict(options)))

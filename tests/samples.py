@@ -1,4 +1,4 @@
-"""Images for the tools: data sets in memory, encoded ones for files, and where real ones are."""
+"""Images for the tools: data sets in memory and settings to train on them, files, and where real ones are."""
 
 import io
 from pathlib import Path
@@ -8,8 +8,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 from variants import images
 
+from evopatch import FinetuneConfig
+
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Real weights and images beside the checkout; they may not be redistributed, so a plain clone has none."""
+
+FAST = FinetuneConfig(epochs=6, batch_size=8, learning_rate=1e-3, warmup_epochs=0)
+"""Settings of a fine-tuning run on `Images` that learns something in a second."""
 
 
 def encoded(seed: int) -> bytes:

@@ -2,10 +2,9 @@
 
 import math
 
-import pytest
 import torch
 from comparing import moved
-from matrix import EACH_REPRESENTATIVE, EACH_SELECTION
+from matrix import REPRESENTATIVES, cases
 from variants import build, images_for
 
 import evopatch
@@ -221,9 +220,17 @@ def update(config, block, x, windows, groups):
     return out
 
 
-@pytest.mark.parametrize("name", ["swin", "swinv2"])
-@EACH_SELECTION
-@EACH_REPRESENTATIVE
+ROWS = [
+    (name, selection, representative)
+    for name in ("swin", "swinv2")
+    for selection in ("stage", "layer")
+    for representative in REPRESENTATIVES
+]
+
+
+@cases(
+    ("name", "selection", "representative"), ROWS, fast=[("swin", "stage", "matched"), ("swinv2", "layer", "single")]
+)
 @torch.no_grad()
 def test_every_stage_of_the_patched_model_equals_the_reference(name, selection, representative):
     model, x = build(name, depths=(3, 4, 2)), images_for(name)

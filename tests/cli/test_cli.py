@@ -88,7 +88,11 @@ def test_overridden_preprocessing_changes_the_result(command, files, tmp_path):
     [
         (("--model", "deit_tny_patch16_224", "--data", "images"), 1, "did you mean deit_tiny_patch16_224"),
         (("--model", "nothing_like_it", "--data", "images"), 1, "timm has no model named 'nothing_like_it'"),
-        (("--model", "resnet18", "--checkpoint", "resnet.pth", "--data", "images"), 1, "nothing to patch in timm.models.resnet.ResNet"),
+        (
+            ("--model", "resnet18", "--checkpoint", "resnet.pth", "--data", "images"),
+            1,
+            "nothing to patch in timm.models.resnet.ResNet",
+        ),
         (("--checkpoint", "missing.pth", "--data", "images"), 1, "missing.pth: no such file"),
         (("--checkpoint", "images.parquet", "--data", "images"), 1, "images.parquet doesn't fit deit_tiny_patch16_224"),
         (("--num-classes", "5", "--checkpoint", "weights.pth", "--data", "images"), 1, "doesn't fit"),

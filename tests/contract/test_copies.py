@@ -1,12 +1,12 @@
-"""Copies of a patched model: deepcopy, pickle, torch.save, moving averages."""
+"""Copies of a patched model: deepcopy, pickle, torch.save, moving averages, other settings."""
 
 import copy
 import io
 import pickle
 
 import torch
-from comparing import moved
-from matrix import every
+from comparing import gradients, moved
+from matrix import REPRESENTATIVES, config, every, patched
 from timm.utils import ModelEmaV3
 from variants import EVERY, build, call, images_for
 
@@ -32,3 +32,22 @@ def test_deepcopy_pickle_and_ema_after_a_forward(name):
         assert torch.equal(call(model, x), expected)
         evopatch.remove(twin)
         assert evopatch.is_patched(model)
+
+
+@every(EVERY)
+def test_changed_settings_are_those_applied(name):
+    """A copy that is given other settings is, to the bit, what applying them gives; in training too."""
+    x, results = images_for(name), []
+    modes = [
+        config(representative, selection) for representative in REPRESENTATIVES for selection in ("stage", "layer")
+    ]
+    for settings in modes:
+        applied, changed = evopatch.apply(build(name), config=settings), patched(name, settings)
+        assert evopatch.config_of(changed) == settings
+        with torch.no_grad():
+            results.append(call(applied, x))
+            assert torch.equal(call(changed, x), results[-1])
+    expected, found = gradients(applied.train(), x), gradients(changed.train(), x)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[parameter], gradient) for parameter, gradient in expected.items())
+    assert all(moved(a, b) > 1e-6 for a, b in zip(results[::2], results[2::2], strict=False))

@@ -2,7 +2,7 @@
 
 import torch
 from comparing import moved
-from matrix import EACH_REPRESENTATIVE, EACH_SELECTION, config, every
+from matrix import EACH_REPRESENTATIVE, EACH_SELECTION, config, every, patched
 from variants import EVERY, FLAT, TIMM, TRANSFORMERS, between, build, call, images_for
 
 import evopatch
@@ -28,11 +28,11 @@ def test_keep_ratio_one_is_the_original_forward(name):
 @torch.no_grad()
 def test_observing_alone_changes_nothing(name, representative):
     """A first run that keeps everything still computes class attention beside the original attention."""
-    model, x = build(name), images_for(name)
-    original = between(name, model, x)
+    x = images_for(name)
+    original = between(name, build(name), x)
     first_run = 4 if name in FLAT else 1  # blocks, or stages
     settings = {"keep_ratio": [1.0, 0.3], "stages": [2, 4]} if name in FLAT else {"keep_ratio": [1.0, 0.3, 1.0]}
-    evopatch.apply(model, config=EvoConfig(**settings, representative=representative))
+    model = patched(name, EvoConfig(**settings, representative=representative))
     observed = between(name, model, x)
     for index in range(first_run):
         assert torch.equal(observed[index], original[index])
@@ -44,9 +44,8 @@ def test_observing_alone_changes_nothing(name, representative):
 @EACH_REPRESENTATIVE
 @torch.no_grad()
 def test_features_between_the_blocks_are_the_full_grid(name, representative, selection):
-    model, x = build(name), images_for(name)
-    original = between(name, model, x)
-    evopatch.apply(model, config=config(representative, selection))
+    x = images_for(name)
+    original, model = between(name, build(name), x), patched(name, config(representative, selection))
     plain, features = call(model, x), between(name, model, x)
     assert torch.equal(call(model, x), plain)
     assert [f.shape for f in features] == [f.shape for f in original]
@@ -62,8 +61,7 @@ def test_features_between_the_blocks_are_the_full_grid(name, representative, sel
 @EACH_REPRESENTATIVE
 @torch.no_grad()
 def test_asking_for_hidden_states_changes_nothing(name, representative, selection):
-    model, x = build(name), images_for(name)
-    evopatch.apply(model, config=config(representative, selection))
+    model, x = patched(name, config(representative, selection)), images_for(name)
     plain, asked = call(model, x), call(model, x, output_hidden_states=True)
     if name in FLAT:  # which put tokens back after every block then, not only after every run
         torch.testing.assert_close(asked, plain, atol=2e-5, rtol=2e-5)
@@ -78,9 +76,7 @@ def test_asking_for_hidden_states_changes_nothing(name, representative, selectio
 @EACH_REPRESENTATIVE
 @torch.no_grad()
 def test_looking_between_the_blocks_changes_nothing(name, representative, selection):
-    model, x = build(name), images_for(name)
-    last_early = model.forward_intermediates(x, indices=[0, 1], stop_early=True, intermediates_only=True)[1]
-    evopatch.apply(model, config=config(representative, selection))
+    model, x = patched(name, config(representative, selection)), images_for(name)
     plain = model.forward_features(x)
     final, intermediates = model.forward_intermediates(x)
     if name in FLAT:
@@ -95,17 +91,17 @@ def test_looking_between_the_blocks_changes_nothing(name, representative, select
     early = model.forward_intermediates(x, indices=indices, stop_early=True, intermediates_only=True)
     assert torch.equal(early[1], intermediates[indices[1]])
     evopatch.set_keep_ratio(model, 1.0)
-    original = model.forward_intermediates(x)[1]
+    original = build(name).forward_intermediates(x)[1]
     assert moved(original[-1], intermediates[-1]) > 1e-4
-    assert torch.equal(original[1], last_early)
+    early = model.forward_intermediates(x, indices=indices, stop_early=True, intermediates_only=True)
+    assert torch.equal(early[1], original[indices[1]])
 
 
 @every(EVERY)
 @EACH_REPRESENTATIVE
 @torch.no_grad()
 def test_an_images_result_does_not_depend_on_its_batch(name, representative):
-    model, x = build(name), images_for(name, 4)
-    evopatch.apply(model, config=config(representative))
+    model, x = patched(name, config(representative)), images_for(name, 4)
     together, alone = call(model, x), torch.cat([call(model, image) for image in x.split(1)])
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=2e-5)
     assert moved(together[0], together[1]) > 1e-4

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from comparing import assert_same_gradients, checkpoint, gradients, moved
-from matrix import FAST, REPRESENTATIVES, cases, config, every
+from matrix import FAST, REPRESENTATIVES, cases, config, every, patched
 from timm.layers import set_reentrant_ckpt
 from variants import EVERY, FLAT, PYRAMIDS, TRANSFORMERS, WINDOWED, build, call, images_for
 
@@ -40,9 +40,9 @@ FAST_ROWS += [row for row in ROWS if row[0] in FAST & WINDOWED and row[1:] == ("
 
 @cases(("name", "representative", "selection"), ROWS, fast=FAST_ROWS)
 def test_gradient_checkpointing_changes_no_gradient(name, representative, selection):
-    model, x = build(name, **windowed_regularisation(name)).train(), images_for(name).requires_grad_()
-    original = gradients(model, x)
-    evopatch.apply(model, config=config(representative, selection))
+    options, x = windowed_regularisation(name), images_for(name).requires_grad_()
+    original = gradients(build(name, **options).train(), x)
+    model = patched(name, config(representative, selection), **options).train()
     plain = gradients(model, x)
     checkpoint(model)
     checkpointed = gradients(model, x)
@@ -67,7 +67,7 @@ REENTRANT = {"vit", "gap", "dinov2", "parallel"} | (TRANSFORMERS & FLAT) | WINDO
 
 @every(REENTRANT)
 def test_reentrant_checkpointing_changes_no_gradient(name):
-    model = evopatch.apply(build(name, **windowed_regularisation(name)).train())
+    model = patched(name, **windowed_regularisation(name)).train()
     x = images_for(name).requires_grad_()
     plain = gradients(model, x)
     with reentrant(model):
@@ -98,7 +98,7 @@ TWICE = CHECKPOINTING - WINDOWED | {"swin", "swinv2", "swinv2_cr", "hf_swin", "h
 @every(TWICE)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_forwards_before_one_backward(name, checkpointing):
-    model = evopatch.apply(build(name).train())
+    model = patched(name).train()
     if checkpointing:
         checkpoint(model)
     a, b = images_for(name, seed=1), images_for(name, seed=2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from comparing import moved
 from internals import plans
-from matrix import EACH_REPRESENTATIVE, config, every
+from matrix import EACH_REPRESENTATIVE, config, every, patched
 from variants import TIMM, TRANSFORMERS, WINDOWED, between, build, call, images_for
 
 import evopatch
@@ -36,7 +36,7 @@ def test_dynamic_image_sizes_of_flat_models(name):
 @EACH_REPRESENTATIVE
 @torch.no_grad()
 def test_dynamic_image_sizes_of_windowed_models(name, representative):
-    model = evopatch.apply(build(name, dynamic_img_size=True), config=config(representative))
+    model = patched(name, config(representative), dynamic_img_size=True)
     for size in ((64, 64), (88, 60), (32, 100)):
         x = images_for(name, size=size)
         result, maps = model.forward_intermediates(x)
@@ -75,7 +75,7 @@ def test_other_image_sizes_of_flat_models(name):
 @EACH_REPRESENTATIVE
 @torch.no_grad()
 def test_other_image_sizes_of_windowed_models(name, representative):
-    model = evopatch.apply(build(name), config=config(representative))
+    model = patched(name, config(representative))
     for size in ((88, 60), (70, 100)):  # the second is padded to whole patches
         x = images_for(name, size=size)
         maps = between(name, model, x)

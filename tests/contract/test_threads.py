@@ -4,10 +4,8 @@ import threading
 
 import torch
 from comparing import moved
-from matrix import every
-from variants import build, call, images_for
-
-import evopatch
+from matrix import every, patched
+from variants import call, images_for
 
 NAMES = ["vit", "gap", "relpos", "rope", "levit", "levit_conv", "hf_vit", "hf_dinov2_swiglu", "hf_siglip", "hf_levit",
          "swin", "swinv2", "swinv2_cr", "hf_swin", "hf_swinv2"]  # fmt: skip
@@ -16,7 +14,7 @@ NAMES = ["vit", "gap", "relpos", "rope", "levit", "levit_conv", "hf_vit", "hf_di
 @every(NAMES)
 @torch.no_grad()
 def test_two_threads_on_one_model(name):
-    model = evopatch.apply(build(name))
+    model = patched(name)
     batches = [images_for(name, seed=seed) for seed in range(8)]
     expected = [call(model, x) for x in batches]
     results = {}

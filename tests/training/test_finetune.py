@@ -5,15 +5,12 @@ import json
 
 import pytest
 import torch
-from samples import Images
-from torch.utils.data import Dataset
+from samples import FAST, Images
 from variants import build, call, images
 
 import evopatch
-from evopatch import ConfigError, DataError, EvoConfig, FinetuneConfig
+from evopatch import ConfigError, EvoConfig, FinetuneConfig
 from evopatch.training.student import Student
-
-FAST = FinetuneConfig(epochs=6, batch_size=8, learning_rate=1e-3, warmup_epochs=0)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("vit", "tuple"), ("hf_vit", "mapping"), ("gap", "mapping")])
@@ -205,68 +202,6 @@ def test_the_learning_rate_falls(name, tmp_path):
     assert rates[-1] < 0.2 * config.learning_rate
 
 
-class StopError(Exception):
-    pass
-
-
-def test_resuming_in_the_same_process_begins_with_the_same_weights(tmp_path):
-    """The model is half trained when a run is interrupted; it teaches itself as it was before."""
-
-    def run(folder, model, **arguments):
-        return evopatch.finetune(
-            model, Images("none"), Images("tuple", seed=9), FinetuneConfig(epochs=4, batch_size=8, learning_rate=1e-3),
-            output=folder, progress=False, **arguments,
-        )  # fmt: skip
-
-    whole = evopatch.apply(build("vit"), config=EvoConfig.paper(0.3))
-    expected = run(tmp_path / "whole", whole)
-    model = evopatch.apply(build("vit"), config=EvoConfig.paper(0.3))
-    calls = []
-
-    def stop(gradient):
-        calls.append(gradient)
-        if len(calls) == 7:
-            raise StopError
-
-    handle = model.head.weight.register_hook(stop)
-    with pytest.raises(StopError):
-        run(tmp_path / "run", model)
-    handle.remove()
-    result = run(tmp_path / "run", model, resume=True)
-    assert (result.unpatched, result.before, result.after) == (expected.unpatched, expected.before, expected.after)
-    assert result.losses == expected.losses
-    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"config": FinetuneConfig(epochs=1, ema_decay=0.9)}, "ema_decay was None and is 0.9 now"),
-        ({"config": FinetuneConfig(epochs=1, trainable="norms")}, "trainable was 'all' and is 'norms' now"),
-        ({"train_data": Images("none")}, "objective was 'labels' and is 'distillation' now"),
-        ({"teacher": build("gap")}, "teacher was None and is "),
-        ({"model": evopatch.apply(build("vit", num_classes=9))}, "is of another model than this VisionTransformer"),
-    ],
-)
-def test_a_refused_resume_leaves_the_model_untouched(changes, message, tmp_path):
-    arguments = {"train_data": Images("tuple"), "config": FinetuneConfig(epochs=1)}
-    evopatch.finetune(evopatch.apply(build("vit")), **arguments, output=tmp_path, progress=False)
-    arguments |= {"model": evopatch.apply(build("vit"))} | changes
-    before = copy.deepcopy(arguments["model"].state_dict())
-    with pytest.raises(ConfigError, match=message):
-        evopatch.finetune(**arguments, output=tmp_path, resume=True, progress=False)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in arguments["model"].state_dict().items())
-    assert all(p.requires_grad for p in arguments["model"].parameters())
-
-
-@pytest.mark.parametrize("label", [-1, 7, -100])
-def test_a_label_outside_the_classes_is_named(label):
-    data = Images("tuple")
-    data.labels[5] = label
-    with pytest.raises(DataError, match=rf"item 5 of the training data has the label {label}: expected 0 to 6"):
-        evopatch.finetune(evopatch.apply(build("vit")), data, config=FAST, progress=False)
-
-
 def test_a_single_step_trains():
     model = evopatch.apply(build("vit"))
     before = copy.deepcopy(model.state_dict())
@@ -280,63 +215,3 @@ def test_a_model_in_bfloat16_and_images_in_tuples():
     result = evopatch.finetune(model, data, config=FAST, progress=False)
     assert len(result.losses) == 6
     assert model.head.weight.dtype == torch.bfloat16
-
-
-class Other(Dataset):
-    def __init__(self, item):
-        self.item = item
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        return self.item
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (Other({"image": 1, "label": 2}), r"a mapping with \['image', 'label'\]: expected a tensor"),
-        (Other(("picture", 1)), "an item of the data is str"),
-        (iter([]), "has no length"),
-    ],
-)
-def test_data_of_another_kind(data, message):
-    with pytest.raises(DataError, match=message):
-        evopatch.finetune(evopatch.apply(build("vit")), data)
-
-
-def test_parts_with_different_settings_are_refused():
-    both = torch.nn.ModuleList([evopatch.apply(build("vit"), 0.9), evopatch.apply(build("gap"), 0.4)])
-    with pytest.raises(ConfigError, match="different settings"):
-        evopatch.finetune(both, Images("tuple"))
-
-
-def test_bad_input():
-    model = build("vit")
-    with pytest.raises(evopatch.NotPatchedError):
-        evopatch.finetune(model, Images("tuple"))
-    evopatch.apply(model)
-    with pytest.raises(DataError, match="no images to train on"):
-        evopatch.finetune(model, Images("tuple", count=0))
-    with pytest.raises(DataError, match="objective='labels', but the training data have none"):
-        evopatch.finetune(model, Images("none"), config=FinetuneConfig(objective="labels"))
-    with pytest.raises(DataError, match="label_weight=0.5, but the training data have no labels"):
-        evopatch.finetune(model, Images("none"), config=FinetuneConfig(label_weight=0.5))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"epochs": 0}, "epochs=0: expected a whole number of at least 1"),
-        ({"batch_size": 1.5}, "batch_size=1.5"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0: expected a number above 0"),
-        ({"learning_rate": float("nan")}, "learning_rate=nan"),
-        ({"weight_decay": -1}, "weight_decay=-1"),
-        ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
-        ({"objective": "hard"}, "objective='hard': expected one of 'auto', 'labels', 'distillation'"),
-    ],
-)
-def test_bad_settings(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        FinetuneConfig(**settings)

@@ -2,22 +2,20 @@
 
 import copy
 import json
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from comparing import moved
-from samples import Images, NoisyImages
+from samples import FAST, Images, NoisyImages
 from variants import build, call, images
 
 import evopatch
-from evopatch import ConfigError, DataError, EvoConfig, FinetuneConfig
+from evopatch import ConfigError, EvoConfig, FinetuneConfig
 from evopatch.training.objective import Objective
 from evopatch.training.student import Outputs, Student
 
-FAST = FinetuneConfig(epochs=6, batch_size=8, learning_rate=1e-3, warmup_epochs=0)
 torch.manual_seed(0)
 S, D, A, T = (torch.randn(4, 7) for _ in range(4))
 Y = torch.tensor([0, 3, 6, 2])
@@ -224,118 +222,6 @@ def test_mixup_and_average():
     _, plain = trained(epochs=3)
     _, average = trained(epochs=3, ema_decay=0.99)
     assert 0 < (weights(average) - start).norm() < (weights(plain) - start).norm()
-
-
-def test_mixup_of_an_odd_batch():
-    with pytest.raises(ConfigError, match="batch_size=7: Mixup and CutMix mix pairs"):
-        FinetuneConfig(batch_size=7, mixup=0.2)
-    with pytest.raises(ConfigError, match="5 training images: Mixup and CutMix need an even batch"):
-        evopatch.finetune(evopatch.apply(build("vit")), Images("tuple", count=5), config=FinetuneConfig(mixup=0.2))
-
-
-class Damaged(Images):
-    def __init__(self, broken, count):
-        super().__init__("tuple", count)
-        self.broken = broken
-
-    def __getitem__(self, index):
-        if index < self.broken:
-            raise OSError("image file is truncated")
-        return super().__getitem__(index)
-
-
-def test_unreadable_images_are_counted_and_named(tmp_path):
-    model = evopatch.apply(build("vit"))
-    config = FinetuneConfig(epochs=2, batch_size=50)
-    result = evopatch.finetune(model, Damaged(1, 100), Damaged(1, 101), config=config, output=tmp_path, progress=False)
-    assert result.unreadable == result.unreadable_evaluation == ("item 0 (image file is truncated)",)
-    assert result.after.images == 100
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["images"] for line in lines if line.get("event") == "unreadable"] == [list(result.unreadable)]
-
-
-def test_too_many_unreadable_images():
-    with pytest.raises(DataError, match=r"2 of 12 evaluation images can't be read, more than 1%: item 0"):
-        evopatch.finetune(
-            evopatch.apply(build("vit")), Images("tuple"), Damaged(2, 12), FinetuneConfig(batch_size=8), progress=False
-        )
-    with pytest.raises(
-        DataError, match=r"2 of 100 training images can't be read, more than 1%: item [01] \(image file"
-    ):
-        evopatch.finetune(
-            evopatch.apply(build("vit")), Damaged(2, 100), config=FinetuneConfig(batch_size=100), progress=False
-        )
-
-
-def test_a_bad_loss_leaves_the_last_checkpoint(tmp_path):
-    model = evopatch.apply(build("vit"))
-    calls = []
-
-    def hook(gradient):
-        calls.append(gradient)
-        return gradient * math.nan if len(calls) == 6 else gradient
-
-    model.head.weight.register_hook(hook)
-    config = FinetuneConfig(epochs=3, batch_size=8)
-    message = rf"at step 5 \(epoch 1, learning rate .*The last checkpoint, of step 4, is in {tmp_path}"
-    with pytest.raises(evopatch.TrainingError, match=message):
-        evopatch.finetune(model, Images("tuple"), config=config, output=tmp_path, progress=False)
-    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["event"] == "failed"
-
-
-def test_an_output_folder_that_is_in_use(tmp_path):
-    model = evopatch.apply(build("vit"))
-    evopatch.finetune(model, Images("tuple"), config=FAST, output=tmp_path, progress=False)
-    with pytest.raises(evopatch.CheckpointError, match="holds the checkpoints of a run: give resume=True"):
-        evopatch.finetune(model, Images("tuple"), config=FAST, output=tmp_path, progress=False)
-    with pytest.raises(ConfigError, match="resume=True without an output folder"):
-        evopatch.finetune(model, Images("tuple"), config=FAST, resume=True, progress=False)
-
-
-def test_the_log_and_the_result(tmp_path):
-    model = evopatch.apply(build("vit"))
-    config = FinetuneConfig(epochs=2, batch_size=8, log_every=2)
-    result = evopatch.finetune(model, Images("tuple"), Images("tuple", seed=4), config, output=tmp_path, progress=False)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
-    assert [line["event"] for line in lines if "event" in line] == ["begin", "checkpoint", "checkpoint", "end"]
-    logged = [line["loss"] for line in lines if "loss" in line]
-    assert sum(result.losses) / 2 == pytest.approx(sum(logged) / 4)
-    assert {"accuracy", "learning_rate", "gradient_norm", "images_per_second"} <= set(lines[1])
-    assert list((tmp_path / "tensorboard").iterdir())
-    assert json.loads((tmp_path / "result.json").read_text())["after"]["kl"] == result.after.kl
-    assert (result.steps, result.seconds > 0) == (8, True)
-    for speed in (result.speed, result.training_speed):
-        assert speed.patched > 0
-        assert speed.unpatched > 0
-
-
-def test_agreement_after_training_is_with_the_model_before():
-    model = evopatch.apply(build("vit"))
-    original = copy.deepcopy(evopatch.remove(copy.deepcopy(model)))
-    data = Images("tuple", seed=4)
-    result = evopatch.finetune(model, Images("tuple"), data, FAST, progress=False)
-    with torch.no_grad():
-        own, theirs = model(data.images), original(data.images)
-    assert result.after.agreement == pytest.approx(100 * (own.argmax(1) == theirs.argmax(1)).float().mean().item())
-    expected = F.kl_div(own.log_softmax(1), theirs.log_softmax(1), reduction="batchmean", log_target=True).item()
-    assert result.after.kl == pytest.approx(expected, rel=1e-4)
-
-
-def test_evaluation_without_labels():
-    model = evopatch.apply(build("vit"), keep_ratio=0.3)
-    result = evopatch.finetune(model, Images("none"), Images("none", seed=4), FAST, progress=False)
-    assert result.before.top1 is result.after.top1 is None
-    assert result.before.kl > 0
-    with pytest.raises(DataError, match="no images to evaluate on"):
-        evopatch.finetune(model, Images("none"), Images("none", count=0), FAST, progress=False)
-
-
-def test_names_that_timm_does_not_know():
-    for settings, message in (({"optimizer": "best"}, "optimizer='best'"), ({"scheduler": "up"}, "scheduler='up'")):
-        model = evopatch.apply(build("vit"))
-        with pytest.raises(ConfigError, match=message):
-            evopatch.finetune(model, Images("tuple"), config=FinetuneConfig(**settings), progress=False)
 
 
 def test_frozen_batch_norms_keep_their_statistics():
