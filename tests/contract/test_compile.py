@@ -1,5 +1,6 @@
 """torch.compile: one graph, no recompilation, and changes of the keep ratio are followed."""
 
+import pytest
 import torch
 from comparing import moved
 from matrix import by_representative, cases, config
@@ -30,6 +31,7 @@ def test_compiles_to_one_graph_without_recompiling(name, representative):
     assert moved(changed, expected) > 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiles_with_inductor():
     torch._dynamo.reset()

@@ -67,8 +67,12 @@ def test_same_weights_give_the_same_as_timm(name, config):
 
 @pytest.mark.parametrize(
     "config",
-    [EvoConfig(), EvoConfig(selection="layer"), EvoConfig.paper(), EvoConfig(representative="none")],
-    ids=["matched", "matched-layer", "paper", "none"],
+    [
+        pytest.param(EvoConfig(), id="matched"),
+        pytest.param(EvoConfig(selection="layer"), id="matched-layer", marks=pytest.mark.slow),
+        pytest.param(EvoConfig.paper(), id="paper", marks=pytest.mark.slow),
+        pytest.param(EvoConfig(representative="none"), id="none", marks=pytest.mark.slow),
+    ],
 )
 @torch.no_grad()
 def test_deit_tiny_gives_the_same_as_timm(real_data, config):

@@ -90,6 +90,7 @@ def test_other_implementations_never_get_a_bias():
     assert calls == [26, 26, 15, 15, 15, 15]
 
 
+@pytest.mark.slow  # compiles
 @torch.no_grad()
 def test_flex_attention_checks_the_mask_that_transformers_makes_for_it():
     model, x = build("hf_vit", attn_implementation="flex_attention"), images()
