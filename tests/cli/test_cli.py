@@ -180,6 +180,7 @@ def test_list(command):
     assert run.stdout.split() == ["deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"]
 
 
+@pytest.mark.slow
 def test_demo_runs_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "TIMED_BATCH", 4)
     out = tmp_path / "selection.png"

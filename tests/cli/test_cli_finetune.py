@@ -144,6 +144,7 @@ def test_a_file_of_settings_for_evaluate(command, photos, tmp_path):
     assert rows[1]["kl"] > 0
 
 
+@pytest.mark.slow
 def test_interrupt_and_go_on(tmp_path):
     command = [sys.executable, "-m", "evopatch", "finetune"]
     options = [*SMALL, "--epochs", "40", "--rows", ":256", "--eval-rows", ":16", "--output", "run", "--log-every", "1"]
@@ -173,6 +174,7 @@ def test_interrupt_and_go_on(tmp_path):
     assert steps == list(range(1, 161))
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "evopatch"]
     options = ["--epochs", "2", "--batch-size", "16", "--rows", ":128", "--eval-rows", ":16", "--output", "run"]

@@ -122,6 +122,7 @@ def test_benchmark_of_training(name):
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_benchmark_compiled():
     model = evopatch.apply(build("vit", depth=3), config=EvoConfig(start=1, stages=1))
     torch._dynamo.reset()

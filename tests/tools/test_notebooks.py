@@ -41,6 +41,7 @@ def models(tmp_path_factory):
     return {"EVOPATCH_VIT": str(vit), "EVOPATCH_DINOV2": str(dinov2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebook(path, models, tmp_path, monkeypatch):
     for name, folder in models.items():

@@ -25,6 +25,7 @@ def run_timm(folder, name, weights, configs, **preprocessing):
     return run(folder, open_classifier(name, folder / weights / "model.safetensors", preprocessing=options), configs)
 
 
+@pytest.mark.slow
 def test_deit(real_data, tmp_path):
     configs = [EvoConfig(), EvoConfig.paper(), LOW]
     unpatched, default, paper, low = run_timm(real_data, "deit_tiny_patch16_224", "deit_tiny", configs)
@@ -47,6 +48,7 @@ def test_deit(real_data, tmp_path):
         assert ours.kl == pytest.approx(theirs.kl, abs=0.001)
 
 
+@pytest.mark.slow
 def test_vit(real_data):
     configs = [EvoConfig(), LOW]
     unpatched, default, low = run_timm(real_data, "vit_tiny_patch16_224", "vit_tiny", configs, mean=HALF, std=HALF)

@@ -67,6 +67,7 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_killed_at_random_steps(uninterrupted, tmp_path):
     folder, weights = tmp_path / "run", tmp_path / "weights.pt"
     random.seed()
@@ -90,6 +91,7 @@ def test_killed_at_random_steps(uninterrupted, tmp_path):
     assert not list((folder / checkpoints.FOLDER).glob("unfinished-*"))
 
 
+@pytest.mark.slow
 def test_other_seeds_end_elsewhere(uninterrupted, tmp_path):
     code, errors = finish(start(tmp_path / "run", tmp_path / "weights.pt", seed=1))
     assert code == 0, errors
@@ -97,6 +99,7 @@ def test_other_seeds_end_elsewhere(uninterrupted, tmp_path):
         assert_equal(tmp_path / "weights.pt", uninterrupted / "weights.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_between_checkpoints(number, uninterrupted, tmp_path):
     folder, weights = tmp_path / "run", tmp_path / "weights.pt"
@@ -125,6 +128,7 @@ def newest(folder):
     return folder / checkpoints.FOLDER / f"step-{checkpoints.steps(folder)[-1]:09d}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "manifest.json"])
 def test_a_truncated_checkpoint_gives_way_to_the_one_before(name, uninterrupted, tmp_path):
     folder, weights = tmp_path / "run", tmp_path / "weights.pt"
@@ -139,6 +143,7 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(name, uninterrupted,
     assert_equal(weights, uninterrupted / "weights.pt")
 
 
+@pytest.mark.slow
 def test_no_whole_checkpoint(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     subprocess.run(["cp", "-r", uninterrupted / "run", folder], check=True)
@@ -148,6 +153,7 @@ def test_no_whole_checkpoint(uninterrupted, tmp_path):
         checkpoints.latest(folder)
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(uninterrupted, tmp_path):
     code, errors = finish(start(uninterrupted / "run", tmp_path / "weights.pt", learning_rate=0.5))
     assert code != 0
@@ -155,6 +161,7 @@ def test_other_settings_are_refused(uninterrupted, tmp_path):
     assert "Error(s) in loading" not in errors
 
 
+@pytest.mark.slow
 def test_with_workers_from_the_middle_of_an_epoch(uninterrupted, tmp_path):
     folder, weights = tmp_path / "run", tmp_path / "weights.pt"
     subprocess.run(["cp", "-r", uninterrupted / "run", folder], check=True)
@@ -191,6 +198,7 @@ def test_pruning_keeps_what_a_run_goes_on_from(tmp_path):
     assert not list((tmp_path / checkpoints.FOLDER).glob("unfinished-*"))
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     config = {"epochs": 3, "learning_rate": 1e-4, "warmup_epochs": 0}
     one, two = tmp_path / "one.pt", tmp_path / "two.pt"
