@@ -1,8 +1,17 @@
+"""Fixtures that tests of several folders share."""
+
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+pytest.register_assert_rewrite("comparing", "terminal")
+
+from samples import REAL_DATA  # noqa: E402
+from terminal import Run  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
@@ -10,8 +19,25 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Real weights and images beside the checkout; they may not be redistributed, so a plain clone has none."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not (folder / "imagenet_val_1300.parquet").exists():
+    """The folder of real weights and images; tests that need it are skipped where there is none."""
+    if not (REAL_DATA / "imagenet_val_1300.parquet").exists():
         pytest.skip("real weights and images are not at hand")
-    return folder
+    return REAL_DATA
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """The command line in this process, as its entry point runs it, without network: `command("profile", ...)`."""
+    import huggingface_hub
+
+    from evopatch.cli import main
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def run(*arguments: object) -> Run:
+        monkeypatch.setattr(sys, "argv", ["evopatch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return Run(stop.value.code or 0, *capsys.readouterr())
+
+    return run

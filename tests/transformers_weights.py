@@ -1,4 +1,4 @@
-"""timm's ViT and DeiT weights under transformers' names, and a DeiT-Ti folder for its `from_pretrained`.
+"""timm's ViT, DeiT and Swin weights under transformers' names, and a DeiT-Ti folder for its `from_pretrained`.
 
 python tests/transformers_weights.py ../shared/data/deit_tiny/model.safetensors FOLDER
 """
@@ -57,6 +57,34 @@ def rename(weights: dict[str, torch.Tensor], keys: dict[str, str], prefix: str, 
             new = new.replace(f".{old}.", f".{replacement}.")
         renamed[prefix + new.strip(".")] = tensor
     return renamed
+
+
+def swin(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A timm state dict of a Swin under the names of a SwinForImageClassification."""
+    names = {"patch_embed.proj.": "embeddings.patch_embeddings.projection.", "patch_embed.norm.": "embeddings.norm."}
+    inner = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.o_proj"}
+    table = "relative_position_bias_table"
+    found = {}
+    for name, value in weights.items():
+        start = next((old for old in names if name.startswith(old)), None)
+        if start is not None:
+            found["swin." + name.replace(start, names[start])] = value
+        elif name.startswith("norm."):
+            found["swin.layernorm." + name[5:]] = value
+        elif name.startswith("head.fc."):
+            found["classifier." + name[8:]] = value
+        elif ".downsample." in name:
+            _, stage, rest = name.split(".", 2)
+            found[f"swin.encoder.layers.{int(stage) - 1}.{rest}"] = value
+        elif ".qkv." in name:
+            before, after = name.split("attn.qkv.")
+            for part, piece in zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True):
+                found[f"swin.encoder.{before}attention.{part}.{after}"] = piece
+        else:
+            for old, new in (*inner.items(), (f"attn.{table}", f"attention.relative_position_bias.{table}")):
+                name = name.replace(old, new)
+            found["swin.encoder." + name] = value
+    return found
 
 
 def deit_tiny(file: Path) -> ViTForImageClassification:

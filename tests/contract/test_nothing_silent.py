@@ -9,11 +9,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from comparing import moved
+from matrix import every
 from timm.layers import set_fused_attn
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from transformers import ViTConfig, ViTModel
-from variants import PYRAMIDS, SIZE, VARIANTS, build, call, images, images_for
+from variants import FLAT, PYRAMIDS, SIZE, build, call, images, images_for
 
 import evopatch
 from evopatch import BypassError, EvoConfig, UnsupportedInputError, UnsupportedModelError
@@ -22,11 +24,7 @@ from evopatch.patching.handle import Patched
 
 # One of each way in which a block comes to its attention.
 KINDS = ["vit", "eva", "relpos", "parallel_things", "levit", "levit_conv", "hf_vit", "hf_dinov3", "hf_levit"]
-EVERY_KIND = pytest.mark.parametrize("name", KINDS)
-
-
-def moved(a, b):
-    return (a - b).abs().max().item()
+EVERY_KIND = every(KINDS)
 
 
 def attentions(model):
@@ -470,7 +468,7 @@ def record(model, x):
     return seen, result
 
 
-@pytest.mark.parametrize("name", sorted(VARIANTS))
+@every(FLAT | PYRAMIDS)
 @torch.no_grad()
 def test_a_hook_on_every_module_sees_what_it_sees_unpatched(name):
     model, x = build(name), images_for(name)

@@ -1,0 +1,260 @@
+"""Every function of the algorithm against a slow reference with Python loops."""
+
+import math
+
+import pytest
+import torch
+from loop_reference import matched_reference, top
+
+from evopatch import UnsupportedInputError
+from evopatch.algorithm.bias import merge_bias
+from evopatch.algorithm.importance import accumulate, accumulate_compact, class_attention, coarsen
+from evopatch.algorithm.partition import distribute, merge, merge_positions, spread_attention
+from evopatch.algorithm.selection import num_slow, select_matched, select_top
+
+B, P, N, C, H, D = 3, 2, 11, 8, 4, 6
+
+
+@pytest.fixture
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, P + N, C, generator=generator)
+    g = torch.rand(B, N, generator=generator) + 0.01
+    metric = torch.randn(B, N, C, generator=generator)
+    return x, g, metric
+
+
+@pytest.mark.parametrize("importance", [0.7, 0.15, 0.0])
+@pytest.mark.parametrize("keep", [1, 4, 10])
+def test_select_matched(tensors, keep, importance):
+    _, g, metric = tensors
+    partition = select_matched(g, metric, keep, P, importance)
+    assert partition.rows == P + keep
+    assert partition.complete
+    assert int(partition.group.max()) < partition.rows
+    assert torch.equal(partition.weight[:, :P], torch.ones(B, P))
+    for b in range(B):
+        slow, leader = matched_reference(g[b], metric[b], keep, importance)
+        assert set(partition.slow[b].nonzero().flatten().tolist()) == slow
+        group = partition.group[b].tolist()
+        assert group[:P] == list(range(P))
+        sizes = [leader.count(i) for i in range(N)]
+        for i in range(N):
+            assert group[P + i] == group[P + leader[i]]
+            total = sum(g[b, j].item() ** 0.5 for j in range(N) if leader[j] == leader[i])
+            assert partition.weight[b, P + i].item() == pytest.approx(g[b, i].item() ** 0.5 / total)
+            assert partition.log_size[b, group[P + i]].item() == pytest.approx(math.log(sizes[leader[i]]))
+        assert len({group[P + i] for i in slow}) == keep
+        assert partition.log_size[b, :P].tolist() == [0.0] * P
+
+
+@pytest.mark.parametrize("representative", [True, False])
+@pytest.mark.parametrize("keep", [1, 4, 10])
+def test_select_top(tensors, keep, representative):
+    _, g, _ = tensors
+    partition = select_top(g, keep, P, representative)
+    assert partition.rows == P + keep + representative
+    assert partition.log_size is None
+    assert partition.complete == representative
+    assert (int(partition.group.max()) < partition.rows) == representative
+    assert torch.equal(partition.weight[:, :P], torch.ones(B, P))
+    for b in range(B):
+        slow = top(g[b].tolist(), keep)
+        assert set(partition.slow[b].nonzero().flatten().tolist()) == slow
+        group = partition.group[b].tolist()
+        assert sorted(group[P + i] for i in slow) == list(range(P, P + keep))
+        fast = [i for i in range(N) if i not in slow]
+        assert all(group[P + i] == P + keep for i in fast)
+        total = sum(g[b, i].item() for i in fast)
+        for i in fast:
+            expected = g[b, i].item() / total if representative else 0.0
+            assert partition.weight[b, P + i].item() == pytest.approx(expected, abs=1e-7)
+
+
+def partitions(g, metric, keep=4):
+    return {
+        "matched": select_matched(g, metric, keep, P, 0.7),
+        "single": select_top(g, keep, P, True),
+        "none": select_top(g, keep, P, False),
+    }
+
+
+@pytest.mark.parametrize("kind", ["matched", "single", "none"])
+def test_merge_and_distribute(tensors, kind):
+    x, g, metric = tensors
+    partition = partitions(g, metric)[kind]
+    compact = merge(x, partition)
+    change = torch.randn(compact.shape, generator=torch.Generator().manual_seed(1))
+    result = distribute(x, change, partition)
+    for b in range(B):
+        rows = torch.zeros(partition.rows + 1, C)
+        for t in range(P + N):
+            rows[partition.group[b, t]] += partition.weight[b, t] * x[b, t]
+        torch.testing.assert_close(compact[b], rows[:-1])
+        for t in range(P + N):
+            row = int(partition.group[b, t])
+            expected = x[b, t] + (change[b, row] if row < partition.rows else 0.0)
+            torch.testing.assert_close(result[b, t], expected)
+
+
+@pytest.mark.parametrize("kind", ["matched", "single", "none"])
+def test_merged_tokens_move_with_their_group(tensors, kind):
+    """What makes full-grid steps equal to compact ones: merging after distributing gives the changed rows."""
+    x, g, metric = tensors
+    partition = partitions(g, metric)[kind]
+    compact = merge(x, partition)
+    change = torch.randn(compact.shape, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(merge(distribute(x, change, partition), partition), compact + change)
+
+
+def test_accumulate(tensors):
+    _, g, _ = tensors
+    attention = torch.rand(B, N)
+    assert accumulate(None, attention, 0.3) is attention
+    result = accumulate(g, attention, 0.3)
+    for b in range(B):
+        for i in range(N):
+            assert result[b, i].item() == pytest.approx(0.7 * g[b, i].item() + 0.3 * attention[b, i].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["matched", "single", "none"])
+def test_accumulate_compact(tensors, kind):
+    _, g, metric = tensors
+    partition = partitions(g, metric)[kind]
+    attention = torch.rand(B, partition.rows)
+    result = accumulate_compact(g, attention, 0.3, partition)
+    for b in range(B):
+        group = partition.group[b, P:].tolist()
+        for i in range(N):
+            if kind != "matched" and not partition.slow[b, i]:
+                assert result[b, i] == g[b, i]
+                continue
+            size = group.count(group[i]) if kind == "matched" else 1
+            expected = 0.7 * g[b, i].item() + 0.3 * attention[b, group[i]].item() / size
+            assert result[b, i].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_class_attention(pooled, biased):
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(B, H, 2, D, generator=generator)
+    key = torch.randn(B, H, N, D, generator=generator)
+    bias = torch.randn(B, H, 2, N, generator=generator) if biased else None
+    share = torch.tensor([[0.25, 0.75]]).expand(B, 2) if pooled else None
+    result = class_attention(query, key, 0.4, bias, share)
+    assert result.dtype == torch.float32
+    for b in range(B):
+        expected = torch.zeros(N)
+        for h in range(H):
+            logits = [[0.4 * float(query[b, h, r] @ key[b, h, j]) for j in range(N)] for r in range(2)]
+            if bias is not None:
+                logits = [[logits[r][j] + float(bias[b, h, r, j]) for j in range(N)] for r in range(2)]
+            if pooled:
+                logits = [[0.25 * logits[0][j] + 0.75 * logits[1][j] for j in range(N)]]
+            expected += sum(torch.tensor(row).softmax(0) for row in logits) / len(logits) / H
+        torch.testing.assert_close(result[b], expected, atol=1e-6, rtol=1e-5)
+    assert torch.allclose(result.sum(1), torch.ones(B))
+
+
+@pytest.mark.parametrize("kind", ["matched", "single", "none"])
+def test_merge_positions(tensors, kind):
+    _, g, metric = tensors
+    partition = partitions(g, metric)[kind]
+    table = torch.randn(H, N, D, generator=torch.Generator().manual_seed(3))
+    per_head = merge_positions(table, partition, P)
+    shared = merge_positions(table[0], partition, P)
+    batched = merge_positions(table.expand(B, H, N, D), partition, P)
+    assert per_head.shape == (B, H, partition.rows - P, D)
+    assert shared.shape == (B, 1, partition.rows - P, D)
+    torch.testing.assert_close(batched, per_head)
+    torch.testing.assert_close(shared[:, 0], per_head[:, 0])
+    for b in range(B):
+        for h in range(H):
+            rows = torch.zeros(partition.rows + 1, D)
+            for i in range(N):
+                rows[partition.group[b, P + i]] += partition.weight[b, P + i] * table[h, i]
+            torch.testing.assert_close(per_head[b, h], rows[P:-1])
+
+
+@pytest.mark.parametrize("kind", ["matched", "single", "none"])
+def test_merge_bias(tensors, kind):
+    _, g, metric = tensors
+    partition = partitions(g, metric)[kind]
+    bias = torch.randn(1, H, P + N, P + N, generator=torch.Generator().manual_seed(4))
+    result = merge_bias(bias, partition)
+    assert result.shape == (B, H, partition.rows, partition.rows)
+    torch.testing.assert_close(merge_bias(bias.expand(B, -1, -1, -1), partition), result)
+    slow = torch.nn.functional.pad(partition.slow, (P, 0), value=True)
+    for b in range(B):
+        # A slow token's row has its bias whatever it stands for besides; only one representative's row is a mean.
+        share = torch.where(slow[b], 1.0, partition.weight[b] if kind == "single" else 0.0)
+        expected = torch.zeros(H, partition.rows + 1, partition.rows + 1)
+        for s in range(P + N):
+            for t in range(P + N):
+                weight = share[s] * share[t]
+                expected[:, partition.group[b, s], partition.group[b, t]] += weight * bias[0, :, s, t]
+        torch.testing.assert_close(result[b], expected[:, :-1, :-1])
+
+
+@pytest.mark.parametrize(("kernel", "reach"), [(2, (0, 1)), (3, (-1, 0, 1))])
+@pytest.mark.parametrize("grid", [(14, 14), (7, 7), (5, 4), (4, 5), (2, 2), (1, 3)])
+def test_coarsen(grid, kernel, reach):
+    rows, columns = grid
+    g = torch.rand(B, rows * columns, generator=torch.Generator().manual_seed(5))
+    result = coarsen(g, grid, kernel)
+    expected = []
+    for i in range(0, rows, 2):
+        for j in range(0, columns, 2):
+            near = [
+                (i + a) * columns + j + b for a in reach for b in reach if 0 <= i + a < rows and 0 <= j + b < columns
+            ]
+            expected.append(sum(g[:, n] for n in near) / len(near))
+    torch.testing.assert_close(result, torch.stack(expected, dim=1))
+
+
+@pytest.mark.parametrize(
+    ("patches", "ratio", "expected"), [(196, 0.5, 98), (196, 0.37, 73), (4, 0.01, 1), (4, 0.99, 3), (2, 0.5, 1)]
+)
+def test_num_slow(patches, ratio, expected):
+    assert num_slow(patches, ratio) == expected
+
+
+@pytest.mark.parametrize("patches", [0, 1])
+def test_num_slow_needs_two_patches(patches):
+    with pytest.raises(UnsupportedInputError, match=f"{patches} patch token.*at least 2"):
+        num_slow(patches, 0.5)
+
+
+def test_equal_importance_is_no_error():
+    """A blank image: every token alike, every score alike."""
+    partition = select_matched(torch.ones(1, N), torch.ones(1, N, C), 4, P, 0.7)
+    assert partition.slow.sum() == 4
+    assert torch.isfinite(partition.weight).all()
+    assert torch.isfinite(select_top(torch.zeros(1, N), 4, P, True).weight).all()
+
+
+@pytest.mark.parametrize("representative", ["matched", "single", "none"])
+def test_spread_attention(tensors, representative):
+    _, g, metric = tensors
+    partition = {
+        "matched": lambda: select_matched(g, metric, 4, P, 0.7),
+        "single": lambda: select_top(g, 4, P, True),
+        "none": lambda: select_top(g, 4, P, False),
+    }[representative]()
+    rows = partition.rows
+    weights = torch.randn(B, H, rows, rows, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    spread = spread_attention(weights, partition)
+    assert spread.shape == (B, H, P + N, P + N)
+    for b in range(B):
+        group = partition.group[b].tolist()
+        for h in range(H):
+            for i in range(P + N):
+                for j in range(P + N):
+                    expected = 0.0
+                    if rows not in (group[i], group[j]):
+                        expected = weights[b, h, group[i], group[j]] * partition.weight[b, j]
+                    assert spread[b, h, i, j].item() == pytest.approx(float(expected), abs=1e-6)
+    stands = partition.group < rows
+    torch.testing.assert_close(spread.sum(-1), stands.float()[:, None].expand(-1, H, -1))
+    assert stands.all() == (representative != "none")

@@ -1,0 +1,111 @@
+"""Whole patched models against a slow forward written with Python loops over images, tokens and heads."""
+
+import math
+
+import pytest
+import torch
+from comparing import moved
+from loop_reference import matched_reference, top
+from matrix import EACH_REPRESENTATIVE, EACH_SELECTION
+from variants import between, build, images
+
+import evopatch
+from evopatch import EvoConfig
+from evopatch.algorithm.selection import num_slow
+from evopatch.plan import plan_blocks
+
+
+def attention(attn, x, log_size):
+    """One image through an attention module. x (T, C) to the output (T, C) and the weights (H, T, T)."""
+    tokens, heads, width = len(x), attn.num_heads, attn.head_dim
+    qkv = attn.qkv(x).reshape(tokens, 3, heads, width)
+    out, weights = [], []
+    for h in range(heads):
+        q, k, v = (qkv[:, i, h] for i in range(3))
+        row = (q @ k.T / math.sqrt(width) + log_size).softmax(-1)
+        weights.append(row)
+        out.append(row @ v)
+    return attn.proj(torch.cat(out, dim=1)), torch.stack(weights), qkv
+
+
+def block_forward(block, x, log_size):
+    out, weights, qkv = attention(block.attn, block.norm1(x), log_size)
+    x = x + out
+    return x + block.mlp(block.norm2(x)), weights, qkv
+
+
+def readout(model, block, weights, qkv, sizes, log_size):
+    """Class attention over the tokens of one image: the readout tokens', or the mean query's."""
+    prefix = model.num_prefix_tokens
+    if model.global_pool == "token":
+        count = 2 if hasattr(model, "head_dist") else 1
+        return weights[:, :count].mean(dim=(0, 1))
+    rows = []
+    for h in range(block.attn.num_heads):
+        query = sum(s * q for s, q in zip(sizes, qkv[prefix:, 0, h], strict=True)) / sum(sizes)
+        rows.append((qkv[:, 1, h] @ query / math.sqrt(block.attn.head_dim) + log_size).softmax(-1))
+    return torch.stack(rows).mean(0)
+
+
+def reference(model, image, config):
+    """Tokens (T, C) after every block, for one image."""
+    prefix = model.num_prefix_tokens
+    x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
+    g, groups, outputs = None, None, []
+    for block, plan in zip(model.blocks, plan_blocks(config, len(model.blocks)), strict=True):
+        patches = x.shape[0] - prefix
+        if plan.keep_ratio == 1.0:
+            zeros = torch.zeros(len(x))
+            x, weights, qkv = block_forward(block, x, zeros)
+            a = readout(model, block, weights, qkv, [1] * patches, zeros)[prefix:]
+            g = a if g is None else (1 - config.tradeoff) * g + config.tradeoff * a
+            outputs.append(x)
+            continue
+        if plan.selects:
+            keep = num_slow(patches, plan.keep_ratio)
+            if config.representative == "matched":
+                slow, leader = matched_reference(g, block.norm1(x)[prefix:], keep)
+                groups = [[i for i in range(patches) if leader[i] == s] for s in sorted(slow)]
+                shares = [[g[i].sqrt() / sum(g[j].sqrt() for j in members) for i in members] for members in groups]
+            else:
+                slow = top(g.tolist(), keep)
+                groups, shares = [[i] for i in sorted(slow)], [[1.0]] * keep
+                if config.representative == "single":
+                    fast = [i for i in range(patches) if i not in slow]
+                    total = sum(g[i] for i in fast)
+                    groups, shares = [*groups, fast], [*shares, [g[i] / total for i in fast]]
+        sizes = [len(m) if config.representative == "matched" else 1 for m in groups]
+        log_size = torch.tensor([0.0] * prefix + [math.log(s) for s in sizes])
+        rows = [sum(w * x[prefix + i] for i, w in zip(m, s, strict=True)) for m, s in zip(groups, shares, strict=True)]
+        entry = torch.cat([x[:prefix], torch.stack(rows)])
+        out, weights, qkv = block_forward(block, entry, log_size)
+        a = readout(model, block, weights, qkv, sizes, log_size)
+        x = torch.cat([out[:prefix], x[prefix:]])
+        g = g.clone()
+        for row, members in enumerate(groups, start=prefix):
+            for i in members:
+                x[prefix + i] = x[prefix + i] + out[row] - entry[row]
+                if config.representative == "matched" or i in slow:
+                    g[i] = (1 - config.tradeoff) * g[i] + config.tradeoff * a[row] / sizes[row - prefix]
+        outputs.append(x)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("name", ["vit", "deit_distilled", "clip", "gap", "reg_gap"])
+@EACH_SELECTION
+@EACH_REPRESENTATIVE
+@torch.no_grad()
+def test_every_block_of_the_patched_model_equals_the_reference(name, selection, representative):
+    model, x = build(name), images(3)
+    config = EvoConfig(
+        keep_ratio=[0.6, 0.3], stages=[2, 4], selection=selection, representative=representative, tradeoff=0.4
+    )
+    expected = torch.stack([reference(model, image, config) for image in x], dim=1)
+    evopatch.apply(model, config=config)
+    result = torch.stack(between(name, model, x))
+    torch.testing.assert_close(result, expected, atol=5e-5, rtol=5e-5)
+    torch.testing.assert_close(model.forward_features(x), model.norm(expected[-1]), atol=5e-5, rtol=5e-5)
+    evopatch.set_config(
+        model, EvoConfig(keep_ratio=[0.56, 0.3], stages=[2, 4], representative=representative, tradeoff=0.4)
+    )
+    assert moved(model.forward_features(x), model.norm(expected[-1])) > 1e-3

@@ -1,0 +1,190 @@
+"""`evopatch finetune`, as a user runs it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from samples import encoded
+from terminal import unboxed
+
+from evopatch import EvoConfig, config_of, load_pretrained
+from evopatch.cli.options import read_toml
+
+SMALL = ("--model", "vit_tiny_patch16_224", "--no-pretrained", "--image-size", "32")
+
+
+@pytest.fixture
+def run_in(command, tmp_path, monkeypatch):
+    """The command, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, code=0):
+        result = command("finetune", *arguments)
+        assert result.returncode == code, result.stderr
+        assert "Traceback" not in result.stderr
+        return result
+
+    return run
+
+
+def test_digits_is_what_works_without_network(run_in, tmp_path):
+    run = run_in(*SMALL, "--epochs", "1", "--rows", ":256", "--eval-rows", ":64", "--keep-ratio", "0.6,0.3")
+    folder = tmp_path / "evopatch-finetune-vit_tiny_patch16_224"
+    for word in ("unpatched", "patched, before", "patched, trained", "images/s", "top-1", "one training step is"):
+        assert word in unboxed(run.stdout)
+    assert "digits has 10 classes: vit_tiny_patch16_224 gets a new head in place of the one for 1000" in unboxed(
+        run.stderr
+    )
+    model = load_pretrained(folder / "model")
+    assert config_of(model) == EvoConfig(keep_ratio=(0.6, 0.3))
+    assert model.num_classes == 10
+    assert json.loads((folder / "result.json").read_text())["steps"] == 4
+    again = run_in(*SMALL, "--epochs", "1", code=1)
+    assert "holds the checkpoints of a run" in again.stderr
+
+
+def test_settings_from_a_file_and_back(run_in, tmp_path):
+    settings = {
+        "model": "vit_tiny_patch16_224", "pretrained": False, "image_size": 32, "epochs": 1, "rows": ":64",
+        "eval_rows": ":32", "keep_ratio": [0.6, 0.3], "batch_size": 32, "learning_rate": 1e-3, "output": "first",
+    }  # fmt: skip
+    (tmp_path / "settings.toml").write_text("\n".join(f"{k} = {json.dumps(v)}" for k, v in settings.items()))
+    run_in("--config", "settings.toml", "--seed", "5", "--batch-size", "16")
+    saved = read_toml(tmp_path / "first" / "config.toml")
+    assert saved["batch_size"] == 16, "the command line wins"
+    assert saved["seed"] == 5
+    assert saved["learning_rate"] == 1e-3
+    run_in("--config", "first/config.toml", "--output", "second")
+    first, second = (load_pretrained(tmp_path / name / "model").state_dict() for name in ("first", "second"))
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(8):
+        (folder / "photos" / f"{i}.jpg").parent.mkdir(exist_ok=True)
+        (folder / "photos" / f"{i}.jpg").write_bytes(encoded(i))
+    torch.manual_seed(0)
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=3).state_dict(), folder / "weights.pth")
+    return folder
+
+
+def test_without_labels_the_model_teaches_itself(run_in, photos, tmp_path):
+    common = ("--model", "vit_tiny_patch16_224", "--checkpoint", photos / "weights.pth", "--num-classes", "3")
+    common += ("--data", photos / "photos", "--epochs", "1", "--batch-size", "4")
+    run = run_in(*common, "--eval-data", photos / "photos", "--output", "run", "--paper")
+    rows = [line for line in run.stdout.splitlines() if line.startswith("│") and "patched" in line]
+    assert len(rows) == 3
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[1])
+    assert line["distillation_loss"] > 0
+    run = run_in(*common, "--output", "other")
+    assert "nothing was evaluated: give --eval-data" in unboxed(run.stdout)
+
+
+def test_a_teacher_sees_pixels_as_it_was_trained_to():
+    from evopatch.sources.models import Renormalised, open_classifier
+
+    torch.manual_seed(0)
+    teacher = open_classifier("vit_tiny_patch16_224", pretrained=False)
+    pixels = torch.rand(2, 3, 224, 224)
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    with torch.no_grad():
+        expected = teacher.model((pixels - 0.5) / 0.5)  # this model's own normalisation
+        student_sees = (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+        torch.testing.assert_close(Renormalised(teacher, mean, std)(student_sees), expected, rtol=1e-4, atol=1e-4)
+        assert (teacher.model(student_sees) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--model", "vit_tny_patch16_224"), 1, "did you mean vit_tiny_patch16_224"),
+        (("--model", "vit_tiny_patch16_224"), 1, "--checkpoint"),
+        (("--model", "vit_tiny_patch16_224"), 1, "--data digits"),
+        ((*SMALL, "--no-labels"), 2, "a model with random weights can't teach itself"),
+        ((*SMALL, "--objective", "distillation"), 2, "a model with random weights can't teach itself"),
+        ((*SMALL, "--trainable", "norms"), 2, "would leave random weights as they are"),
+        ((*SMALL, "--epochs", "0"), 2, "epochs=0: expected a whole number"),
+        ((*SMALL, "--epochs", "many"), 2, "unable to parse string as an integer"),
+        ((*SMALL, "--objective", "best"), 2, "objective='best': expected one of 'auto', 'labels', 'distillation'"),
+        ((*SMALL, "--keep-ratio", "2"), 2, "keep_ratio=2.0"),
+        ((*SMALL, "--scale", "1"), 2, "--scale 1: expected two shares"),
+        ((*SMALL, "--auto-augment", "nonsense-x"), 2, "timm can't make a transform of it"),
+        ((*SMALL, "--data", "nowhere"), 1, "nowhere: no such file or folder"),
+        ((*SMALL, "--teacher-checkpoint", "x.pth"), 2, "--teacher-checkpoint without --teacher"),
+        ((*SMALL, "--config", "missing.toml"), 2, "missing.toml can't be read as TOML"),
+        ((*SMALL, "--config", "unknown.toml"), 2, "has the unknown settings lr; known are"),
+        ((*SMALL, "--config", "wrong.toml"), 2, "unable to parse string as an integer"),
+        (("--epochs", "1"), 2, "Missing option '--model'"),
+    ],
+)
+def test_bad_usage_is_one_message(arguments, code, message, run_in, tmp_path):
+    (tmp_path / "unknown.toml").write_text("lr = 1")
+    (tmp_path / "wrong.toml").write_text('epochs = "three"')
+    assert message in unboxed(run_in(*arguments, code=code).stderr)
+    assert not list(tmp_path.glob("evopatch-finetune*/checkpoints"))
+
+
+def test_a_file_of_settings_for_evaluate(command, photos, tmp_path):
+    (tmp_path / "settings.toml").write_text(
+        f'model = "vit_tiny_patch16_224"\ncheckpoint = "{photos / "weights.pth"}"\nnum_classes = 3\n'
+        f'data = "{photos / "photos"}"\nkeep_ratio = [0.7, "0.6,0.3"]\njson_out = "{tmp_path / "out.json"}"'
+    )
+    run = command("evaluate", "--config", tmp_path / "settings.toml")
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["config"]["keep_ratio"] for row in rows[1:]] == [0.7, [0.6, 0.3]]
+    assert rows[1]["top1"] is None
+    assert rows[1]["kl"] > 0
+
+
+@pytest.mark.slow
+def test_interrupt_and_go_on(tmp_path):
+    command = [sys.executable, "-m", "evopatch", "finetune"]
+    options = [*SMALL, "--epochs", "40", "--rows", ":256", "--eval-rows", ":16", "--output", "run", "--log-every", "1"]
+    process = subprocess.Popen([*command, *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 240
+    while not log.exists() or '"loss"' not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert "To go on: evopatch finetune --config run/config.toml --resume" in unboxed(errors)
+    resumed = subprocess.run(
+        [*command, "--config", "run/config.toml", "--resume", "--epochs", "39"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert resumed.returncode == 2
+    assert "epochs was 40 and is 39 now" in unboxed(resumed.stderr)
+    resumed = subprocess.run(
+        [*command, "--config", "run/config.toml", "--resume"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "160 steps" in unboxed(resumed.stdout)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if "loss" in json.loads(line)]
+    assert steps == list(range(1, 161))
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "evopatch"]
+    options = ["--epochs", "2", "--batch-size", "16", "--rows", ":128", "--eval-rows", ":16", "--output", "run"]
+    run = subprocess.run(
+        [*launch, "finetune", *SMALL, *options], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert events[0]["settings"]["processes"] == 2
+    assert [line["step"] for line in events if line.get("event") == "end"] == [8]  # 128 images in batches of 2 x 16
+    assert unboxed(run.stdout).count("patched, trained") == 1
+    assert "destroy_process_group" not in run.stderr
+    load_pretrained(tmp_path / "run" / "model")

@@ -1,0 +1,85 @@
+"""Every name of timm's ViT, DeiT, LeViT and Swin families."""
+
+import timm
+import torch
+from comparing import moved
+from matrix import REPRESENTATIVES, config, every
+from variants import calibrate
+
+import evopatch
+
+NAMES = {*timm.list_models("vit_*"), *timm.list_models("deit*"), *timm.list_models("levit*")}
+SWIN_NAMES = {*timm.list_models("swin_*"), *timm.list_models("swinv2*")}
+FAST = ("vit_tiny_patch16_224", "vit_small_patch14_dinov2", "deit_tiny_distilled_patch16_224", "levit_128s")
+SWIN_FAST = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224")
+SHRUNK = {"embed_dim": 16, "num_heads": (2, 2, 4, 4), "depths": (2, 2, 2, 2)}
+SMALL = 30_000_000
+
+
+def test_the_families_are_as_large_as_expected():
+    assert len(timm.list_models("vit_*")) >= 214
+    assert len(timm.list_models("deit*")) >= 16
+    assert len(timm.list_models("levit*")) >= 20
+    assert len(timm.list_models("swin_*")) >= 9
+    assert len(timm.list_models("swinv2*")) >= 28
+    assert NAMES.issuperset(FAST)
+    assert SWIN_NAMES.issuperset(SWIN_FAST)
+
+
+def create(name, device, **settings):
+    model = timm.create_model(name, device=device, **settings).eval()
+    return model, torch.empty(1, *model.pretrained_cfg["input_size"], device=device)
+
+
+@every(NAMES, fast=FAST)
+@torch.no_grad()
+def test_name(name):
+    model, x = create(name, "meta")
+    shape = model(x).shape
+    evopatch.apply(model, keep_ratio=0.5)
+    assert evopatch.is_patched(model)
+    assert model(x).shape == shape
+    selection = evopatch.token_selection(model, x)
+    blocks = model.blocks if hasattr(model, "blocks") else [block for stage in model.stages for block in stage.blocks]
+    assert selection.shape[1] == len(blocks)
+    if sum(p.numel() for p in model.parameters()) > SMALL:
+        return
+    torch.manual_seed(0)
+    model, x = create(name, "cpu")
+    # Fresh LayerScale weights are so small that no block would matter.
+    for parameter_name, parameter in model.named_parameters():
+        if "gamma" in parameter_name or ".norm" in parameter_name:
+            parameter.fill_(0.5)
+    x.normal_()
+    if name.startswith("levit"):  # whose norms begin at 0
+        calibrate(model, torch.randn(4, *x.shape[1:]))
+    original = model.forward_features(x)
+    evopatch.apply(model, keep_ratio=1.0)
+    assert torch.equal(model.forward_features(x), original)
+    evopatch.set_keep_ratio(model, 0.5)
+    changed = model.forward_features(x)
+    assert torch.isfinite(changed).all()
+    assert moved(changed, original) > 1e-5 * original.abs().max()
+
+
+@every(SWIN_NAMES, fast=SWIN_FAST)
+@torch.no_grad()
+def test_name_of_swin(name):
+    model, x = create(name, "meta")
+    shape = model(x).shape
+    evopatch.apply(model, keep_ratio=0.5)
+    assert model(x).shape == shape  # on the meta device nothing can wait for a value
+    torch.manual_seed(0)
+    model, x = create(name, "cpu", **SHRUNK)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    x.normal_()
+    original = model.forward_features(x)
+    for representative in REPRESENTATIVES:
+        evopatch.apply(model, config=config(representative))
+        changed = model.forward_features(x)
+        assert torch.isfinite(changed).all()
+        assert moved(changed, original) > 1e-5 * original.abs().max()
+        evopatch.remove(model)
+    evopatch.apply(model, keep_ratio=1.0)
+    assert torch.equal(model.forward_features(x), original)

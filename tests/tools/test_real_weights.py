@@ -1,0 +1,61 @@
+"""The figures of benchmarks/accuracy.md on real weights and images, without training."""
+
+import pytest
+import transformers_weights
+from torch.utils.data import DataLoader
+
+import evopatch
+from evopatch import EvoConfig
+from evopatch.measure.accuracy import evaluate
+from evopatch.sources.images import open_images
+from evopatch.sources.models import Preprocessing, open_classifier
+
+HALF = (0.5, 0.5, 0.5)
+# For few FLOPs it pays to start earlier.
+LOW = EvoConfig(keep_ratio=(0.58, 0.4, 0.22), stages=(3, 5, 8))
+
+
+def run(folder, classifier, configs):
+    images = open_images(folder / "imagenet_val_1300.parquet", classifier.transform)
+    return evaluate(evopatch.apply(classifier.model), DataLoader(images, batch_size=50), configs, classifier.input_size)
+
+
+def run_timm(folder, name, weights, configs, **preprocessing):
+    options = Preprocessing(crop_pct=1.0, **preprocessing)
+    return run(folder, open_classifier(name, folder / weights / "model.safetensors", preprocessing=options), configs)
+
+
+@pytest.mark.slow
+def test_deit(real_data, tmp_path):
+    configs = [EvoConfig(), EvoConfig.paper(), LOW]
+    unpatched, default, paper, low = run_timm(real_data, "deit_tiny_patch16_224", "deit_tiny", configs)
+    assert unpatched.top1 == pytest.approx(80.15, abs=0.1)
+    assert unpatched.top5 == pytest.approx(94.62, abs=0.1)
+    assert unpatched.kl == 0.0
+    assert default.flops <= 0.65
+    assert default.top1 >= 79.7
+    assert default.kl <= 0.025
+    assert paper.top1 == pytest.approx(76.3, abs=0.6)
+    assert paper.blocks_flops <= 0.65
+    assert low.flops <= 0.53
+    assert low.kl <= 0.085
+    # The same figures through transformers.
+    transformers_weights.main(real_data / "deit_tiny" / "model.safetensors", tmp_path)
+    results = run(real_data, open_classifier(str(tmp_path)), configs[:2])
+    for ours, theirs in zip(results, (unpatched, default, paper), strict=True):
+        assert ours.top1 == pytest.approx(theirs.top1, abs=0.1)
+        assert ours.flops == pytest.approx(theirs.flops, abs=0.001)
+        assert ours.kl == pytest.approx(theirs.kl, abs=0.001)
+
+
+@pytest.mark.slow
+def test_vit(real_data):
+    configs = [EvoConfig(), LOW]
+    unpatched, default, low = run_timm(real_data, "vit_tiny_patch16_224", "vit_tiny", configs, mean=HALF, std=HALF)
+    assert unpatched.top1 == pytest.approx(82.46, abs=0.1)
+    assert unpatched.kl == 0.0
+    assert default.flops <= 0.65
+    assert default.top1 >= 80.8
+    assert default.kl <= 0.046
+    assert low.flops <= 0.53
+    assert low.kl <= 0.13

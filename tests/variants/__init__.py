@@ -1,0 +1,98 @@
+"""The one list of model structures: small random models of both libraries, and what tests do with any of them."""
+
+import torch
+from torch import nn
+
+from . import timm_models, transformers_models, windowed
+
+FLAT = frozenset({*timm_models.FLAT, *transformers_models.FLAT})
+"""Names of models with one grid of tokens: ViT, DeiT, DINO, EVA and their like; 6 blocks."""
+PYRAMIDS = frozenset({*timm_models.PYRAMIDS, *transformers_models.PYRAMIDS})
+"""Names of LeViT models: three stages of 2, 3 and 2 blocks on grids of 5x5, 3x3 and 2x2."""
+WINDOWED = frozenset({*windowed.TIMM, *windowed.TRANSFORMERS})
+"""Names of Swin models: three stages of 2 blocks on grids of 16x16, 8x8 and 4x4 with windows of 4x4."""
+TIMM = frozenset({*timm_models.FLAT, *timm_models.PYRAMIDS, *windowed.TIMM})
+TRANSFORMERS = frozenset({*transformers_models.FLAT, *transformers_models.PYRAMIDS, *windowed.TRANSFORMERS})
+EVERY = FLAT | PYRAMIDS | WINDOWED
+
+_BUILDERS = {
+    **timm_models.FLAT,
+    **timm_models.PYRAMIDS,
+    **transformers_models.FLAT,
+    **transformers_models.PYRAMIDS,
+    **windowed.TIMM,
+    **windowed.TRANSFORMERS,
+}
+SIZE = timm_models.SIZE
+"""Pixels of a flat model's images; with patches of 8 a grid of 5 by 5."""
+
+
+def build(name: str, **settings: object) -> nn.Module:
+    """A model in eval mode, the same weights at every call; attention sharp enough to rank tokens by.
+
+    Args:
+        name: One of `EVERY`.
+        settings: For its constructor or configuration, beside its own.
+    """
+    torch.manual_seed(0)
+    model = _BUILDERS[name](**settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.08)
+        if name in PYRAMIDS:
+            calibrate(model, images_for(name, batch=64, size=settings.get("img_size"), seed=3))
+    return model
+
+
+def calibrate(model: nn.Module, x: torch.Tensor) -> None:
+    """Batch norms as after training: the statistics of what they get, and branches as large as the residual."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+        nn.init.uniform_(norm.weight, 0.7, 1.3)
+    model.train()(x)
+    model.eval()
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.running_var.clamp_min_(0.1)  # or rounding would be magnified
+
+
+def images(batch: int = 2, size: int | tuple[int, int] = SIZE, seed: int = 1) -> torch.Tensor:
+    """Random images `(B, 3, size, size)`, or of `(height, width)`."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def images_for(name: str, batch: int = 2, size: int | tuple[int, int] | None = None, seed: int = 1) -> torch.Tensor:
+    """Random images of a model's own size, unless another one is given."""
+    own = windowed.SIZE if name in WINDOWED else 2 * SIZE if name in transformers_models.PYRAMIDS else SIZE
+    return images(batch, own if size is None else size, seed)
+
+
+def call(model: nn.Module, x: torch.Tensor, **options: object) -> torch.Tensor:
+    """What a model is used for: logits, embeddings, a reconstruction, the last hidden state or the last maps."""
+    out = model(x, **options)
+    if isinstance(out, torch.Tensor):
+        return out
+    for key in ("logits", "image_embeds", "reconstruction", "last_hidden_state"):
+        if out.get(key) is not None:
+            return out[key]
+    return torch.cat([m for m in out.feature_maps if m.shape == out.feature_maps[-1].shape], dim=1)
+
+
+def between(name: str, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Features as the library gives them to callers who ask.
+
+    Returns:
+        Of flat models the tokens `(B, T, C)` after every block; of the others feature maps or tokens after every stage.
+    """
+    if name in TRANSFORMERS:
+        out = model(x, output_hidden_states=True)
+        if name in WINDOWED:
+            return list(out.feature_maps if "feature_maps" in out else out.reshaped_hidden_states[1:])
+        return list(out.hidden_states[1:])
+    if name not in FLAT:
+        return model.forward_intermediates(x, intermediates_only=True)
+    prefix = model.num_prefix_tokens > 0
+    out = model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=prefix)
+    return [torch.cat([o[1], o[0]], dim=1) for o in out] if prefix else out
