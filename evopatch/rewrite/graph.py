@@ -27,7 +27,7 @@ _MATMULS = {torch.matmul, operator.matmul, torch.bmm, torch.einsum}
 _SCALINGS = {operator.mul, operator.truediv, torch.mul, torch.div}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Code:
     """The generated functions of one module, by its training flag."""
 
