@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithm.importance import accumulate, coarsen
-from ..algorithm.partition import distribute, merge
+from ..algorithm.partition import distribute
 from ..algorithm.selection import num_slow
 from ..algorithm.window_bias import compact_bias, compact_mask
-from ..algorithm.window_selection import WindowPartition, match_tokens, select_windows, window_novelty
+from ..algorithm.window_selection import WindowPartition, match_tokens, merge_windows, select_windows, window_novelty
 from ..algorithm.windows import Windows, window_means
 from ..rewrite.classes import Swapped, host_class
 from .tokens import ORIGINAL, HostState, Step, TokenPass, View
@@ -168,7 +168,7 @@ class WindowedPass(TokenPass):
         if selected is None:
             return own(block, x, *inputs, **options)
         partition = selected.partition
-        entry = merge(tokens, partition)
+        entry = merge_windows(tokens, selected, cut.windows)
         changed = {**blocks.single, blocks.attention: _Attention(block, cut, selected)}
         if blocks.last_norm is not None:
             changed[blocks.last_norm] = _unchanged
