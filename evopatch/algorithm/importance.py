@@ -50,7 +50,7 @@ def class_attention(
 def detached(x: Tensor) -> Tensor:
     """Without a gradient."""
     # A trace is checked by another one, made without gradients: both have to record the same.
-    return x.detach() if x.requires_grad or torch.jit.is_tracing() else x
+    return x.detach() if x.requires_grad or exporting() else x
 
 
 def accumulate(g: Tensor | None, attention: Tensor, tradeoff: float) -> Tensor:

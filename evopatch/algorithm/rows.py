@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ def exporting() -> bool:
     """Whether the operators are recorded for another runtime: `torch.export`, `torch.jit.trace`, both ONNX exporters.
 
     Sums into repeated rows are wrong or unknown in several of those (TorchScript's ONNX exporter, OpenVINO, Core ML,
-    TensorRT); a product with a matrix of ones and zeros is known to all. Eager mode on a CPU keeps the sums, which take a
-    fraction of the product's time (`benchmarks/operators.py` has both).
+    TensorRT); a product with a matrix of ones and zeros is known to all. Eager mode keeps the sums, which take a fraction
+    of the product's time.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def members(group: Tensor, rows: int) -> Tensor:
@@ -60,10 +59,7 @@ def rounded_share(number: int, ratio: float) -> int:
     In whole numbers throughout, so that an exported program computes it anew for every image size, and says what eager
     mode says.
     """
-    numerator = round(ratio * _SCALE)
-    common = math.gcd(numerator, _SCALE)
-    numerator, denominator = numerator // common, _SCALE // common
-    return (2 * number * numerator + denominator) // (2 * denominator)
+    return (2 * number * int(ratio * _SCALE + 0.5) + _SCALE) // (2 * _SCALE)
 
 
 def limited(number: int, low: int, high: int) -> int:
@@ -72,8 +68,8 @@ def limited(number: int, low: int, high: int) -> int:
     if any(isinstance(size, Tensor) for size in sizes):  # sizes under torch.jit.trace
         traced: Any = torch.minimum(torch.maximum(*map(torch.as_tensor, (number, low))), torch.as_tensor(high))
         return traced  # type: ignore[no-any-return]
-    bounded: int = torch.sym_min(torch.sym_max(number, low), high)
-    return bounded
+    bounded: Any = torch.sym_min(torch.sym_max(number, low), high)
+    return bounded  # type: ignore[no-any-return]
 
 
 def is_fixed(size: int) -> bool:

@@ -75,7 +75,7 @@ def select_windows(
     batch, area = loss.shape[0], windows.area
     index = top(loss, keep)
     order = torch.arange(keep, device=loss.device).expand(batch, keep)
-    row = torch.full(loss.shape, keep, device=loss.device).scatter(1, index, order)
+    row = torch.full(loss.shape, keep, dtype=torch.int64, device=loss.device).scatter(1, index, order)
     importance = importance.clamp_min(torch.finfo(importance.dtype).tiny)
     share = importance.masked_fill(row < keep, 0.0)
     share = share / share.sum(1, keepdim=True)

@@ -63,7 +63,7 @@ class Windows(NamedTuple):
     def tokens(self, places: Tensor) -> Tensor:
         """The inverse of `places`: `(V * A,)` int64, `N` where a place holds no token."""
         tokens = places.shape[0]
-        empty = torch.full((self.number * self.area,), tokens, device=places.device)
+        empty = torch.full((self.number * self.area,), tokens, dtype=torch.int64, device=places.device)
         return empty.scatter(0, places, torch.arange(tokens, device=places.device))
 
 
