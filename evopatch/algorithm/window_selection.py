@@ -54,7 +54,8 @@ def window_novelty(metric: Tensor, tokens: Tensor, windows: Windows) -> Tensor:
     """
     unit = F.normalize(in_windows(metric, tokens, windows).flatten(2), dim=-1)
     similarity = unit @ unit.transpose(1, 2)
-    itself = torch.eye(windows.number, device=metric.device, dtype=torch.bool)
+    window = torch.arange(windows.number, device=metric.device)
+    itself = window.unsqueeze(1) == window
     return 1.0 - similarity.masked_fill(itself, -1.0).amax(dim=-1).float()
 
 
