@@ -14,8 +14,8 @@ def exporting() -> bool:
     """Whether the operators are recorded for another runtime: `torch.export`, `torch.jit.trace`, both ONNX exporters.
 
     Sums into repeated rows are wrong or unknown in several of those (TorchScript's ONNX exporter, OpenVINO, Core ML,
-    TensorRT); a product with a matrix of ones and zeros is known to all. Eager mode keeps the sums, which take less time
-    than the product.
+    TensorRT); a product with a matrix of ones and zeros is known to all. Eager mode keeps the sums, which take less
+    time than the product.
     """
     return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 

@@ -109,6 +109,7 @@ ONNX_ANY_SIZE = [("vit", True), ("gap", True), ("rope", True), ("hf_vit", True),
 
 
 @pytest.mark.parametrize(("name", "dynamo"), ONNX_ANY_SIZE)
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx_takes_other_batch_and_image_sizes(name, dynamo, tmp_path, monkeypatch):
     original, model, path = build(name, resizable=True), patch(build(name, resizable=True)), tmp_path / "model.onnx"
@@ -196,6 +197,7 @@ def test_unreviewed_operators_are_found(tmp_path):
 
 
 @EVERY_FAMILY
+@pytest.mark.slow
 @torch.no_grad()
 def test_openvino_equals_eager(name, representative, selection):
     openvino = pytest.importorskip("openvino")
