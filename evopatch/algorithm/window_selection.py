@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .importance import detached
 from .partition import Partition, merge
 from .rows import exporting, members, row_sums, top
 from .windows import Windows, in_windows
@@ -73,6 +74,8 @@ def select_windows(
         representative: True: the fast windows share one more window, place by place their mean weighted by importance
             (equation 5 for every place). False: nothing stands in for them.
     """
+    # A trace doesn't record that gradients are off around the selection.
+    loss, importance = detached(loss), detached(importance)
     batch, area = loss.shape[0], windows.area
     index = top(loss, keep)
     order = torch.arange(keep, device=loss.device).expand(batch, keep)
