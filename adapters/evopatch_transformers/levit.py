@@ -30,7 +30,7 @@ class LevitAdapter(Adapter):
     mixin = SlowFastLevit
     notice = (
         "LeViT's blocks are so small that a patched model may be slower than unpatched for single images (see "
-        "benchmarks/speed.md); measure yours with evopatch.benchmark"
+        "docs/speed.md); measure yours with evopatch.benchmark"
     )
 
     def hosts(self) -> tuple[type[nn.Module], ...]:

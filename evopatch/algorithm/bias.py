@@ -29,9 +29,9 @@ def merge_bias(bias: Tensor, partition: Partition) -> Tensor:
     pairs = leader.unsqueeze(2) * tokens + leader.unsqueeze(1)
     pairs = pairs.view(batch, 1, -1).expand(-1, heads, -1)
     compact = bias.flatten(2).gather(2, pairs).view(batch, heads, leaders, leaders)
-    if leaders == partition.rows:
+    if not partition.one_for_all:
         return compact
-    share = torch.where(partition.group == leaders, partition.weight, 0.0).to(bias.dtype)
+    share = partition.weight.masked_fill(partition.group != leaders, 0.0).to(bias.dtype)
     row = torch.einsum("bt,bhts->bhs", share, bias)
     column = torch.einsum("bs,bhts->bht", share, bias)
     corner = torch.einsum("bs,bhs->bh", share, row)[:, :, None, None]

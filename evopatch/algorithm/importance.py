@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .partition import Partition
+from .rows import exporting
 
 
 def class_attention(
@@ -34,10 +35,13 @@ def class_attention(
         if bias is not None and bias.shape[-2] > 1:
             bias = torch.einsum("br,bhrm->bhm", share.to(bias.dtype), bias.expand(share.shape[0], -1, -1, -1))
             bias = bias.unsqueeze(2)
-    # At batch 1 operator calls count: this product of all heads is a third of those of one over four axes.
-    query, heads = query.flatten(0, 1), key.shape[:2]
-    logits = torch.baddbmm(query[:, :, :1], query, key.flatten(0, 1).transpose(1, 2), beta=0, alpha=scale)
-    logits = logits.view(*heads, *logits.shape[1:])
+    query = query * scale
+    if exporting():
+        logits = query @ key.transpose(2, 3)
+    else:
+        # At batch 1 operator calls count: this product of all heads is a third of those of one over four axes, where
+        # some converters lose track of the axes.
+        logits = (query.flatten(0, 1) @ key.flatten(0, 1).transpose(1, 2)).unflatten(0, key.shape[:2])
     if bias is not None:
         logits = logits + detached(bias)
     return logits.softmax(dim=-1, dtype=torch.float32).mean(dim=(1, 2))
@@ -45,7 +49,8 @@ def class_attention(
 
 def detached(x: Tensor) -> Tensor:
     """Without a gradient."""
-    return x.detach() if x.requires_grad else x
+    # A trace is checked by another one, made without gradients: both have to record the same.
+    return x.detach() if x.requires_grad or exporting() else x
 
 
 def accumulate(g: Tensor | None, attention: Tensor, tradeoff: float) -> Tensor:
@@ -56,7 +61,7 @@ def accumulate(g: Tensor | None, attention: Tensor, tradeoff: float) -> Tensor:
         attention: `(B, N)` float32.
         tradeoff: `t` in [0, 1].
     """
-    return attention if g is None else torch.lerp(g, attention, tradeoff)
+    return attention if g is None else _between(g, attention, tradeoff)
 
 
 def accumulate_compact(g: Tensor, attention: Tensor, tradeoff: float, partition: Partition) -> Tensor:
@@ -73,9 +78,14 @@ def accumulate_compact(g: Tensor, attention: Tensor, tradeoff: float, partition:
     """
     group = partition.group[:, partition.group.shape[1] - g.shape[1] :]
     if partition.log_size is not None:
-        return torch.lerp(g, (attention * partition.log_size.neg().exp()).gather(1, group), tradeoff)
+        return _between(g, (attention * partition.log_size.neg().exp()).gather(1, group), tradeoff)
     member = F.pad(attention, (0, 1)).gather(1, group)
-    return torch.where(partition.slow, torch.lerp(g, member, tradeoff), g)
+    return torch.where(partition.slow, _between(g, member, tradeoff), g)
+
+
+def _between(g: Tensor, attention: Tensor, tradeoff: float) -> Tensor:
+    # Without torch.lerp, which not every converter knows.
+    return g * (1.0 - tradeoff) + attention * tradeoff
 
 
 def coarsen(g: Tensor, grid: tuple[int, int], kernel: int) -> Tensor:

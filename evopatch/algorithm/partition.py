@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rows import flat_rows, row_vector_sums
+
 
 class Partition(NamedTuple):
     """Who goes through the blocks for whom, for every token of the sequence, prefix tokens included.
@@ -40,6 +42,11 @@ class Partition(NamedTuple):
     """Whether every token has a row."""
 
     @property
+    def one_for_all(self) -> bool:
+        """Whether one row, the last, stands for all tokens that aren't slow."""
+        return self.complete and self.log_size is None
+
+    @property
     def rows_there(self) -> int:
         """`M`, and one more where a row takes the tokens that nothing stands in for."""
         return self.rows if self.complete else self.rows + 1
@@ -63,12 +70,8 @@ def with_prefix(group: Tensor, prefix: int) -> Tensor:
 
 def merge(x: Tensor, partition: Partition) -> Tensor:
     """`(B, T, C)` tokens to the `(B, M, C)` compact set: each row the weighted mean of its tokens (equation 5)."""
-    batch, _, channels = x.shape
-    rows = partition.rows_there
     weighted = x * partition.weight.unsqueeze(-1)
-    compact = weighted.new_zeros(batch * rows, channels)
-    compact = compact.index_add(0, _flat(partition.group, rows), weighted.reshape(-1, channels))
-    compact = compact.view(batch, rows, channels).to(x.dtype)
+    compact = row_vector_sums(weighted, partition.group, partition.rows_there).to(x.dtype)
     return compact if partition.complete else compact[:, :-1]
 
 
@@ -82,14 +85,8 @@ def distribute(x: Tensor, change: Tensor, partition: Partition) -> Tensor:
     if not partition.complete:
         change = F.pad(change, (0, 0, 0, 1))
     batch, rows, channels = change.shape
-    own = change.reshape(-1, channels).index_select(0, _flat(partition.group, rows))
+    own = change.reshape(-1, channels).index_select(0, flat_rows(partition.group, rows))
     return x + own.view(batch, -1, channels)
-
-
-def _flat(group: Tensor, rows: int) -> Tensor:
-    """Row numbers into the compact sets of all images laid end to end: whole rows are copied, not single elements."""
-    offset = torch.arange(0, group.shape[0] * rows, rows, device=group.device).unsqueeze(1)
-    return (group + offset).flatten()
 
 
 def merge_positions(table: Tensor, partition: Partition, prefix: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..errors import UnsupportedInputError
 from .importance import detached
 from .partition import Partition, with_prefix
+from .rows import is_fixed, limited, rounded_share, row_sums, top
 
 
 def num_slow(num_patches: int, keep_ratio: float) -> int:
@@ -17,12 +18,12 @@ def num_slow(num_patches: int, keep_ratio: float) -> int:
     Raises:
         UnsupportedInputError: With fewer than two patch tokens there is nothing to choose from.
     """
-    if num_patches < 2:
+    if is_fixed(num_patches) and num_patches < 2:
         raise UnsupportedInputError(
             f"{num_patches} patch token(s): expected at least 2 to split them into slow and fast ones; "
             "use a larger image or keep_ratio=1.0"
         )
-    return min(max(1, int(num_patches * keep_ratio + 0.5)), num_patches - 1)
+    return limited(rounded_share(num_patches, keep_ratio), 1, num_patches - 1)
 
 
 def select_top(g: Tensor, keep: int, prefix: int, representative: bool) -> Partition:
@@ -36,15 +37,15 @@ def select_top(g: Tensor, keep: int, prefix: int, representative: bool) -> Parti
             False: nothing stands in for them.
     """
     batch = g.shape[0]
-    index = g.topk(keep, dim=1, sorted=False).indices
-    slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, 1)
+    index = top(g, keep)
     order = torch.arange(keep, device=g.device).expand(batch, keep)
     group = torch.full_like(g, keep, dtype=torch.int64).scatter(1, index, order)
-    fast = torch.where(slow, 0.0, g.clamp_min(torch.finfo(g.dtype).tiny))
+    slow = group < keep
+    fast = g.clamp_min(torch.finfo(g.dtype).tiny).masked_fill(slow, 0.0)
     weight = fast / fast.sum(1, keepdim=True) if representative else torch.zeros_like(g)
-    weight = torch.where(slow, 1.0, weight)
+    weight = weight.masked_fill(slow, 1.0)
     group, weight = with_prefix(group, prefix), F.pad(weight, (prefix, 0), value=1.0)
-    return Partition(group, weight, slow, None, prefix + keep + representative, index, complete=representative)
+    return Partition(group, weight, slow, None, prefix + keep + int(representative), index, complete=representative)
 
 
 def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance: float) -> Partition:
@@ -63,30 +64,30 @@ def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance
     """
     batch, patches = g.shape
     unit = F.normalize(detached(metric), dim=-1)
-    # In pieces of so many rows that they need less memory than a block's MLP, however many tokens there are.
+    # In pieces of so many rows that they need less memory than a block's MLP, however many tokens there are. A program
+    # that is recorded for any number of tokens takes them in one piece.
     step = 2 * unit.shape[-1]
+    pieces = is_fixed(patches) and patches > step
     redundancy = []
-    for rows, own in zip(unit.split(step, dim=1), g.split(step, dim=1), strict=True):
+    for rows, own in zip(unit.split(step, 1), g.split(step, 1), strict=True) if pieces else [(unit, g)]:
         similarity = rows @ unit.transpose(1, 2)
         less_important = g.unsqueeze(1) <= own.unsqueeze(2)
         redundancy.append(similarity.masked_fill(less_important, torch.finfo(similarity.dtype).min).amax(dim=-1))
-    most = redundancy[0] if len(redundancy) == 1 else torch.cat(redundancy, dim=1)
-    weighted = g.pow(importance)
-    loss = torch.addcmul(weighted, weighted, most.float(), value=-1)
-    index = loss.topk(keep, dim=1, sorted=False).indices
-    slow = torch.zeros_like(g, dtype=torch.bool).scatter(1, index, 1)
+    most = torch.cat(redundancy, dim=1) if pieces else redundancy[0]
+    loss = g.pow(importance) * (1.0 - most.float())
+    index = top(loss, keep)
     # The similarity to the slow tokens only: the arg max is the row of the compact set.
-    if patches <= step:
-        group = similarity.gather(2, index.unsqueeze(1).expand(batch, patches, keep)).argmax(dim=-1)
-    else:
+    if pieces:
         slow_unit = unit.gather(1, index.unsqueeze(2).expand(batch, keep, unit.shape[-1])).transpose(1, 2)
         group = torch.cat([(rows @ slow_unit).argmax(dim=-1) for rows in unit.split(step, dim=1)], dim=1)
-    order = torch.arange(keep, device=g.device).expand(batch, keep)
-    group = with_prefix(group.scatter(1, index, order), prefix)
+    else:
+        group = similarity.gather(2, index.unsqueeze(1).expand(batch, patches, keep)).argmax(dim=-1)
+    group = group.scatter(1, index, torch.arange(keep, device=g.device).expand(batch, keep))
+    slow = index.gather(1, group) == torch.arange(patches, device=g.device)
+    group = with_prefix(group, prefix)
     share = g.clamp_min(torch.finfo(g.dtype).tiny).sqrt()
     if prefix:
         share = F.pad(share, (prefix, 0), value=1.0)
-    total = share.new_zeros(batch, prefix + keep)
-    size = total.scatter_add(1, group, torch.ones_like(share))
-    weight = share / total.scatter_add(1, group, share).gather(1, group)
+    size = row_sums(torch.ones_like(share), group, prefix + keep)
+    weight = share / row_sums(share, group, prefix + keep).gather(1, group)
     return Partition(group, weight, slow, size.log(), prefix + keep, index)

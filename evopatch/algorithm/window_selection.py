@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .partition import Partition
+from .importance import detached
+from .partition import Partition, merge
+from .rows import exporting, members, row_sums, top
 from .windows import Windows, in_windows
 
 TIE = 1e-4
@@ -53,7 +55,8 @@ def window_novelty(metric: Tensor, tokens: Tensor, windows: Windows) -> Tensor:
     """
     unit = F.normalize(in_windows(metric, tokens, windows).flatten(2), dim=-1)
     similarity = unit @ unit.transpose(1, 2)
-    itself = torch.eye(windows.number, device=metric.device, dtype=torch.bool)
+    window = torch.arange(windows.number, device=metric.device)
+    itself = window.unsqueeze(1) == window
     return 1.0 - similarity.masked_fill(itself, -1.0).amax(dim=-1).float()
 
 
@@ -71,26 +74,31 @@ def select_windows(
         representative: True: the fast windows share one more window, place by place their mean weighted by importance
             (equation 5 for every place). False: nothing stands in for them.
     """
+    # A trace doesn't record that gradients are off around the selection.
+    loss, importance = detached(loss), detached(importance)
     batch, area = loss.shape[0], windows.area
-    index = loss.topk(keep, dim=1, sorted=False).indices
+    index = top(loss, keep)
     order = torch.arange(keep, device=loss.device).expand(batch, keep)
-    row = torch.full(loss.shape, keep, device=loss.device).scatter(1, index, order)
+    row = torch.full(loss.shape, keep, dtype=torch.int64, device=loss.device).scatter(1, index, order)
     importance = importance.clamp_min(torch.finfo(importance.dtype).tiny)
-    share = torch.where(row == keep, importance, 0.0)
+    share = importance.masked_fill(row < keep, 0.0)
     share = share / share.sum(1, keepdim=True)
     window, place = places.div(area, rounding_mode="floor"), places.remainder(area)
     own_row = row.index_select(1, window)
     slow = own_row < keep
-    group = own_row * area + (place if representative else torch.where(slow, place, 0))
+    group = own_row * area + (place if representative else place * slow)
     weight = share.index_select(1, window)
     # Where the map is padded, some places hold a token in few of the windows.
-    total = torch.zeros(batch, area, device=loss.device).index_add(1, place, weight).index_select(1, place)
-    weight = torch.where(slow, 1.0, weight / total if representative else 0.0)
-    count = keep + representative
+    shares = in_windows(weight, windows.tokens(places), windows)
+    weight = weight / shares.sum(1).index_select(1, place) if representative else torch.zeros_like(weight)
+    weight = weight.masked_fill(slow, 1.0)
+    count = keep + int(representative)
     held = None
     if windows.padded:
-        held = torch.zeros(batch, (keep + 1) * area, device=loss.device).scatter(1, group, 1.0).bool()
-        held = held[:, : count * area].view(batch, count, area)
+        there = windows.tokens(places).view(windows.number, area) < places.shape[0]
+        held = there[index]
+        if representative:
+            held = torch.cat([held, (there & (row == keep).unsqueeze(2)).any(1, keepdim=True)], dim=1)
     partition = Partition(group, weight, slow, None, count * area, complete=representative)
     return WindowPartition(partition, count, None, index, share if representative else None, held)
 
@@ -125,17 +133,38 @@ def match_tokens(metric: Tensor, keep: int, places: Tensor, windows: Windows, ma
     is_token = (tokens < number).view(count, area)
     if windows.padded:
         redundancy = redundancy.masked_fill(~is_token, torch.inf)
-    index = redundancy.topk(keep, dim=2, largest=False, sorted=False).indices
+    index = top(redundancy, keep, largest=False)
     leader = similarity.gather(3, index.unsqueeze(2).expand(batch, count, area, keep)).argmax(dim=-1)
     leader = leader.scatter(2, index, torch.arange(keep, device=metric.device).expand(batch, count, keep))
-    rows = keep + windows.padded
+    rows = keep + int(windows.padded)
     window = torch.arange(count, device=metric.device).view(count, 1)
     group = (leader + rows * window).flatten(1).index_select(1, places)
-    size = torch.zeros(batch, count * rows, device=metric.device)
-    size = size.scatter_add(1, group, torch.ones_like(group, dtype=size.dtype))
-    slow = torch.zeros(batch, count, area, device=metric.device).scatter(2, index, 1.0).bool()
-    partition = Partition(
-        group, size.gather(1, group).reciprocal(), slow.flatten(1).index_select(1, places), size.log(), count * rows
-    )
+    if exporting():
+        size = (members(leader, rows) & is_token.unsqueeze(1)).sum(-1).flatten(1).float()
+    else:
+        size = row_sums(torch.ones(group.shape, device=metric.device), group, count * rows)
+    slow = index.gather(2, leader) == torch.arange(area, device=metric.device)
+    slow = slow.flatten(1).index_select(1, places)
+    partition = Partition(group, size.gather(1, group).reciprocal(), slow, size.log(), count * rows)
     held = (size > 0).view(batch, count, rows) if windows.padded else None
     return WindowPartition(partition, count, place=index, window=None, share=None, held=held)
+
+
+def merge_windows(x: Tensor, selected: WindowPartition, windows: Windows) -> Tensor:
+    """`merge`, of `(B, N, C)` tokens to the `(B, M, C)` rows of the windows of the compact set."""
+    partition = selected.partition
+    if not exporting():
+        return merge(x, partition)
+    # One product over all tokens of the map and all rows would take longer than the blocks.
+    batch, _, channels = x.shape
+    tokens = windows.tokens(windows.places(x.device))
+    values = in_windows(x * partition.weight.unsqueeze(-1), tokens, windows)
+    if selected.window is None:
+        rows = partition.rows // windows.number
+        member = members(in_windows(partition.group.remainder(rows), tokens, windows), rows)
+    else:
+        member = selected.window.unsqueeze(2) == torch.arange(windows.number, device=x.device)
+        if selected.share is not None:
+            member = torch.cat([member, ~member.any(1, keepdim=True)], dim=1)
+        values = values.flatten(2)
+    return (member.to(values.dtype) @ values).view(batch, -1, channels).to(x.dtype)

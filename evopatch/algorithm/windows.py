@@ -63,7 +63,7 @@ class Windows(NamedTuple):
     def tokens(self, places: Tensor) -> Tensor:
         """The inverse of `places`: `(V * A,)` int64, `N` where a place holds no token."""
         tokens = places.shape[0]
-        empty = torch.full((self.number * self.area,), tokens, device=places.device)
+        empty = torch.full((self.number * self.area,), tokens, dtype=torch.int64, device=places.device)
         return empty.scatter(0, places, torch.arange(tokens, device=places.device))
 
 
@@ -77,9 +77,8 @@ def in_windows(values: Tensor, tokens: Tensor, windows: Windows) -> Tensor:
 
 def window_means(values: Tensor, places: Tensor, windows: Windows) -> Tensor:
     """`(B, N)` to `(B, V)`, or `(B, N, C)` to `(B, V, C)`: means over the tokens of each window."""
-    batch, tokens, *channels = values.shape
-    window = places.div(windows.area, rounding_mode="floor")
-    zeros = values.new_zeros(batch, windows.number, *channels)
-    sums = zeros.index_add(1, window, values)
-    counts = values.new_zeros(windows.number).index_add(0, window, values.new_ones(tokens))
-    return sums / counts.view(-1, *([1] * len(channels)))
+    sums = in_windows(values, windows.tokens(places), windows).sum(2)
+    if not windows.padded:
+        return sums / windows.area
+    counts = in_windows(values.new_ones(1, places.shape[0]), windows.tokens(places), windows).sum(2)
+    return sums / counts.view(1, -1, *([1] * (values.dim() - 2)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..algorithm.rows import rounded_share
 from ..config import EvoConfig
 from ..errors import BypassError, ConfigError
 from ..plan import BlockPlan, plan_blocks
@@ -77,7 +78,7 @@ class HostState:
 
 def _check_keeps_any(keep_ratio: float, stage: int, grid: tuple[int, int]) -> None:
     tokens = grid[0] * grid[1]
-    if keep_ratio < 1.0 and (tokens < 2 or int(tokens * keep_ratio + 0.5) < 1):
+    if keep_ratio < 1.0 and (tokens < 2 or rounded_share(tokens, keep_ratio) < 1):
         raise ConfigError(
             f"keep_ratio {keep_ratio:g} leaves no slow token beside fast ones among the {tokens} of stage {stage + 1} "
             f"({grid[0]}x{grid[1]}): expected "

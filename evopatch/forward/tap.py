@@ -163,7 +163,7 @@ class AttentionTap:
         """`(B, 1, M - P)`: each patch row's share in the pooled output, by its size."""
         if self.partition is None or self.partition.log_size is None:
             rows = like.shape[1] - self.prefix
-            return like.new_full((like.shape[0], 1, rows), 1.0 / rows)
+            return like.new_zeros(like.shape[0], 1, rows).softmax(-1)
         return self.partition.log_size[:, None, self.prefix :].softmax(-1)
 
     def _observe(self, query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> None:

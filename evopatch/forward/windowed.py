@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithm.importance import accumulate, coarsen
-from ..algorithm.partition import Partition, distribute, merge
+from ..algorithm.partition import Partition, distribute
 from ..algorithm.selection import num_slow
 from ..algorithm.window_bias import compact_bias, compact_mask
-from ..algorithm.window_selection import WindowPartition, match_tokens, select_windows, window_novelty
+from ..algorithm.window_selection import WindowPartition, match_tokens, merge_windows, select_windows, window_novelty
 from ..algorithm.windows import Windows, window_means
 from ..rewrite.view import View, check_steered
 from .forward_pass import ForwardPass
@@ -70,7 +70,7 @@ class WindowedPass(ForwardPass):
         if selected is None:
             return own(block, x, *inputs, **options)
         partition = selected.partition
-        entry = merge(tokens, partition)
+        entry = merge_windows(tokens, selected, cut.windows)
         changed = {
             **blocks.single,
             **self._shown(block, selected, cut),

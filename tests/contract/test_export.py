@@ -1,0 +1,263 @@
+"""Programs exported from patched models, in other runtimes and at other sizes than the example's."""
+
+import inspect
+
+import pytest
+import torch
+import variants
+import variants_swin
+from torch import nn
+from torch.export import Dim
+
+import evopatch
+from evopatch import EvoConfig
+from evopatch.algorithm.rows import rounded_share
+from evopatch.forward import tokens
+
+EXAMPLE = (2, (48, 56))
+OTHERS = [(1, (48, 56)), (3, (64, 40)), (1, (80, 72))]
+"""Batch sizes and image sizes; patches are of 8 by 8 pixels."""
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+"""Of another runtime, which rounds differently."""
+
+
+class Tensors(nn.Module):
+    """A model as converters like it: images in, one tensor out, no other arguments."""
+
+    def __init__(self, model: nn.Module, **options: object) -> None:
+        super().__init__()
+        self.model = model
+        self._options = options
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return variants_swin.call(self.model, pixels, **self._options)
+
+
+def build(name, resizable=False):
+    """A model that isn't patched, by the kind of its sizes."""
+    if name in variants_swin.VARIANTS:
+        return Tensors(variants_swin.build(name)).eval()
+    if not resizable:
+        return Tensors(variants.build(name)).eval()
+    if not name.startswith("hf_"):
+        return Tensors(variants.build(name, dynamic_img_size=True)).eval()
+    model = variants.build(name)
+    interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    return Tensors(model, **{"interpolate_pos_encoding": True} if interpolates else {}).eval()
+
+
+def images(name):
+    return variants_swin.images() if name in variants_swin.VARIANTS else variants.images_for(name)
+
+
+def moved(a, b):
+    return (a - b).abs().max().item()
+
+
+def patch(model, representative="matched", selection="stage"):
+    return evopatch.apply(model, config=EvoConfig(representative=representative, selection=selection))
+
+
+def in_onnx_runtime(path, x):
+    session = pytest.importorskip("onnxruntime").InferenceSession(path)
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def assert_follows_sizes(run, model, original, monkeypatch):
+    """At other batch and image sizes than the example's, and not with the number of slow tokens of the example."""
+    stale = []
+    for batch, size in [EXAMPLE, *OTHERS]:
+        x = variants.images(batch, size, seed=5)
+        expected, result = model(x), run(x)
+        torch.testing.assert_close(result, expected, **TOLERANCE)
+        assert moved(result, original(x)) > 1e-3
+        with monkeypatch.context() as patched:
+            patched.setattr(tokens, "num_slow", lambda _, ratio: rounded_share(6 * 7, ratio))
+            stale.append(moved(result, model(x)))
+    assert stale[0] < 1e-4  # the example itself
+    assert stale[2] > 1e-3
+    assert stale[3] > 1e-3
+
+
+ANY_SIZE = [
+    ("vit", "matched", "stage"),
+    ("vit", "matched", "layer"),
+    ("vit", "single", "stage"),
+    ("vit", "none", "stage"),
+    ("registers", "matched", "stage"),
+    ("gap", "matched", "stage"),
+    ("rope", "matched", "stage"),
+    ("rope_mixed", "single", "stage"),
+    ("hf_vit", "matched", "stage"),
+    ("hf_dinov2", "matched", "stage"),
+    ("hf_dinov3", "matched", "stage"),
+]
+
+
+@pytest.mark.parametrize(("name", "representative", "selection"), ANY_SIZE)
+@torch.no_grad()
+def test_exported_program_takes_other_batch_and_image_sizes(name, representative, selection, monkeypatch):
+    original = build(name, resizable=True)
+    model = patch(build(name, resizable=True), representative, selection)
+    sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    program = torch.export.export(model, (variants.images(*EXAMPLE),), dynamic_shapes=(sizes,)).module()
+    assert_follows_sizes(program, model, original, monkeypatch)
+
+
+ONNX_ANY_SIZE = [("vit", True), ("gap", True), ("rope", True), ("hf_vit", True), ("hf_vit", False)]
+"""TorchScript's exporter doesn't know how timm resizes position embeddings, of unpatched models either."""
+
+
+@pytest.mark.parametrize(("name", "dynamo"), ONNX_ANY_SIZE)
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnx_takes_other_batch_and_image_sizes(name, dynamo, tmp_path, monkeypatch):
+    original, model, path = build(name, resizable=True), patch(build(name, resizable=True)), tmp_path / "model.onnx"
+    axes = {0: "batch", 2: "height", 3: "width"}
+    sizes = {"dynamic_shapes": (dict.fromkeys(axes, Dim.DYNAMIC),)} if dynamo else {"dynamic_axes": {"pixels": axes}}
+    x = variants.images(*EXAMPLE)
+    torch.onnx.export(model, (x,), path, input_names=["pixels"], dynamo=dynamo, verbose=False, **sizes)
+    assert_follows_sizes(lambda x: in_onnx_runtime(path, x), model, original, monkeypatch)
+
+
+FAMILIES = [
+    ("vit", "matched", "stage"),
+    ("vit", "single", "layer"),
+    ("vit", "none", "stage"),
+    ("levit", "matched", "stage"),
+    ("levit", "single", "stage"),
+    ("swin", "matched", "stage"),
+    ("swin", "single", "layer"),
+    ("swin", "none", "stage"),
+    ("hf_vit", "matched", "stage"),
+]
+EVERY_FAMILY = pytest.mark.parametrize(("name", "representative", "selection"), FAMILIES)
+
+
+@EVERY_FAMILY
+@torch.no_grad()
+def test_torchscript_onnx_equals_eager(name, representative, selection, tmp_path):
+    original, x, path = build(name)(images(name)), images(name), tmp_path / "model.onnx"
+    model = patch(build(name), representative, selection)
+    torch.onnx.export(model, (x,), path, dynamo=False, verbose=False)
+    result = in_onnx_runtime(path, x)
+    torch.testing.assert_close(result, model(x), **TOLERANCE)
+    assert moved(result, original) > 1e-3
+
+
+REVIEWED = set(
+    """
+    Add And ArgMax AveragePool BatchNormalization Cast Clip Concat ConstantOfShape Conv Div Einsum Equal Exp Expand
+    Gather GatherElements GatherND Gelu Gemm GreaterOrEqual HardSwish LayerNormalization Less LessOrEqual Log MatMul
+    Mod Mul Neg Not Pad Pow Reciprocal ReduceL2 ReduceMax ReduceMean ReduceSum Reshape ScatterElements Slice Softmax
+    Split Sqrt Squeeze Sub TopK Transpose Unsqueeze Where
+    """.split()  # noqa: SIM905
+)
+"""Operators that every runtime knows, and whose result doesn't depend on the order of anything. No control flow, no
+sizes that depend on values."""
+
+
+def unreviewed(graph):
+    """What a graph holds beside those, also in the functions that it calls."""
+    found = set()
+    for node in graph.node:
+        reduction = [a.s.decode() for a in node.attribute if a.name == "reduction"]
+        if node.op_type not in REVIEWED:
+            found.add(node.op_type)
+        elif reduction and reduction != ["none"]:
+            found.add(f"{node.op_type} with reduction {reduction[0]}")
+    return found
+
+
+@EVERY_FAMILY
+@torch.no_grad()
+def test_onnx_graphs_hold_reviewed_operators_only(name, representative, selection, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model, x, path = patch(build(name), representative, selection), images(name), tmp_path / "model.onnx"
+    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, external_data=False)
+    proto = onnx.load(path)
+    assert not proto.functions
+    assert unreviewed(proto.graph) == set()
+    assert {"TopK", "Softmax", "MatMul"} <= {node.op_type for node in proto.graph.node}
+
+
+@torch.no_grad()
+def test_unreviewed_operators_are_found(tmp_path):
+    """The control of the test above: repeated rows summed up, and a size that depends on values."""
+    onnx = pytest.importorskip("onnx")
+
+    class Sums(nn.Module):
+        def forward(self, x):
+            rows = torch.tensor([[0], [0], [2]]).expand(3, 4)
+            return x.new_zeros(3, 4).scatter_add(0, rows, x), x.nonzero()
+
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(Sums().eval(), (torch.randn(3, 4),), path, dynamo=True, verbose=False, external_data=False)
+    assert unreviewed(onnx.load(path).graph) == {"NonZero", "ScatterElements with reduction add"}
+
+
+@EVERY_FAMILY
+@pytest.mark.slow
+@torch.no_grad()
+def test_openvino_equals_eager(name, representative, selection):
+    openvino = pytest.importorskip("openvino")
+    original, x = build(name)(images(name)), images(name)
+    model = patch(build(name), representative, selection)
+    converted = openvino.convert_model(torch.export.export(model, (x,)))
+    compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    result = torch.from_numpy(compiled(x.numpy())[0])
+    torch.testing.assert_close(result, model(x), **TOLERANCE)
+    assert moved(result, original) > 1e-3
+
+
+@pytest.mark.parametrize("representative", ["matched", "single", "none"])
+@torch.no_grad()
+def test_core_ml_converts(representative):
+    coremltools = pytest.importorskip("coremltools")
+    model, x = patch(build("vit"), representative), images("vit")
+    program = torch.export.export(model, (x,)).run_decompositions({})
+    converted = coremltools.convert(program, skip_model_load=True)
+    (function,) = converted.get_spec().mlProgram.functions.values()
+    (block,) = function.block_specializations.values()
+    assert "topk" in {operation.type for operation in block.operations}
+
+
+@EVERY_FAMILY
+def test_traces_with_gradients_on(name, representative, selection):
+    """`torch.jit.trace` checks a trace by another one, made without gradients, and raises where they differ."""
+    original, x = build(name)(images(name)), images(name)
+    model = patch(build(name), representative, selection)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    traced = torch.jit.trace(model, (x,), check_tolerance=1e-4)
+    other = x.flip(3)
+    torch.testing.assert_close(traced(other), model(other), **TOLERANCE)
+    assert moved(traced(x), original) > 1e-3
+    twin = patch(build(name), representative, selection)  # LeViT keeps biases of the forward that came first
+    found, expected = gradients(model, traced, x), gradients(twin, twin, x)
+    assert found.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        scale = gradient.abs().max().item() + 1e-2
+        torch.testing.assert_close(found[parameter], gradient, atol=1e-3 * scale, rtol=1e-3)
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-2
+
+
+def gradients(model, run, x):
+    model.zero_grad()
+    run(x).square().sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_number_of_slow_tokens_is_rounded_half_up():
+    """As `int(number * ratio + 0.5)` in floating point, but for halves that it loses to rounding."""
+    lost = 0
+    for thousandths in range(1, 1000):
+        ratio = thousandths / 1000
+        number = torch.arange(2, 10_001, dtype=torch.int64)
+        floating = (number.double() * ratio + 0.5).long()
+        whole = rounded_share(number, ratio)
+        half = (number * thousandths) % 1000 == 500
+        assert torch.equal(whole[~half], floating[~half])
+        assert torch.equal(whole[half], (number[half] * thousandths + 500) // 1000)
+        lost += int((whole != floating).sum())
+    assert lost < 1200  # of ten million
+    assert all(rounded_share(n, r) == int(n * r + 0.5) for n in (4, 49, 196, 256, 1369) for r in (0.37, 0.5, 0.63))
