@@ -181,8 +181,8 @@ def _by_family(found: list[Found], chosen: Callable[[Found], bool]) -> dict[str,
 _HEAD = """# Supported models
 
 Made by `python docs/supported_models.py`, which builds every model on the meta device and gives it to `evopatch.apply`
-with the default settings: {minutes:.0f} minutes of one CPU core. evopatch {evopatch}. *Patched* means that a forward ran
-after it and gave the shapes that it gives unpatched; *patched, not run* that the class takes more than images, or
+with the default settings: {minutes:.0f} minutes of one CPU core. evopatch {evopatch}. *Patched* means that a forward
+ran after it and gave the shapes that it gives unpatched; *patched, not run* that the class takes more than images, or
 doesn't run without values.
 
 Models that hold one of these are patched through it: feature extractors, encoder-decoders, detectors, vision-language
