@@ -161,7 +161,7 @@ def _tables(found: list[Found]) -> Iterator[str]:
         )
     for title, outcome, attends in (
         ("No adapter", NO_ADAPTER, True),
-        ("No adapter, and no attention in them", NO_ADAPTER, False),
+        ("No adapter, and no module called attention", NO_ADAPTER, False),
         ("Not tried", NOT_BUILT, False),
     ):
         if rows := _by_family(found, lambda e, o=outcome, a=attends: e.outcome == o and e.attends == a):
@@ -191,10 +191,11 @@ models, your own. What is refused at run time, such as attention masks, is under
 [Writing an adapter](adapters.md)."""
 _TIMM = """Of the {total} names of `timm.list_models()` {taken} are patched. Families are timm's modules."""
 _TRANSFORMERS = """Of the {total} vision classes in transformers' auto mappings {taken} are patched, each built from its
-default configuration. Families are transformers' model types."""
+default configuration. Families are transformers' model types. DPT, UperNet, Mask2Former and others take several
+backbones, and are patched where theirs is listed as patched, whatever their default is."""
 _WHY = {
-    "No adapter": "They hold attention, but no module that an adapter serves: `evopatch.apply` says so.",
-    "No adapter, and no attention in them": "Convolutional networks, MLPs and the like: nothing to patch.",
+    "No adapter": "They hold attention, but no module that an adapter serves, and `evopatch.apply` says so.",
+    "No adapter, and no module called attention": "Most are convolutional networks, MLPs and the like.",
     "Not tried": "Their default configuration can't be built without network, other libraries or more settings.",
 }
 
