@@ -133,10 +133,10 @@ def _shapes(output: Any) -> list[torch.Size]:
     return [leaf.shape for leaf in tree_leaves(dict(output) if hasattr(output, "keys") else output)]
 
 
-def render(found: Iterable[Found], minutes: float) -> str:
+def render(found: Iterable[Found]) -> str:
     """The page."""
     found = list(found)
-    parts = [_HEAD.format(evopatch=evopatch.__version__, minutes=minutes)]
+    parts = [_HEAD.format(evopatch=evopatch.__version__)]
     for library, version, intro in (
         ("timm", timm.__version__, _TIMM), ("transformers", transformers.__version__, _TRANSFORMERS)
     ):  # fmt: skip
@@ -181,9 +181,8 @@ def _by_family(found: list[Found], chosen: Callable[[Found], bool]) -> dict[str,
 _HEAD = """# Supported models
 
 Made by `python docs/supported_models.py`, which builds every model on the meta device and gives it to `evopatch.apply`
-with the default settings: {minutes:.0f} minutes of one CPU core. evopatch {evopatch}. *Patched* means that a forward
-ran after it and gave the shapes that it gives unpatched; *patched, not run* that the class takes more than images, or
-doesn't run without values.
+of evopatch {evopatch} with the default settings. *Patched* means that a forward ran after it and gave the shapes that
+it gives unpatched; *patched, not run* that the class takes more than images, or doesn't run without values.
 
 Models that hold one of these are patched through it: feature extractors, encoder-decoders, detectors, vision-language
 models, your own. What is refused at run time, such as attention masks, is under
@@ -253,7 +252,8 @@ def main() -> None:
         for family, name in classes:
             found.append(try_transformers(family, name))
             advance()
-    PAGE.write_text(render(found, (time.process_time() - start) / 60))
+    PAGE.write_text(render(found))
+    print(f"{PAGE.name}: {(time.process_time() - start) / 60:.1f} minutes of CPU time")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def test_a_page_is_read_as_it_was_written():
         supported_models.Found("transformers", "vit_mae", "ViTMAEModel", "patched, not run", True),
         supported_models.Found("transformers", "detr", "DetrModel", "not built", False),
     ]
-    page = supported_models.render(tried, minutes=1)
+    page = supported_models.render(tried)
     assert supported_models.read(page) == supported_models.Page(
         {"vit_a": "patched", "eva_b": "eva_b has a / in its way: leave it", "ViTMAEModel": "patched, not run"},
         {"beit": 1, "resnet": 1},
