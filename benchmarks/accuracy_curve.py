@@ -1,7 +1,7 @@
-"""Top-1 and KL against FLOPs, for the three representatives: the picture and the tables of accuracy.md.
+"""Top-1 and KL against FLOPs, for the three representatives: the picture and the tables of docs/accuracy.md.
 
 Evaluates with `evopatch.measure.accuracy`, keeps one JSON file per model in --results (a finished one is not run
-again), and draws benchmarks/accuracy.png from them:
+again), and draws docs/accuracy.png from them:
 
     python benchmarks/accuracy_curve.py --data ../shared/data --results results
 """
@@ -77,18 +77,23 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--data", type=Path, required=True, help="folder with the weights and images")
-parser.add_argument("--results", type=Path, default=Path("results"))
-parser.add_argument("--device", default="cpu")
-args = parser.parse_args()
-args.results.mkdir(exist_ok=True)
-collected = {}
-for key in MODELS:
-    file = args.results / f"accuracy-{key}.json"
-    if not file.exists():
-        torch.manual_seed(0)
-        file.write_text(json.dumps(run(args.data, key, args.device), indent=2))
-    collected[key] = json.loads(file.read_text())
-    print(f"\n{MODELS[key][0]}\n\n{table(collected[key])}")
-draw(collected, Path(__file__).with_name("accuracy.png"))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the weights and images")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    args.results.mkdir(exist_ok=True)
+    collected = {}
+    for key in MODELS:
+        file = args.results / f"accuracy-{key}.json"
+        if not file.exists():
+            torch.manual_seed(0)
+            file.write_text(json.dumps(run(args.data, key, args.device), indent=2))
+        collected[key] = json.loads(file.read_text())
+        print(f"\n{MODELS[key][0]}\n\n{table(collected[key])}")
+    draw(collected, Path(__file__).parents[1] / "docs" / "accuracy.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The figures of benchmarks/accuracy.md for dense features: real DINOv2 weights, real images, no training."""
+"""The figures of docs/accuracy.md for dense features: real DINOv2 weights, real images, no training."""
 
 import importlib.util
 

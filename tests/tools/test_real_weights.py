@@ -1,4 +1,4 @@
-"""The figures of benchmarks/accuracy.md on real weights and images, without training."""
+"""The figures of docs/accuracy.md on real weights and images, without training."""
 
 import pytest
 import transformers_weights
