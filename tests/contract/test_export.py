@@ -5,7 +5,8 @@ import inspect
 import pytest
 import torch
 import variants
-import variants_swin
+from comparing import moved
+from matrix import cases
 from torch import nn
 from torch.export import Dim
 
@@ -30,13 +31,11 @@ class Tensors(nn.Module):
         self._options = options
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return variants_swin.call(self.model, pixels, **self._options)
+        return variants.call(self.model, pixels, **self._options)
 
 
 def build(name, resizable=False):
     """A model that isn't patched, by the kind of its sizes."""
-    if name in variants_swin.VARIANTS:
-        return Tensors(variants_swin.build(name)).eval()
     if not resizable:
         return Tensors(variants.build(name)).eval()
     if not name.startswith("hf_"):
@@ -47,11 +46,7 @@ def build(name, resizable=False):
 
 
 def images(name):
-    return variants_swin.images() if name in variants_swin.VARIANTS else variants.images_for(name)
-
-
-def moved(a, b):
-    return (a - b).abs().max().item()
+    return variants.images_for(name)
 
 
 def patch(model, representative="matched", selection="stage"):
@@ -94,7 +89,7 @@ ANY_SIZE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "representative", "selection"), ANY_SIZE)
+@cases(("name", "representative", "selection"), ANY_SIZE, fast=[ANY_SIZE[0], ANY_SIZE[8]])
 @torch.no_grad()
 def test_exported_program_takes_other_batch_and_image_sizes(name, representative, selection, monkeypatch):
     original = build(name, resizable=True)
@@ -131,7 +126,8 @@ FAMILIES = [
     ("swin", "none", "stage"),
     ("hf_vit", "matched", "stage"),
 ]
-EVERY_FAMILY = pytest.mark.parametrize(("name", "representative", "selection"), FAMILIES)
+QUICK = [("vit", "matched", "stage"), ("levit", "matched", "stage"), ("hf_vit", "matched", "stage")]
+EVERY_FAMILY = cases(("name", "representative", "selection"), FAMILIES, fast=QUICK)
 
 
 @EVERY_FAMILY
