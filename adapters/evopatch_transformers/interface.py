@@ -98,7 +98,8 @@ class _Interface:
         output, weights = function(module, query, key, value, bias, **kwargs, **self._kwargs)
         if weights is None or partition is None:
             return output, weights
-        return output, spread_attention(weights, partition) if self._weights_wanted() else None
+        wanted = self._weights_wanted() or self._tap.full_grid is not None
+        return output, spread_attention(weights, partition) if wanted else None
 
     def _weights_wanted(self) -> bool:
         return bool(self._kwargs.get("output_attentions", getattr(self._module.config, "output_attentions", False)))

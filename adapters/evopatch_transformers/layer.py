@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from evopatch.errors import BypassError, UnsupportedModelError
 from evopatch.forward.block import SlowFastBlock, run_tapped
 from evopatch.forward.host_state import HostState
+from evopatch.forward.spec import qualified
 from evopatch.forward.tap import AttentionTap
 from evopatch.forward.tokens import TokenPass
 from evopatch.forward.walk import refuse_symbolic
@@ -117,7 +118,7 @@ def start_pass(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     container = str(state.spec.blocks)
     layers = dict(host.get_submodule(container).named_children())
     for number, (name, layer) in enumerate(layers.items()):
-        path = ".".join(filter(None, (state.name, container, name)))
+        path = qualified(state.name, container, name)
         check_steered(layer, path, SlowFastLayer)
         _check_index(layer, path, number)
     if len(layers) != state.depth:

@@ -18,6 +18,7 @@ from evopatch.algorithm.window_bias import continuous_bias, cosine_logits
 from evopatch.algorithm.windows import Windows
 from evopatch.errors import UnsupportedInputError
 from evopatch.forward.host_state import HostState
+from evopatch.forward.spec import qualified
 from evopatch.forward.walk import viewed
 from evopatch.forward.window_blocks import Cut, MaskByHead, SlowFastWindowBlock, WindowedBlocks
 from evopatch.forward.windowed import WindowedPass
@@ -81,7 +82,7 @@ class _Swinv2(_Swin):
         # Its own bias is that of a single place then, the same for all: no matter to a softmax.
         inner = attention.self
         alone = {"window_size": (1, 1), "relative_position_index": inner.relative_position_index[:1, :1]}
-        seen = Call(inner, partial(_run_on, View(inner, alone)))
+        seen = Call(inner, View(inner, alone).instead)
         return View(attention, {"self": seen}), {"attention_mask": MaskByHead(bias)}
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
@@ -94,10 +95,6 @@ class _Swinv2(_Swin):
 def _cut(layer: Any, x: Tensor, grid: tuple[int, int]) -> Cut:
     windows = Windows((grid[0], grid[1]), (layer.window_size,) * 2, (layer.shift_size,) * 2, pads_first=True)
     return Cut(windows, layer.get_attn_mask(*windows.padded_grid, dtype=x.dtype, device=x.device))
-
-
-def _run_on(view: View, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return view.forward(*args, **kwargs)
 
 
 class SlowFastStage(Swapped):
@@ -168,7 +165,7 @@ class SwinAdapter(Adapter):
         ]
         for number, stage in enumerate(host.layers):
             path = f"layers.{number}"
-            name = ".".join(filter(None, (state.name, path)))
+            name = qualified(state.name, path)
             changes.append(Change(stage, SlowFastStage, {"_evo_state": state, "_evo_name": name, "_evo_path": path}))
         for name, block in named_blocks(host, state):
             own = {"_evo_state": state, "_evo_name": name, "_evo_blocks": kind}

@@ -40,6 +40,9 @@ class SlowFastBlock(GeneratesCode, Steered):
             self._evo_state.refuse_bypass(self._evo_name)
         return Steered.forward(self, *args, evo=evo, **kwargs)
 
+    def _evo_repr(self) -> str:
+        return self._evo_state.describe(self._evo_name)
+
     @staticmethod
     def _evo_traceable(block: nn.Module, cores: tuple[str, ...]) -> nn.Module:
         """What is traced in a block's place."""
@@ -162,7 +165,7 @@ def _seen(child: nn.Module, cores: tuple[str, ...], tap: AttentionTap, path: str
     attends = "" in cores
     check_steered(child, f"{tap.block}{path}", TappedAttention if attends else Steered)
     run = partial(_run_attention, tap=tap) if attends else partial(_run_around, cores=cores, tap=tap, path=path)
-    return Call(child, run) if full_grid is None else full_grid.around(Call(child, full_grid.inside(run)))
+    return Call(child, run) if full_grid is None else full_grid.around_run(child, run)
 
 
 def _run_attention(module: Any, *args: Any, tap: AttentionTap, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ in a local variable: threads, nested forwards, and several forwards before one b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedInputError
 from ..rewrite.classes import Steered
-from .hooks import wants_tokens
+from .hooks import is_recomputed, wants_tokens
 from .host_state import HostState
 
 
@@ -53,7 +53,7 @@ class ForwardPass(ABC):
         """
         blocks = list(blocks)
         # A wrapper around a block, such as torch's checkpoint_wrapper, may run the block again by itself.
-        if any(not isinstance(block, Steered) for block in blocks):
+        if any(not isinstance(block, Steered) or is_recomputed(block) for block in blocks):
             self.compact = False
         # Under torch.compile it would be done, and guarded, for every module.
         if self.active and not torch.compiler.is_compiling() and any(wants_tokens(block) for block in blocks):
@@ -74,10 +74,6 @@ class ForwardPass(ABC):
     def leave(self, index: int, x: Tensor) -> Tensor:
         """After a block and the modules that belong to it."""
         return x
-
-    def around(self, index: int, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        """What stands for a module that runs after a block in its step."""
-        return module
 
     def refuse(self, name: str, index: int) -> None:
         """An input that masks tokens.

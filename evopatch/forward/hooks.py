@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..algorithm.partition import Partition, merge, spread_attention, unspread_attention
+from ..rewrite.view import Call
 
 # Their hooks shard, offload, record or reparametrise: they don't look at single tokens, or ask for the full grid.
 _OWN_WAYS = {"torch", "transformers", "accelerate", "deepspeed", "evopatch"}
@@ -35,16 +36,25 @@ def wants_tokens(module: nn.Module) -> bool:
     return False
 
 
+def is_recomputed(module: nn.Module) -> bool:
+    """Whether hooks of a module compute it anew in backward (torch's composable checkpoints)."""
+    return any("checkpoint" in _origin(hook) for hook in _hooks(module))
+
+
 def _hooks(module: nn.Module) -> list[Any]:
     kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return [hook for kind in kinds for hook in kind.values()]
 
 
 def _is_foreign(hook: Any) -> bool:
+    return _origin(hook).partition(".")[0] not in _OWN_WAYS
+
+
+def _origin(hook: Any) -> str:
+    """The module that a hook is from."""
     while isinstance(hook, partial):
         hook = hook.func
-    origin = getattr(hook, "__module__", None) or type(hook).__module__
-    return str(origin).partition(".")[0] not in _OWN_WAYS
+    return str(getattr(hook, "__module__", None) or type(hook).__module__)
 
 
 class FullGrid:
@@ -69,14 +79,19 @@ class FullGrid:
         """What stands for the module: takes and returns the compact set, calls the module on all tokens."""
         return Shown(module, self)
 
-    def inside(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """The inverse: `run(module, ...)` on the compact set, of a module that is called on all tokens."""
+    def around_run(self, module: Any, run: Callable[..., Any]) -> Shown:
+        """The same for a `Steered` module that works on a compact set: its hooks see all tokens.
+
+        Args:
+            module: The module.
+            run: What it is to run; its first argument are the tokens, all others are for all tokens anyway.
+        """
 
         def on_all_tokens(module: Any, *args: Any, **kwargs: Any) -> Any:
-            hidden = {name: self.hide(value) for name, value in kwargs.items()}
-            return self.show(run(module, *map(self.hide, args), **hidden))
+            args, kwargs = _first_as(self.hide, args, kwargs)
+            return self.show(run(module, *args, **kwargs))
 
-        return on_all_tokens
+        return Shown(Call(module, on_all_tokens), self, first_only=True)
 
     def show(self, x: Any) -> Any:
         """From the compact set to all tokens: tensors of a layout with tokens, and tuples of such; anything else as it
@@ -106,7 +121,7 @@ class FullGrid:
             batch, heads, _, channels = x.shape
             full = _spread(x.transpose(1, 2).reshape(batch, rows, heads * channels), partition)
             return full.view(batch, tokens, heads, channels).transpose(1, 2)
-        return x
+        return _spread(x.flatten(2), partition).unflatten(2, x.shape[2:]) if x.shape[1] == rows else x  # (B, M, H, D)
 
     def _hide(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or x.dim() < 3:
@@ -126,22 +141,43 @@ class FullGrid:
             batch, heads, _, channels = x.shape
             compact = merge(x.transpose(1, 2).reshape(batch, tokens, heads * channels), partition)
             return compact.view(batch, -1, heads, channels).transpose(1, 2)
-        return x
+        return merge(x.flatten(2), partition).unflatten(2, x.shape[2:]) if x.shape[1] == tokens else x
 
 
 class Shown:
-    """Stands for a module that somebody wants to see all tokens in."""
+    """Stands for a module that somebody wants to see all tokens in.
 
-    def __init__(self, module: Any, full_grid: FullGrid) -> None:
+    Args:
+        module: To be called on all tokens.
+        full_grid: This run's.
+        first_only: Only the first argument are tokens.
+    """
+
+    def __init__(self, module: Any, full_grid: FullGrid, first_only: bool = False) -> None:
         self._evo_module = module
         self._evo_full_grid = full_grid
+        self._evo_first_only = first_only
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         show, hide = self._evo_full_grid.show, self._evo_full_grid.hide
-        return hide(self._evo_module(*map(show, args), **{name: show(value) for name, value in kwargs.items()}))
+        if self._evo_first_only:
+            args, kwargs = _first_as(show, args, kwargs)
+        else:
+            args, kwargs = tuple(map(show, args)), {name: show(value) for name, value in kwargs.items()}
+        return hide(self._evo_module(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_evo_module"], name)
+
+
+def _first_as(
+    change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with the first one changed, which may be given by name."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    first = next(iter(kwargs))
+    return args, {**kwargs, first: change(kwargs[first])}
 
 
 def _spread(x: Tensor, partition: Partition) -> Tensor:

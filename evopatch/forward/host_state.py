@@ -62,6 +62,16 @@ class HostState:
                 _check_keeps_any(plan.keep_ratio, stage, self.spec.pyramid.grids[stage])
         return plans
 
+    def describe(self, block: str) -> str:
+        """What a block does, in a few words.
+
+        Args:
+            block: Fully qualified name.
+        """
+        plan = self.plans[self.index_of[block.removeprefix(f"{self.name}.")]]
+        kept = "keeps all tokens" if plan.keep_ratio == 1.0 else f"keeps {plan.keep_ratio:.3g} of the tokens slow"
+        return kept + (", selects them" if plan.selects else "")
+
     def refuse_bypass(self, block: str) -> None:
         """A block was called without the state of a forward.
 

@@ -11,6 +11,12 @@ from ..errors import UnsupportedModelError
 from ..plan import TAPER
 from ..rewrite.tracing import TraceSpec
 
+
+def qualified(*parts: str) -> str:
+    """A fully qualified name; empty parts are left out, as that of a model itself is."""
+    return ".".join(filter(None, parts))
+
+
 Block = tuple[str, ...]
 """Paths of the modules that make up one block, from the host: the first holds the attention core, the others run after
 it, one on the output of the other."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..algorithm.importance import accumulate, accumulate_compact, coarsen
 from ..algorithm.partition import Partition, distribute, merge, merge_positions
@@ -81,7 +81,11 @@ class TokenPass(ForwardPass):
             compact = merge(x, partition)
             self._entries[index] = (x, compact)
         out = self._tapped(index, block, compact, named, partition, run)
-        return out if len(self.blocks[index]) > 1 else self.leave(index, out)
+        if len(self.blocks[index]) == 1:
+            return self.leave(index, out)
+        # The modules that follow the first one of a block see what somebody's hooks on them are to see.
+        full_grid = self._full_grid(index, partition)
+        return out if full_grid is None else cast(Tensor, full_grid.show(out))
 
     def leave(self, index: int, x: Tensor) -> Tensor:
         """Put the full grid back where a run ends, or somebody looks."""
@@ -89,15 +93,19 @@ class TokenPass(ForwardPass):
         # Pruned models (timm's prune_intermediate_layers) end before their last run does.
         if plan.keep_ratio == 1.0 or (self.compact and not plan.ends and index + 1 < self.depth):
             return x
+        full_grid = self._full_grid(index, self.partitions[index])
+        if full_grid is not None and len(self.blocks[index]) > 1:
+            x = full_grid.hide(x)
         # Nobody needs them again: what recomputes a block alone takes the full grid, what recomputes a whole run begins
         # with its entry.
-        full, entry = (tokens.to(x.device) for tokens in self._entries.pop(self._first[index]))
+        kept = self._entries.pop(self._first[index], None)
+        if kept is None:
+            raise BypassError(
+                f"block {index} of '{self.name or 'model'}' ran a second time in one forward pass, after its run of "
+                "blocks had ended: something computes single blocks anew. Use the library's own gradient checkpointing"
+            )
+        full, entry = (tokens.to(x.device) for tokens in kept)
         return distribute(full, x - entry, self.partitions[index])
-
-    def around(self, index: int, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        """What stands for a module that runs after a block in its step."""
-        full_grid = self._full_grid(index, self.partitions.get(index))
-        return full_grid.around(module) if full_grid is not None and full_grid.wants(module) else module
 
     def _full_grid(self, index: int, partition: Partition | None) -> FullGrid | None:
         if not self.hooks_see or partition is None:

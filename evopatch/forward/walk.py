@@ -14,6 +14,7 @@ from ..rewrite.classes import host_class
 from ..rewrite.view import Call, ContainerView, View, check_steered
 from .forward_pass import ForwardPass
 from .host_state import HostState
+from .spec import qualified
 from .tokens import TokenPass
 
 
@@ -84,7 +85,7 @@ def _changed(module: Any, path: str, forward_pass: ForwardPass, steps: list[Step
 def _viewed(module: Any, path: str, forward_pass: ForwardPass, steps: list[Step]) -> Any:
     index = forward_pass.index_of.get(path)
     if index is not None:
-        check_steered(module, ".".join(filter(None, (forward_pass.name, path))))
+        check_steered(module, qualified(forward_pass.name, path))
         steps.append(Step(forward_pass, index, module))
         return steps[-1]
     if path not in forward_pass.around_blocks:
@@ -93,11 +94,7 @@ def _viewed(module: Any, path: str, forward_pass: ForwardPass, steps: list[Step]
     if isinstance(module, (nn.Sequential, nn.ModuleList)):
         return ContainerView(module, _joined({**module._modules, **changed}, forward_pass))
     # By its own call, so that its hooks run.
-    return Call(module, partial(_run_on, View(module, changed)))
-
-
-def _run_on(view: View, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return view.forward(*args, **kwargs)
+    return Call(module, View(module, changed).instead)
 
 
 def _joined(children: dict[str, Any], forward_pass: ForwardPass) -> dict[str, Any]:
@@ -133,7 +130,7 @@ class Step:
 
     def _follow(self, x: Tensor) -> Tensor:
         for module in self.followers:
-            x = self._pass.around(self.index, module)(x)
+            x = module(x)
         return x
 
     def __getattr__(self, name: str) -> Any:

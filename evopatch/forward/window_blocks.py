@@ -82,6 +82,9 @@ class SlowFastWindowBlock(Steered):
             self._evo_state.refuse_bypass(self._evo_name)
         return Steered.forward(self, *args, evo=evo, **kwargs)
 
+    def _evo_repr(self) -> str:
+        return self._evo_state.describe(self._evo_name)
+
 
 class MaskByHead:
     """Given to an attention that adds a mask `(windows, A, A)` to its logits: adds one of every head as well.

@@ -10,11 +10,10 @@ and those not, share a partition, made before the first of them. Selection `"lay
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..algorithm.importance import accumulate, coarsen
 from ..algorithm.partition import Partition, distribute
@@ -154,10 +153,6 @@ class WindowedPass(ForwardPass):
         return select_windows(loss, importance, keep, places, cut.windows, self.representative == "single")
 
 
-def _run_on(view: View, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return view.forward(*args, **kwargs)
-
-
 def _unchanged(x: Tensor) -> Tensor:
     return x
 
@@ -187,7 +182,7 @@ class _Attention:
             check_steered(self._attention, self._name)
             view, given = blocks.biased(self._attention, bias)
             # By its own call, so that its hooks run.
-            out = self._attention(x, evo=partial(_run_on, view), **kwargs, **given)
+            out = self._attention(x, evo=view.instead, **kwargs, **given)
         if isinstance(out, tuple):
             return out[0].reshape(-1, 1, out[0].shape[-1]), None
         return out.reshape(-1, 1, out.shape[-1])

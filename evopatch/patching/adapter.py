@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..forward.block import SlowFastBlock, TappedAttention, block_codes
 from ..forward.host_state import HostState
-from ..forward.spec import HostSpec
+from ..forward.spec import HostSpec, qualified
 from ..rewrite.classes import Steered, Swapped
 from ..rewrite.graph import generate_core
 from ..rewrite.tracing import on_the_way
@@ -117,7 +117,7 @@ def named_blocks(host: nn.Module, state: HostState) -> list[tuple[str, nn.Module
     blocks = []
     for first, *_ in state.blocks:
         block = host.get_submodule(first)
-        name = ".".join(filter(None, (state.name, first)))
+        name = qualified(state.name, first)
         check_forward(block, name)
         blocks.append((name, block))
     return blocks

@@ -13,6 +13,7 @@ from torch import nn
 from ..config import EvoConfig
 from ..errors import ConfigError, NotPatchedError, UnsupportedModelError
 from ..forward.host_state import HostState
+from ..forward.spec import qualified
 from . import changes, registry
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -31,7 +32,7 @@ class Host:
         """Paths in the model of the modules that make up each block; of a pruned model, of those that are left."""
         # timm's `prune_intermediate_layers` leaves fewer blocks than were patched.
         there = [block for block in self.state.blocks if _has(self.module, block[0])]
-        return [[".".join(filter(None, (self.name, path))) for path in block] for block in there]
+        return [[qualified(self.name, path) for path in block] for block in there]
 
     def grids(self, image_size: tuple[int, int]) -> list[tuple[int, int]]:
         """Rows and columns of the patch tokens in every block.

@@ -34,5 +34,5 @@ def _structure(model: nn.Module) -> dict[str, object]:
     for name, module in model.named_modules():
         cls = host_class(module)
         if "Drop" not in cls.__name__ and cls is not nn.Identity:
-            found[f"{name} (module)"] = (cls.__name__, module.extra_repr())
+            found[f"{name} (module)"] = (cls.__name__, cls.extra_repr(module))
     return found

@@ -27,6 +27,15 @@ class Swapped:
         mixin = type(self).__mro__[1]
         return (_new, (self.__dict__.get("_evo_versions"), self._evo_host_class, mixin), *reduced[2:])
 
+    def _evo_repr(self) -> str:
+        """What `repr` says of the patch."""
+        return ""
+
+    def extra_repr(self) -> str:
+        """The module's own, and what the patch is."""
+        own, ours = self._evo_host_class.extra_repr(self), self._evo_repr()  # type: ignore[arg-type]
+        return ", ".join(filter(None, (own, ours and f"evopatch: {ours}")))
+
     def __prepare_scriptable__(self) -> Any:
         raise UnsupportedModelError(
             f"torch.jit.script was given a patched {self._evo_host_class.__name__}, whose forward runs Python that "

@@ -34,6 +34,10 @@ class View:
         """The module's own, on this view."""
         return host_class(self._evo_viewed).forward(self, *args, **kwargs)
 
+    def instead(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What a `Steered` module runs to run on this view of it."""
+        return self.forward(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         module = self._evo_viewed
         value = getattr(module, name)

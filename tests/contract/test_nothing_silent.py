@@ -452,11 +452,12 @@ def test_offloaded_by_whole_blocks(name):
 
 
 def record(model, x):
-    """The shapes of every module's inputs, call by call, as hooks see them."""
+    """The shapes of every module's inputs and outputs, call by call, as hooks see them."""
     seen = {}
 
     def hook(module, args, out, name):
-        seen.setdefault(name, []).append([tuple(a.shape) for a in args if isinstance(a, torch.Tensor)])
+        out = out if isinstance(out, tuple) else (out,)
+        seen.setdefault(name, []).append([tuple(a.shape) for a in (*args, *out) if isinstance(a, torch.Tensor)])
 
     handles = [
         module.register_forward_hook(lambda m, a, o, name=name: hook(m, a, o, name))
@@ -478,7 +479,9 @@ def test_a_hook_on_every_module_sees_what_it_sees_unpatched(name):
     seen, result = record(model, x)
     assert seen == expected
     torch.testing.assert_close(result, plain, atol=3e-5, rtol=3e-5)
-    if name not in PYRAMIDS:  # the control: a hook that is known not to look at tokens sees the compact set
+    if (
+        name not in PYRAMIDS and "backbone" not in name
+    ):  # the control: a hook that is known not to look at tokens sees the compact set
         rows = []
 
         def hook(module, args, kwargs, out):

@@ -50,11 +50,12 @@ def test_hooks_on_stages_and_blocks_run(name):
         encoder.stages[1].register_forward_hook(lambda module, args, out: seen.append(out.shape)),
         blocks[0].register_forward_hook(lambda module, args, out: seen.append(out.shape)),
     ]
-    assert torch.equal(call(model, x), expected)
+    torch.testing.assert_close(call(model, x), expected, atol=2e-5, rtol=2e-5)
     assert len(seen) == 2
-    assert seen[0] != seen[1]  # a block inside a run shows the compact set, the stage its full grid
+    assert seen[0][1:].numel() == 9 * 48  # the second stage's full grid, although the block works on fewer tokens
     for handle in handles:
         handle.remove()
+    assert torch.equal(call(model, x), expected)
 
 
 @pytest.mark.parametrize("name", ["levit", "levit_conv", "levit_distilled"])
@@ -256,15 +257,19 @@ def test_warnings_as_errors_leave_the_model_untouched():
     assert not evopatch.is_patched(model)
 
 
-def test_backward_hooks_on_stages_run_and_hooks_on_containers_are_refused():
+def test_backward_hooks_on_stages_and_hooks_on_containers_run():
     model, x, seen = evopatch.apply(build("levit")), images_for("levit"), []
     handle = model.stages[1].register_full_backward_hook(lambda module, gradient, out: seen.append(out[0].shape))
     model(x).sum().backward()
     assert seen == [(2, 9, 48)]
     handle.remove()
-    model.stages[1].blocks.register_forward_hook(lambda module, args, out: seen.append(out))
-    with pytest.raises(evopatch.BypassError, match="a Sequential of blocks has hooks"):
-        model(x)
+    plain = model(x)
+    handle = model.stages[1].blocks.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    assert torch.equal(model(x), plain)
+    assert seen[1:] == [(2, 9, 48)]
+    handle.remove()
+    model.stages[1].blocks.register_forward_hook(lambda module, args, out: out * 2)
+    assert moved(model(x), plain) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,10 @@ def test_with_every_window_or_token_slow_the_views_equal_the_blocks(name, size, 
     original = call(model, x)
     evopatch.apply(model, config=EvoConfig(keep_ratio=0.9, schedule="constant", representative=representative))
     assert moved(call(model, x), original) > 1e-4
-    match, merge, entered = windowed.match_tokens, windowed.merge, []
+    match, merge, entered = windowed.match_tokens, windowed.merge_windows, []
     monkeypatch.setattr(windowed, "num_slow", lambda number, ratio: number - (representative == "matched"))
     monkeypatch.setattr(windowed, "match_tokens", lambda metric, keep, *a: match(metric, a[1].area, *a))
-    monkeypatch.setattr(windowed, "merge", lambda *a: entered.append(merge(*a)) or entered[-1])
+    monkeypatch.setattr(windowed, "merge_windows", lambda *a: entered.append(merge(*a)) or entered[-1])
     torch.testing.assert_close(call(model, x), original, atol=2e-5, rtol=2e-5)
     assert len(entered) == (5 if representative == "matched" or size != (SIZE, SIZE) else 3)
 
