@@ -7,13 +7,12 @@ from typing import Any
 from timm.models.levit import Levit
 from torch import Tensor, nn
 
-from evopatch.errors import UnsupportedInputError, UnsupportedModelError
+from evopatch.errors import UnsupportedInputError
 from evopatch.forward.host_state import HostState
-from evopatch.forward.spec import Pyramid
 from evopatch.forward.walk import refuse_symbolic, walk
-from evopatch.patching.adapter import Adapter, HostSpec
+from evopatch.patching.adapter import HostSpec
+from evopatch.patching.pyramid import PyramidAdapter
 from evopatch.rewrite.classes import Swapped
-from evopatch.rewrite.tracing import TraceSpec
 
 
 class SlowFastLevit(Swapped):
@@ -49,14 +48,10 @@ class SlowFastLevit(Swapped):
             )
 
 
-class LevitAdapter(Adapter):
+class LevitAdapter(PyramidAdapter):
     """Linear and convolutional LeViT, distilled or not."""
 
     mixin = SlowFastLevit
-    notice = (
-        "LeViT's blocks are so small that a patched model may be slower than unpatched for single images (see "
-        "docs/speed.md); measure yours with evopatch.benchmark"
-    )
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
         return (Levit,)
@@ -66,18 +61,5 @@ class LevitAdapter(Adapter):
             tuple((f"stages.{number}.blocks.{index}",) for index in range(len(stage.blocks)))
             for number, stage in enumerate(host.stages)
         )
-        if not all(blocks):
-            raise UnsupportedModelError(f"{name} has a stage without blocks: expected at least one in each stage")
-        pyramid = Pyramid(tuple(tuple(stage.blocks[0].attn.resolution) for stage in host.stages), kernel=3)
-        pyramid.check(name)
-        return HostSpec(
-            blocks=blocks,
-            prefix=0,
-            readout=0,
-            received=True,
-            taper=0.5,  # coarse grids are more redundant than fine ones
-            trace=TraceSpec(position_biases=("get_attention_biases",)),
-            caches=("attention_bias_cache",),
-            pyramid=pyramid,
-            channels_first=host.use_conv,
-        )
+        grids = tuple(tuple(stage.blocks[0].attn.resolution) for stage in host.stages if stage.blocks)
+        return self.describe(name, blocks, grids, channels_first=host.use_conv)

@@ -9,7 +9,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
-from torch import nn
+from torch import Tensor, nn
 
 from evopatch.forward.walk import walk
 from evopatch.patching.adapter import Adapter, HostSpec
@@ -21,15 +21,23 @@ class SlowFast(Swapped):
     """Mixin of a patched timm ViT: the two methods that walk over the blocks."""
 
     grad_checkpointing: bool
+    patch_embed: Any
 
-    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_features(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's own, on slow-fast blocks."""
         # A checkpointed block may depend on its arguments only, so it takes and returns the full grid.
-        return walk(self, "forward_features", *args, compact=not self.grad_checkpointing, **kwargs)
+        compact = not self.grad_checkpointing
+        return walk(self, "forward_features", x, *args, compact=compact, grid=self._grid_of(x), **kwargs)
 
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_intermediates(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's own, on slow-fast blocks; intermediate features are the full grid at every block."""
-        return walk(self, "forward_intermediates", *args, compact=False, **kwargs)
+        return walk(self, "forward_intermediates", x, *args, compact=False, grid=self._grid_of(x), **kwargs)
+
+    def _grid_of(self, x: Any) -> tuple[int, int] | None:
+        if not isinstance(x, Tensor) or not hasattr(self.patch_embed, "dynamic_feat_size"):
+            return None
+        rows, columns = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        return rows, columns
 
 
 class ViTAdapter(Adapter):

@@ -132,9 +132,19 @@ def start_pass(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     recorded = kwargs.get("output_hidden_states", getattr(host.config, "output_hidden_states", False))
     checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers.values())
     forward_pass = TokenPass(state, compact=not recorded and not checkpointed)
+    pixels = kwargs.get("pixel_values", args[0] if args else None)
+    if isinstance(pixels, Tensor) and pixels.dim() == 4:
+        forward_pass.grid = grid_of(host.config, (pixels.shape[-2], pixels.shape[-1]))
     forward_pass.depth = state.depth
     forward_pass.begin(layers.values())
     return args, {**kwargs, "evo_pass": forward_pass}
+
+
+def grid_of(config: Any, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patch tokens, by a model's configuration."""
+    size = config.patch_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return image_size[0] // height, image_size[1] // width
 
 
 _ADVICE = "use evopatch.remove(model) before changing them, and evopatch.apply after"

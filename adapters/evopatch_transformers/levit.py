@@ -8,12 +8,11 @@ from typing import Any
 from torch import nn
 from transformers.models.levit.modeling_levit import LevitAttention, LevitEncoder, LevitMLPLayer
 
-from evopatch.errors import UnsupportedModelError
-from evopatch.forward.spec import Block, Pyramid
+from evopatch.forward.spec import Block
 from evopatch.forward.walk import walk
-from evopatch.patching.adapter import Adapter, HostSpec
+from evopatch.patching.adapter import HostSpec
+from evopatch.patching.pyramid import PyramidAdapter
 from evopatch.rewrite.classes import Swapped
-from evopatch.rewrite.tracing import TraceSpec
 
 
 class SlowFastLevit(Swapped):
@@ -24,35 +23,18 @@ class SlowFastLevit(Swapped):
         return walk(self, "forward", *args, compact=True, **kwargs)
 
 
-class LevitAdapter(Adapter):
+class LevitAdapter(PyramidAdapter):
     """The encoder that every LeViT model and head of transformers holds."""
 
     mixin = SlowFastLevit
-    notice = (
-        "LeViT's blocks are so small that a patched model may be slower than unpatched for single images (see "
-        "docs/speed.md); measure yours with evopatch.benchmark"
-    )
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
         return (LevitEncoder,)
 
     def inspect(self, host: Any, name: str) -> HostSpec:
         stages = tuple(_blocks(stage, f"stages.{number}") for number, stage in enumerate(host.stages))
-        if not all(stages):
-            raise UnsupportedModelError(f"{name} has a stage without blocks: expected at least one in each stage")
-        sides = [math.isqrt(host.get_submodule(stage[0][0]).module.len_points) for stage in stages]
-        pyramid = Pyramid(tuple((side, side) for side in sides), kernel=3)
-        pyramid.check(name)
-        return HostSpec(
-            blocks=stages,
-            prefix=0,
-            readout=0,
-            received=True,
-            taper=0.5,  # coarse grids are more redundant than fine ones
-            trace=TraceSpec(position_biases=("get_attention_biases",)),
-            caches=("attention_bias_cache",),
-            pyramid=pyramid,
-        )
+        sides = [math.isqrt(host.get_submodule(stage[0][0]).module.len_points) for stage in stages if stage]
+        return self.describe(name, stages, tuple((side, side) for side in sides))
 
 
 def _blocks(stage: Any, path: str) -> tuple[Block, ...]:

@@ -74,6 +74,4 @@ class ViTAdapter(Adapter):
             raise UnsupportedInputError(
                 "ViTMAEModel shuffles its patch tokens and leaves some out: they have no place on a grid here"
             )
-        size = host.config.patch_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return image_size[0] // height, image_size[1] // width
+        return layer.grid_of(host.config, image_size)

@@ -16,16 +16,14 @@ from ..rewrite.classes import Steered, host_class
 from ..rewrite.graph import Code, GeneratesCode, generate_core, generate_metric
 from ..rewrite.tracing import TraceSpec, attention_cores
 from ..rewrite.view import Call, ContainerView, View, check_steered
-from .host_state import HostState
+from .guarded import GuardedBlock
 from .tap import AttentionTap
 
 
-class SlowFastBlock(GeneratesCode, Steered):
+class SlowFastBlock(GeneratesCode, GuardedBlock):
     """Mixin of a patched block."""
 
     _evo_always = "_evo_metric"
-    _evo_state: HostState
-    _evo_name: str
     _evo_cores: tuple[str, ...]
     """Paths in it of the modules whose forward holds an attention core; `""` for the block itself."""
     _evo_metric: Code
@@ -33,15 +31,6 @@ class SlowFastBlock(GeneratesCode, Steered):
     _evo_code: Code | None
     """Its own forward, where that holds the attention core."""
     training: bool
-
-    def forward(self, *args: Any, evo: Any = None, **kwargs: Any) -> Any:
-        """What a step of the slow-fast forward gives, or the host's own."""
-        if evo is None:
-            self._evo_state.refuse_bypass(self._evo_name)
-        return Steered.forward(self, *args, evo=evo, **kwargs)
-
-    def _evo_repr(self) -> str:
-        return self._evo_state.describe(self._evo_name)
 
     @staticmethod
     def _evo_traceable(block: nn.Module, cores: tuple[str, ...]) -> nn.Module:

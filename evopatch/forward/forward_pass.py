@@ -34,6 +34,8 @@ class ForwardPass(ABC):
         self.representative, self.importance = state.config.representative, state.config.importance
         self.blocks, self.stage_of, self.index_of = state.blocks, state.stage_of, state.index_of
         self.around_blocks = state.around_blocks
+        self.grid: tuple[int, int] | None = None
+        """Rows and columns of the patch tokens that the images make, where that is known before the blocks run."""
         self.depth = 0
         """How many blocks there are; pruned models have fewer than were patched."""
         self.everything_seen = state.full_grid > 0

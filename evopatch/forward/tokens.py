@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..algorithm.importance import accumulate, accumulate_compact, coarsen
 from ..algorithm.partition import Partition, distribute, merge, merge_positions
+from ..algorithm.rows import is_fixed
 from ..algorithm.selection import num_slow, select_matched, select_top
 from ..errors import BypassError, UnsupportedInputError
 from ..rewrite.classes import host_class
@@ -117,6 +118,8 @@ class TokenPass(ForwardPass):
         return FullGrid(self.everything_seen, partition, grid)
 
     def _check_grid(self, index: int, x: Tensor) -> None:
+        if index == 0 and self.grid is not None:
+            self._check_tokens(x.shape[1], *self.grid)
         pyramid, stage = self.spec.pyramid, self.stage_of[index]
         if pyramid is None or (index and self.stage_of[index - 1] == stage):
             return
@@ -125,6 +128,16 @@ class TokenPass(ForwardPass):
             raise UnsupportedInputError(
                 f"{x.shape[1]} patch tokens reached stage {stage + 1} of '{self.name or 'model'}', whose position "
                 f"biases are for {rows * columns} ({rows}x{columns}): give images of the model's own size"
+            )
+
+    def _check_tokens(self, found: int, rows: int, columns: int) -> None:
+        prefix = self.spec.prefix
+        if is_fixed(found) and found > prefix + rows * columns:
+            raise UnsupportedInputError(
+                f"{found} tokens reached the first block of '{self.name or 'model'}': expected {prefix} prefix tokens "
+                f"and {rows}x{columns} patch tokens. The other {found - prefix - rows * columns}, such as prompts, "
+                "would be taken for patch tokens, and for those of another place. Put them first and count them before "
+                "evopatch.apply (num_prefix_tokens in timm), or leave the model unpatched"
             )
 
     def _carried(self, index: int, g: Tensor) -> Tensor:

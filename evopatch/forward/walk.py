@@ -19,7 +19,13 @@ from .tokens import TokenPass
 
 
 def walk(
-    host: Any, method: str, *args: Any, compact: bool, pass_class: type[ForwardPass] = TokenPass, **kwargs: Any
+    host: Any,
+    method: str,
+    *args: Any,
+    compact: bool,
+    pass_class: type[ForwardPass] = TokenPass,
+    grid: tuple[int, int] | None = None,
+    **kwargs: Any,
 ) -> Any:
     """Run a host's own method that walks over its blocks, with the slow-fast steps in their place.
 
@@ -29,6 +35,7 @@ def walk(
         compact: Pass the compact set from block to block inside a run, which is faster. False: every step takes and
             returns the full grid in raster order, as callers want who look between the blocks.
         pass_class: How the steps go.
+        grid: Rows and columns of the patch tokens that the images make, if that is known.
     """
     function = getattr(host_class(host), method)
     state: HostState = host._evo_state
@@ -36,6 +43,7 @@ def walk(
         return function(host, *args, **kwargs)
     refuse_symbolic(args, kwargs)
     forward_pass = pass_class(state, compact)
+    forward_pass.grid = grid
     view = viewed(host, forward_pass)
     # A zero-argument super() in a subclass looks at the view's class, which torch.compile can't.
     if "__class__" in function.__code__.co_freevars:

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..algorithm.windows import Windows
-from ..rewrite.classes import Steered
 from ..rewrite.view import View
-from .host_state import HostState
+from .guarded import GuardedBlock
 
 
 class Cut(NamedTuple):
@@ -69,21 +68,10 @@ class WindowedBlocks(ABC):
         """Attention logits `(B, H, T)` of one token `(B, 1, C)` over others `(B, T, C)`, by the block's projections."""
 
 
-class SlowFastWindowBlock(Steered):
+class SlowFastWindowBlock(GuardedBlock):
     """Mixin of a patched windowed block."""
 
-    _evo_state: HostState
-    _evo_name: str
     _evo_blocks: WindowedBlocks
-
-    def forward(self, *args: Any, evo: Any = None, **kwargs: Any) -> Any:
-        """What a step of the slow-fast forward gives, or the host's own."""
-        if evo is None:
-            self._evo_state.refuse_bypass(self._evo_name)
-        return Steered.forward(self, *args, evo=evo, **kwargs)
-
-    def _evo_repr(self) -> str:
-        return self._evo_state.describe(self._evo_name)
 
 
 class MaskByHead:

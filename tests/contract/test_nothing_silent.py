@@ -235,6 +235,49 @@ def test_a_librarys_own_walk_passes_the_compact_set():
     assert rows == [26, 26, 26, 17, 26, 10]
 
 
+class Prompted(VisionTransformer):
+    """Three learned tokens at the end of the sequence, where they would be taken for patch tokens."""
+
+    def _pos_embed(self, x):
+        x = super()._pos_embed(x)
+        return torch.cat([x, x.new_ones(len(x), 3, x.shape[2])], dim=1)
+
+
+class PromptedViT(ViTModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings.register_forward_hook(lambda m, a, out: torch.cat([out, torch.ones_like(out[:, :3])], dim=1))
+
+
+@pytest.mark.parametrize("make", [lambda: Prompted(**SMALL), lambda: PromptedViT(looking_vit().config)])
+@torch.no_grad()
+def test_tokens_that_nobody_counted_are_an_error_that_counts_them(make):
+    torch.manual_seed(0)
+    model, x = make().eval(), images()
+    original = call(model, x)
+    evopatch.apply(model)
+    with pytest.raises(UnsupportedInputError, match=r"29 tokens .* 1 prefix tokens and 5x5 patch tokens\. The other 3"):
+        call(model, x)
+    evopatch.set_keep_ratio(model, 1.0)
+    assert torch.equal(call(model, x), original)
+
+
+@torch.no_grad()
+def test_prompts_that_are_counted_as_prefix_tokens_work():
+    class Counted(VisionTransformer):
+        def _pos_embed(self, x):
+            x = super()._pos_embed(x)
+            return torch.cat([x[:, :1], x.new_ones(len(x), 3, x.shape[2]), x[:, 1:]], dim=1)
+
+    torch.manual_seed(0)
+    model, x = Counted(**SMALL).eval(), images()
+    original = call(model, x)
+    model.num_prefix_tokens = 4
+    evopatch.apply(model)
+    assert moved(call(model, x), original) > 1e-5
+    assert evopatch.token_selection(model, x).shape == (2, 6, 5, 5)
+
+
 # Masks
 
 
@@ -625,3 +668,15 @@ def test_a_model_that_nobody_holds_is_freed():
     del model
     gc.collect()
     assert gone() is None
+
+
+@every(KINDS)
+def test_a_patched_model_says_what_it_is(name):
+    model = build(name)
+    before = repr(model)
+    evopatch.apply(model)
+    paths = [paths[0] for paths in Patched(model).host.blocks()]
+    assert all("evopatch: keeps" in repr(model.get_submodule(path)) for path in paths)
+    assert "of the tokens slow, selects them" in repr(model)
+    evopatch.remove(model)
+    assert repr(model) == before
