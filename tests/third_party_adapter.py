@@ -2,9 +2,8 @@
 
 from torch import nn
 
-from evopatch.forward.walk import walk
+from evopatch.forward.walk import PatchedHost, walk
 from evopatch.patching.adapter import Adapter, HostSpec
-from evopatch.rewrite.classes import Swapped
 
 
 class ToyBlock(nn.Module):
@@ -29,7 +28,7 @@ class ToyViT(nn.Module):
         return self.layers(x)
 
 
-class SlowFastToy(Swapped):
+class SlowFastToy(PatchedHost):
     def forward(self, x):
         return walk(self, "forward", x, compact=True)
 

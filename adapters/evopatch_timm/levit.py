@@ -8,17 +8,14 @@ from timm.models.levit import Levit
 from torch import Tensor, nn
 
 from evopatch.errors import UnsupportedInputError
-from evopatch.forward.host_state import HostState
-from evopatch.forward.walk import refuse_symbolic, walk
+from evopatch.forward.walk import PatchedHost, refuse_symbolic, walk
 from evopatch.patching.adapter import HostSpec
 from evopatch.patching.pyramid import PyramidAdapter
-from evopatch.rewrite.classes import Swapped
 
 
-class SlowFastLevit(Swapped):
+class SlowFastLevit(PatchedHost):
     """Mixin of a patched timm LeViT: the two methods that walk over the stages."""
 
-    _evo_state: HostState
     stem: Any
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -11,11 +11,11 @@ from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr, SwinTransfor
 from torch import nn
 
 from evopatch.forward.host_state import HostState
-from evopatch.forward.walk import viewed, walk
+from evopatch.forward.walk import PatchedHost, viewed, walk
 from evopatch.forward.window_blocks import SlowFastWindowBlock
 from evopatch.forward.windowed import WindowedPass
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks, passages
-from evopatch.rewrite.classes import Steered, Swapped
+from evopatch.rewrite.classes import Steered
 from evopatch.rewrite.view import View
 
 from .swin_blocks import SwinBlocks, SwinV2Blocks, SwinV2CrBlocks
@@ -27,7 +27,7 @@ _KINDS = {
 }
 
 
-class SlowFastSwin(Swapped):
+class SlowFastSwin(PatchedHost):
     """Mixin of a patched timm Swin: the two methods that walk over the stages."""
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
@@ -39,10 +39,9 @@ class SlowFastSwin(Swapped):
         return walk(self, "forward_intermediates", *args, compact=True, pass_class=WindowedPass, **kwargs)
 
 
-class SlowFastFeatures(Swapped):
+class SlowFastFeatures(PatchedHost):
     """Mixin of a patched feature extractor (timm's `features_only`), which calls the stages itself."""
 
-    _evo_state: HostState
     _modules: dict[str, nn.Module]
 
     def forward(self, x: Any) -> Any:

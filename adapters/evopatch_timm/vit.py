@@ -11,13 +11,12 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
-from evopatch.forward.walk import walk
+from evopatch.forward.walk import PatchedHost, walk
 from evopatch.patching.adapter import Adapter, HostSpec
-from evopatch.rewrite.classes import Swapped
 from evopatch.rewrite.tracing import TraceSpec
 
 
-class SlowFast(Swapped):
+class SlowFast(PatchedHost):
     """Mixin of a patched timm ViT: the two methods that walk over the blocks."""
 
     grad_checkpointing: bool

@@ -9,13 +9,12 @@ from torch import nn
 from transformers.models.levit.modeling_levit import LevitAttention, LevitEncoder, LevitMLPLayer
 
 from evopatch.forward.spec import Block
-from evopatch.forward.walk import walk
+from evopatch.forward.walk import PatchedHost, walk
 from evopatch.patching.adapter import HostSpec
 from evopatch.patching.pyramid import PyramidAdapter
-from evopatch.rewrite.classes import Swapped
 
 
-class SlowFastLevit(Swapped):
+class SlowFastLevit(PatchedHost):
     """Mixin of a patched encoder: its one method that walks over the stages."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from ..rewrite.graph import Code, GeneratesCode, generate_core, generate_metric
 from ..rewrite.tracing import TraceSpec, attention_cores
 from ..rewrite.view import Call, ContainerView, View, check_steered
 from .guarded import GuardedBlock
+from .protocols import PatchedBlock
 from .tap import AttentionTap
 
 
@@ -110,7 +111,7 @@ def block_codes(mixin: type[SlowFastBlock], block: nn.Module, name: str, trace: 
     return {"_evo_cores": cores, "_evo_metric": generate_metric(traced, name, trace), "_evo_code": code}
 
 
-def run_tapped(block: Any, tap: AttentionTap, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def run_tapped(block: PatchedBlock, tap: AttentionTap, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A block's own forward with its attention cores handed to a tap; other arguments as the block takes them."""
     view = tapped_view(block, block._evo_cores, tap)
     code: Code | None = block._evo_code

@@ -17,6 +17,7 @@ from .block import run_tapped
 from .forward_pass import ForwardPass
 from .hooks import FullGrid
 from .host_state import HostState
+from .protocols import PatchedBlock
 from .tap import AttentionTap
 
 Run = Callable[[Tensor, dict[str, Any], AttentionTap | None], Tensor]
@@ -34,7 +35,7 @@ class TokenPass(ForwardPass):
         self._entries: dict[int, tuple[Tensor, Tensor]] = {}
         self._first: dict[int, int] = {}
 
-    def run(self, index: int, block: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def run(self, index: int, block: PatchedBlock, *args: Any, **kwargs: Any) -> Tensor:
         """One block that takes `(B, M, C)`, or `(B, C, h, w)`, and the inputs that its adapter names."""
         own = host_class(block).forward
         if not self.active:
@@ -53,7 +54,7 @@ class TokenPass(ForwardPass):
 
         return self._block_layout(index, self.advance(index, block, self._token_layout(x), inputs, run))
 
-    def advance(self, index: int, block: Any, x: Tensor, inputs: Mapping[str, Any], run: Run) -> Tensor:
+    def advance(self, index: int, block: PatchedBlock, x: Tensor, inputs: Mapping[str, Any], run: Run) -> Tensor:
         """One block.
 
         Args:
@@ -147,7 +148,7 @@ class TokenPass(ForwardPass):
             return g
         return coarsen(g, pyramid.grids[stage], pyramid.kernel)
 
-    def _select(self, index: int, block: Any, x: Tensor, inputs: dict[str, Any]) -> Partition:
+    def _select(self, index: int, block: PatchedBlock, x: Tensor, inputs: dict[str, Any]) -> Partition:
         prefix = self.spec.prefix
         g = self.g[index - 1].to(x.device)  # the first block never selects
         keep = num_slow(g.shape[1], self.plans[index].keep_ratio)
@@ -177,7 +178,7 @@ class TokenPass(ForwardPass):
         return x.flatten(2).transpose(1, 2)
 
     def _tapped(
-        self, index: int, block: Any, x: Tensor, inputs: dict[str, Any], partition: Partition | None, run: Run
+        self, index: int, block: PatchedBlock, x: Tensor, inputs: dict[str, Any], partition: Partition | None, run: Run
     ) -> Tensor:
         plan, spec = self.plans[index], self.spec
         if partition is not None:

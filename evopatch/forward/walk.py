@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, doesn't import the compiler
 
 from ..errors import UnsupportedInputError
-from ..rewrite.classes import host_class
+from ..rewrite.classes import Swapped, host_class
 from ..rewrite.view import Call, ContainerView, View, check_steered
 from .forward_pass import ForwardPass
 from .host_state import HostState
@@ -18,8 +18,14 @@ from .spec import qualified
 from .tokens import TokenPass
 
 
+class PatchedHost(Swapped):
+    """Mixin of a patched host; an adapter's wraps the methods that walk over the blocks, each by `walk`."""
+
+    _evo_state: HostState
+
+
 def walk(
-    host: Any,
+    host: PatchedHost,
     method: str,
     *args: Any,
     compact: bool,
@@ -38,7 +44,7 @@ def walk(
         grid: Rows and columns of the patch tokens that the images make, if that is known.
     """
     function = getattr(host_class(host), method)
-    state: HostState = host._evo_state
+    state = host._evo_state
     if not state.active and compact:
         return function(host, *args, **kwargs)
     refuse_symbolic(args, kwargs)

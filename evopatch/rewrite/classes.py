@@ -95,9 +95,10 @@ def _rebind(module: nn.Module) -> None:
         module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
 
 
-def host_class(module: nn.Module) -> type[nn.Module]:
+def host_class(module: object) -> type[nn.Module]:
     """The class that a module has, or had before `swap`."""
-    return getattr(type(module), "_evo_host_class", type(module))
+    cls: type[nn.Module] = getattr(type(module), "_evo_host_class", None) or type(module)  # type: ignore[assignment]
+    return cls
 
 
 def _new(versions: object, host_class: type[nn.Module], mixin: type[Swapped]) -> nn.Module:
