@@ -39,6 +39,7 @@ COMMANDS = ("evaluate", "finetune", "benchmark", "profile", "visualize", "run", 
 COMMON = ("evaluate", "--model", "deit_tiny_patch16_224", "--num-classes", "3")
 
 
+@pytest.mark.slow
 def test_evaluate_parquet_and_folder_agree(command, files, tmp_path):
     results = []
     for data in ("images.parquet", "images"):
@@ -65,6 +66,7 @@ def test_evaluate_parquet_and_folder_agree(command, files, tmp_path):
         assert a["top1"] == b["top1"]
 
 
+@pytest.mark.slow
 def test_overridden_preprocessing_changes_the_result(command, files, tmp_path):
     kl = []
     for extra in (

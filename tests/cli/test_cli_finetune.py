@@ -48,6 +48,7 @@ def test_digits_is_what_works_without_network(run_in, tmp_path):
     assert "holds the checkpoints of a run" in again.stderr
 
 
+@pytest.mark.slow
 def test_settings_from_a_file_and_back(run_in, tmp_path):
     settings = {
         "model": "vit_tiny_patch16_224", "pretrained": False, "image_size": 32, "epochs": 1, "rows": ":64",

@@ -30,6 +30,7 @@ def test_command(command, pictures, monkeypatch):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_command_with_checkpoints_of_a_training(command, pictures, monkeypatch):
     monkeypatch.chdir(pictures)
     small = ("--model", "vit_tiny_patch16_224", "--image-size", "32")

@@ -206,6 +206,7 @@ def test_openvino_equals_eager(name, representative, selection):
     assert moved(result, original) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("representative", ["matched", "single", "none"])
 @torch.no_grad()
 def test_core_ml_converts(representative):

@@ -40,6 +40,7 @@ assert not evopatch.is_patched(transformers.ViTModel.from_pretrained(sys.argv[1]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", ["", LATER], ids=["one library", "the other imported later"])
 def test_models_are_freed(more, tmp_path):
     code = CODE.replace("{more}", more)
@@ -47,6 +48,7 @@ def test_models_are_freed(more, tmp_path):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_a_model_that_is_held_is_noticed():
     code = CODE.replace("{more}", "").replace("assert evopatch.is_patched(model)", "kept.append(model)")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

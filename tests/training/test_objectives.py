@@ -213,6 +213,7 @@ def test_the_callers_random_numbers_go_on():
     assert torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.slow
 def test_mixup_and_average():
     _, plain = trained()
     _, mixed = trained(mixup=0.8)

@@ -82,6 +82,7 @@ class StopError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_resuming_in_the_same_process_begins_with_the_same_weights(tmp_path):
     """The model is half trained when a run is interrupted; it teaches itself as it was before."""
 
