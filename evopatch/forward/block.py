@@ -54,6 +54,7 @@ class TappedAttention(GeneratesCode, Steered):
 
     def _evo_run(self, tap: AttentionTap, *args: Any, **kwargs: Any) -> Any:
         """The generated forward, with a tap."""
+        self._evo_refresh()
         code = self._evo_code
         named = dict(zip(code.parameters, args, strict=False)) | kwargs
         x = named.pop(code.parameters[0])

@@ -17,3 +17,5 @@ class PatchedBlock(Protocol):
     _evo_metric: Code
     _evo_code: Code | None
     training: bool
+
+    def _evo_refresh(self) -> None: ...

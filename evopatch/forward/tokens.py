@@ -69,6 +69,7 @@ class TokenPass(ForwardPass):
         """
         if not self.active:
             return run(x, dict(inputs), None)
+        block._evo_refresh()
         self._check_grid(index, x)
         plan = self.plans[index]
         named = dict(inputs) | {name: inputs.get(name) for name in self.spec.trace.inputs}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..errors import AttentionNotFoundError
-from .classes import Swapped
+from .classes import Swapped, host_class
 from .tracing import ROOT, TraceSpec, attention_cores, inputs_of, on_the_way, parameters_of, trace
 
 _SOFTMAX_FUNCTIONS = {torch.softmax, F.softmax}
@@ -32,6 +32,8 @@ class Code:
     """The generated functions of one module, by its training flag."""
 
     functions: dict[bool, Callable[..., Any]] = field(repr=False)
+    source: Callable[..., Any] = field(repr=False)
+    """The forward that was traced."""
     parameters: tuple[str, ...]
     """Names of what the module's own forward takes, in order."""
     inputs: tuple[str, ...]
@@ -60,6 +62,13 @@ class GeneratesCode(Swapped):
     def _evo_generate(self) -> None:
         raise NotImplementedError
 
+    def _evo_refresh(self) -> None:
+        """Make the code again if the class got another forward, as libraries that patch timm do; not under compile."""
+        if torch.compiler.is_compiling():
+            return
+        if self.__dict__[self._evo_always].source is not self._evo_host_class.forward:
+            self._evo_generate()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         if self.__dict__[self._evo_always] is None:  # a copy has its original's
@@ -85,7 +94,7 @@ def generate_core(module: nn.Module, name: str, spec: TraceSpec) -> Code:
             graph, _ = trace(module, name, spec)
         _tap(graph, module, name, spec)
         functions[training] = _function(graph)
-    return Code(functions, parameters_of(module), inputs_of(module, spec))
+    return Code(functions, host_class(module).forward, parameters_of(module), inputs_of(module, spec))
 
 
 def generate_metric(block: nn.Module, name: str, spec: TraceSpec) -> Code:
@@ -101,7 +110,8 @@ def generate_metric(block: nn.Module, name: str, spec: TraceSpec) -> Code:
         graph, given = trace(block, name, spec, on_the_way(attention_cores(block, spec)))
     _tap(graph, block, name, spec)
     function = _function(_without_hooks(_metric_graph(graph, block, name, spec)))
-    return Code({False: function, True: function}, parameters_of(block), inputs_of(block, spec), given)
+    functions = {False: function, True: function}
+    return Code(functions, host_class(block).forward, parameters_of(block), inputs_of(block, spec), given)
 
 
 @contextmanager

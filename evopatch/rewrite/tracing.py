@@ -128,7 +128,7 @@ def on_the_way(paths: Collection[str]) -> list[str]:
 
 
 def _holds_core(module: nn.Module, spec: TraceSpec) -> bool:
-    code = getattr(host_class(module).forward, "__code__", None)
+    code = getattr(inspect.unwrap(host_class(module).forward), "__code__", None)
     return code is not None and not spec.core_names.isdisjoint(code.co_names)
 
 

@@ -1,6 +1,7 @@
 """What people do to models, and to patched ones: it counts, or there is an error that names the module."""
 
 import copy
+import functools
 import gc
 import threading
 import weakref
@@ -112,6 +113,27 @@ def test_a_changed_attribute_of_an_attention_module_counts(name, attribute):
             setattr(changed, attribute, getattr(changed, attribute) * 4)
     assert moved(call(model, x), before) > 1e-3
     assert torch.equal(call(model, x), call(evopatch.apply(other), x))
+
+
+@pytest.mark.parametrize("name", ["vit", "parallel", "hf_vit", "levit"])
+@torch.no_grad()
+def test_another_forward_of_a_class_counts(name, monkeypatch):
+    """As libraries do that patch an attention class, or a block's."""
+    model, x = evopatch.apply(build(name)), images_for(name)
+    before = call(model, x)
+    holder = model.blocks[0] if name == "parallel" else model.get_submodule(attentions(model)[0])
+    cls = type(holder)._evo_host_class
+    own = cls.forward
+
+    @functools.wraps(own)
+    def halved(self, x, *args, **kwargs):
+        return own(self, x * 0.5, *args, **kwargs)
+
+    monkeypatch.setattr(cls, "forward", halved)
+    changed = call(model, x)
+    assert moved(changed, before) > 1e-3
+    monkeypatch.undo()
+    assert torch.equal(call(model, x), before)
 
 
 @torch.no_grad()
