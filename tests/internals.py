@@ -26,8 +26,9 @@ def plans(model: nn.Module) -> tuple[BlockPlan, ...]:
 
 def forward_code(block: nn.Module) -> Callable[..., object]:
     """The generated forward of the module that holds a patched block's attention core, in eval mode."""
-    (code,) = {module._evo_code for module in block.modules() if getattr(module, "_evo_code", None) is not None}
-    return code.functions[False]
+    codes = (getattr(module, "_evo_code", None) for module in block.modules())
+    (function,) = {code.functions[False] for code in codes if code is not None}
+    return function
 
 
 def states(model: nn.Module, block: nn.Module) -> tuple[object, object]:
