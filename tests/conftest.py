@@ -13,8 +13,9 @@ pytest.register_assert_rewrite("comparing", "terminal")
 from samples import REAL_DATA  # noqa: E402
 from terminal import Run  # noqa: E402
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so do the processes that they start
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
