@@ -76,6 +76,7 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_without_labels_the_model_teaches_itself(run_in, photos, tmp_path):
     common = ("--model", "vit_tiny_patch16_224", "--checkpoint", photos / "weights.pth", "--num-classes", "3")
     common += ("--data", photos / "photos", "--epochs", "1", "--batch-size", "4")
