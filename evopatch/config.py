@@ -42,6 +42,9 @@ class EvoConfig:
         importance: How much a token's importance counts against its novelty when matched representatives choose the
             slow tokens: the exponent of its accumulated class attention, at least 0. Classifiers read what the class
             token attends to; dense features are wanted everywhere (see `dense`).
+        readout: Let the last block update nothing but what the head reads, where that are prefix tokens: exact, and a
+            fifteenth of a 12-block model's work less. None: unless `keep_ratio` is 1.0, which is exactly the original
+            forward. True: also then (see `exact`). False: never.
 
     Raises:
         ConfigError: If a value is outside its range.
@@ -55,6 +58,7 @@ class EvoConfig:
     representative: Representative = "matched"
     tradeoff: float | Sequence[float] = 0.5
     importance: float = 0.7
+    readout: bool | None = None
 
     def __post_init__(self) -> None:
         for field in ("keep_ratio", "stages", "tradeoff"):
@@ -69,6 +73,8 @@ class EvoConfig:
             if getattr(self, field) not in get_args(allowed):
                 expected = ", ".join(map(repr, get_args(allowed)))
                 raise ConfigError(f"{field}={getattr(self, field)!r}: expected one of {expected}")
+        if not (self.readout is None or isinstance(self.readout, bool)):
+            raise ConfigError(f"readout={self.readout!r}: expected True, False or None")
         _check_number("importance", self.importance, expected="[0, 10]", valid=lambda v: 0.0 <= v <= 10.0)
         if isinstance(self.start, float):
             _check_number("start", self.start, expected="(0, 1) as a share of the depth", valid=lambda v: 0.0 < v < 1.0)
@@ -95,7 +101,13 @@ class EvoConfig:
     @classmethod
     def paper(cls, keep_ratio: float | Sequence[float] = 0.5) -> EvoConfig:
         """The paper's setting (section 4.1): one representative, keep ratio constant; of 12 blocks, runs at 4 and 8."""
-        return cls(keep_ratio=keep_ratio, schedule="constant", representative="single", tradeoff=0.5)
+        return cls(keep_ratio=keep_ratio, schedule="constant", representative="single", readout=False)
+
+    @classmethod
+    def exact(cls) -> EvoConfig:
+        """All tokens slow, and nothing computed that isn't read: results equal up to rounding, for classifiers that
+        read prefix tokens about 1.07 times as fast; other models stay as they are."""
+        return cls(keep_ratio=1.0, readout=True)
 
     @classmethod
     def dense(cls, keep_ratio: float | Sequence[float] = (0.75, 0.52, 0.28)) -> EvoConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
@@ -12,18 +13,36 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from evopatch.forward.walk import PatchedHost, walk
+from evopatch.forward.whole import reads_prefix_only
 from evopatch.patching.adapter import Adapter, HostSpec
+from evopatch.rewrite.reading import is_of, rows_read
 from evopatch.rewrite.tracing import TraceSpec
+from evopatch.rewrite.view import View
+
+
+_WHOLE = ("forward", "forward_features", "forward_head", "pool")
 
 
 class SlowFast(PatchedHost):
-    """Mixin of a patched timm ViT: the two methods that walk over the blocks."""
+    """Mixin of a patched timm ViT: the two methods that walk over the blocks, and the one that calls the first."""
 
     grad_checkpointing: bool
+    global_pool: str
     patch_embed: Any
+    norm: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own, whose head may read prefix tokens only."""
+        host: Any = self
+        if self.global_pool == "token" and reads_prefix_only(self, "timm", _WHOLE, (self.norm,)):
+            host = View(self, {"forward_features": partial(self._features, reads_prefix=True)})
+        return self._evo_host_class.forward(host, *args, **kwargs)
 
     def forward_features(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's own, on slow-fast blocks."""
+        return self._features(x, *args, **kwargs)
+
+    def _features(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         # A checkpointed block may depend on its arguments only, so it takes and returns the full grid.
         compact = not self.grad_checkpointing
         return walk(self, "forward_features", x, *args, compact=compact, grid=self._grid_of(x), **kwargs)
@@ -58,6 +77,7 @@ class ViTAdapter(Adapter):
             blocks="blocks",
             prefix=host.num_prefix_tokens,
             readout=self._readout(host),
+            head_reads=rows_read(host, "forward_head") if is_of("timm", host, _WHOLE) else 0,
             trace=trace,
             token_inputs=tuple(i for i in inputs if i == "rope"),
         )

@@ -85,6 +85,10 @@ class _Interface:
         self._tap = tap
         self._kwargs = kwargs
 
+    def asking(self, query: Tensor) -> Tensor:
+        """See `AttentionTap`."""
+        return self._tap.asking(query)
+
     def interface(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:

@@ -24,7 +24,7 @@ from evopatch.patching.adapter import Change, block_changes, named_blocks
 from evopatch.rewrite.tracing import attention_cores
 from evopatch.rewrite.view import check_steered
 
-from . import interface
+from . import heads, interface
 
 
 class SlowFastLayer(SlowFastBlock):
@@ -43,7 +43,9 @@ class SlowFastLayer(SlowFastBlock):
             evo_pass.refuse("is_causal", self._evo_index)
         if named.get("output_hidden_states"):  # also asked for by a pre-hook that ran after ours
             evo_pass.compact = False
-        if attention_mask is not None and evo_pass.active:
+        if attention_mask is not None and not evo_pass.active:
+            evo_pass.reads_prefix = False  # where no tokens are chosen masks are the attention's own business
+        elif attention_mask is not None:
             if not torch.compiler.is_exporting() and not isinstance(attention_mask, BlockMask):
                 evo_pass.refuse("attention_mask", self._evo_index)
             if self._evo_index == 0:
@@ -132,6 +134,8 @@ def start_pass(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     recorded = kwargs.get("output_hidden_states", getattr(host.config, "output_hidden_states", False))
     checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers.values())
     forward_pass = TokenPass(state, compact=not recorded and not checkpointed)
+    kwargs = dict(kwargs)
+    forward_pass.reads_prefix = heads.nobody_looks(host, kwargs)
     pixels = kwargs.get("pixel_values", args[0] if args else None)
     if isinstance(pixels, Tensor) and pixels.dim() == 4:
         forward_pass.grid = grid_of(host.config, (pixels.shape[-2], pixels.shape[-1]))

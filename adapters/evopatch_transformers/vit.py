@@ -22,7 +22,7 @@ from evopatch.forward.host_state import HostState
 from evopatch.patching.adapter import Adapter, Change, HostSpec
 from evopatch.rewrite.tracing import TraceSpec
 
-from . import layer
+from . import heads, layer
 from .interface import CORE_NAMES, CORES
 
 
@@ -64,7 +64,17 @@ class ViTAdapter(Adapter):
             core_names=CORE_NAMES,
             cores=CORES,
         )
-        return HostSpec(family.blocks, family.prefix(host.config), family.readout, trace, token_inputs=inputs)
+        return HostSpec(
+            family.blocks,
+            family.prefix(host.config),
+            family.readout,
+            head_reads=family.readout,
+            trace=trace,
+            token_inputs=inputs,
+        )
+
+    def plan_holder(self, holder: nn.Module, host: nn.Module) -> list[Change]:
+        return heads.plan(holder, host)
 
     def plan(self, host: nn.Module, state: HostState) -> list[Change]:
         return layer.plan(host, state)

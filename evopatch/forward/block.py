@@ -7,7 +7,7 @@ code is generated; where the attention core is in the block's own forward (paral
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -62,7 +62,7 @@ class TappedAttention(GeneratesCode, Steered):
         seen: Any = self
         if tap.full_grid is not None:
             seen = tapped_view(seen, (), tap)
-        return code.functions[self.training](seen, x, inputs, self._evo_hand(tap, named), seen)
+        return run_code(code, seen, x, inputs, tap.everything, self._evo_hand(tap, named))
 
     def _evo_hand(self, tap: AttentionTap, others: dict[str, Any]) -> Any:
         """What the generated code calls.
@@ -112,6 +112,24 @@ def block_codes(mixin: type[SlowFastBlock], block: nn.Module, name: str, trace: 
     return {"_evo_cores": cores, "_evo_metric": generate_metric(traced, name, trace), "_evo_code": code}
 
 
+def can_read_out(block: PatchedBlock) -> bool:
+    """Whether there is code for a block where only the prefix tokens go through."""
+    if len(block._evo_cores) > 1:
+        return False
+    if block._evo_code is not None:
+        return bool(block._evo_code.readout)
+    attention = cast(nn.Module, block).get_submodule(block._evo_cores[0])
+    return bool(block._evo_metric.readout) and isinstance(attention, TappedAttention) and bool(attention._evo_code.readout)
+
+
+def answering_tokens(block: PatchedBlock, x: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+    """`(B, M, C)` tokens as the module with a block's one attention core is given them."""
+    if block._evo_code is not None:
+        return x
+    tokens: Tensor = block._evo_metric.readout[block.training](block, x, inputs, None, block)
+    return tokens
+
+
 def run_tapped(block: PatchedBlock, tap: AttentionTap, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A block's own forward with its attention cores handed to a tap; other arguments as the block takes them."""
     view = tapped_view(block, block._evo_cores, tap)
@@ -119,7 +137,23 @@ def run_tapped(block: PatchedBlock, tap: AttentionTap, x: Tensor, *args: Any, **
     if code is None:
         return host_class(block).forward(view, x, *args, **kwargs)
     inputs = tuple(kwargs.get(name) for name in code.inputs)
-    return code.functions[block.training](view, x, inputs, tap, view)
+    return run_code(code, view, x, inputs, tap.everything, tap)
+
+
+def run_code(code: Code, module: Any, x: Tensor, inputs: tuple[Any, ...], everything: Tensor | None, tap: Any) -> Any:
+    """Generated code of a module with an attention core.
+
+    Args:
+        code: The module's.
+        module: It, or a view of it.
+        x: `(B, M, C)`; `(B, P, C)` where only the prefix tokens go through.
+        inputs: Of the module, those that its adapter names.
+        everything: `(B, M, C)` where only the prefix tokens go through.
+        tap: What the attention core is handed to.
+    """
+    if everything is None:
+        return code.functions[module.training](module, x, inputs, tap, module)
+    return code.readout[module.training](module, x, inputs, everything, tap, module)
 
 
 def tapped_view(module: Any, cores: tuple[str, ...], tap: AttentionTap, path: str = "") -> Any:

@@ -44,6 +44,8 @@ class ForwardPass(ABC):
         """Modules in a block that have hooks are called on all tokens."""
         self.compact = compact and not state.foreign and not self.everything_seen
         """Inside a run the compact set goes from block to block. False: each takes and returns the full grid."""
+        self.reads_prefix = False
+        """Nothing but the prefix tokens of what the last block returns is read."""
         if state.passes is not None:
             state.passes.append(self)
 

@@ -49,6 +49,8 @@ class HostState:
         self.plans: tuple[BlockPlan, ...] = self.plan(config)
         self.config = config
         self.active = any(plan.keep_ratio < 1.0 for plan in self.plans)
+        self.reads_out = self.spec.head_reads > 0 and (self.active if config.readout is None else config.readout)
+        """Whether the last block is to do for the prefix tokens alone, where nothing else is read of it."""
 
     def plan(self, config: EvoConfig) -> tuple[BlockPlan, ...]:
         """One plan per block.

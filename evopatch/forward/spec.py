@@ -59,6 +59,9 @@ class HostSpec:
     """`P`: how many prefix tokens (class, distillation, registers) precede the patch tokens."""
     readout: int
     """How many of the first prefix tokens the head reads; 0 where it averages the patch tokens."""
+    head_reads: int = 0
+    """The same if it reads nothing else of what the last block returns; 0 where it does, or others may. See
+    `rewrite.reading.rows_read`."""
     trace: TraceSpec = field(default_factory=TraceSpec)
     token_inputs: tuple[str, ...] = ()
     """Those of the block's inputs that have one entry per patch token, such as a rotary table: averaged per group."""

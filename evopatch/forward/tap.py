@@ -31,6 +31,8 @@ class AttentionTap:
             instead of the mean query's.
         block: Fully qualified name, for errors.
         full_grid: What shows modules in the block all tokens, where somebody wants to see them.
+        everything: `(B, M, C)`, where only the prefix tokens go through the block: what its attention module would be
+            given if all did, to take keys and values from.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class AttentionTap:
         received: bool = False,
         block: str = "a patched block",
         full_grid: FullGrid | None = None,
+        everything: Tensor | None = None,
     ) -> None:
         self.prefix = prefix
         self.readout = readout
@@ -50,6 +53,7 @@ class AttentionTap:
         self.received = received
         self.block = block
         self.full_grid = full_grid
+        self.everything = everything
         self.used = False
         """Whether an attention core called."""
         self._observed: list[Tensor] = []
@@ -61,6 +65,10 @@ class AttentionTap:
         for attention in self._observed[1:]:
             total = total + attention
         return total / len(self._observed)
+
+    def asking(self, query: Tensor) -> Tensor:
+        """Of queries `(B, H, M, D)` those of the tokens that go through the block, where only the prefix tokens do."""
+        return query[:, :, : self.prefix]
 
     def attend(
         self,
@@ -76,7 +84,7 @@ class AttentionTap:
         """Stands where the block calls `scaled_dot_product_attention`; `attn_mask` is a position bias.
 
         Args:
-            query: `(B, H, M, D)`, key and value likewise.
+            query: `(B, H, M, D)`, key and value likewise; `(B, H, P, D)` where only the prefix tokens go through.
         """
         if is_causal:
             raise UnsupportedInputError(f"causal attention in {self.block}: slow and fast tokens have no order")
@@ -107,6 +115,8 @@ class AttentionTap:
         if bias is not None:
             bias = bias[(None,) * (4 - bias.dim())]
         bias = self._bias(bias, query)
+        if self.everything is not None and bias is not None and bias.shape[-2] > 1:
+            bias = bias[:, :, : self.prefix]
         if self.observe:
             self._observe(query, key, default_scale(query) if scale is None else scale, bias)
         return bias

@@ -13,7 +13,7 @@ from ..algorithm.rows import is_fixed
 from ..algorithm.selection import num_slow, select_matched, select_top
 from ..errors import BypassError, UnsupportedInputError
 from ..rewrite.classes import host_class
-from .block import run_tapped
+from .block import answering_tokens, can_read_out, run_tapped
 from .forward_pass import ForwardPass
 from .hooks import FullGrid
 from .host_state import HostState
@@ -38,7 +38,7 @@ class TokenPass(ForwardPass):
     def run(self, index: int, block: PatchedBlock, *args: Any, **kwargs: Any) -> Tensor:
         """One block that takes `(B, M, C)`, or `(B, C, h, w)`, and the inputs that its adapter names."""
         own = host_class(block).forward
-        if not self.active:
+        if not self.active and not self._reads_out(index, block):
             out: Tensor = own(block, *args, **kwargs)
             return out
         x, *others = args
@@ -46,6 +46,7 @@ class TokenPass(ForwardPass):
         for name, value in inputs.items():
             if name not in self.spec.trace.inputs and value is not None and value is not False:
                 self.refuse(name, index)
+                self.reads_prefix = False
 
         def run(x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
             x = self._block_layout(index, x)
@@ -65,16 +66,20 @@ class TokenPass(ForwardPass):
             run: How to run it.
 
         Returns:
-            The same as `x`; of a block of several modules the compact set, until `leave`.
+            The same as `x`; of a block of several modules the compact set, until `leave`. Of the last block the prefix
+            tokens `(B, P, C)` where nothing else is read.
         """
-        if not self.active:
+        reads_out = self._reads_out(index, block)
+        if not self.active and not reads_out:
             return run(x, dict(inputs), None)
         block._evo_refresh()
         self._check_grid(index, x)
         plan = self.plans[index]
         named = dict(inputs) | {name: inputs.get(name) for name in self.spec.trace.inputs}
         if plan.keep_ratio == 1.0:
-            return run(x, named, None) if plan.tradeoff is None else self._tapped(index, block, x, named, None, run)
+            if plan.tradeoff is None and not reads_out:
+                return run(x, named, None)
+            return self._tapped(index, block, x, named, None, run)
         before = None if plan.selects else self.partitions[index - 1].to(x.device)
         partition = self.partitions[index] = before or self._select(index, block, x, named)
         first = index if plan.selects or not self.compact else self._first[index - 1]
@@ -84,6 +89,8 @@ class TokenPass(ForwardPass):
             compact = merge(x, partition)
             self._entries[index] = (x, compact)
         out = self._tapped(index, block, compact, named, partition, run)
+        if reads_out:
+            return out
         if len(self.blocks[index]) == 1:
             return self.leave(index, out)
         # The modules that follow the first one of a block see what somebody's hooks on them are to see.
@@ -109,6 +116,11 @@ class TokenPass(ForwardPass):
             )
         full, entry = (tokens.to(x.device) for tokens in kept)
         return distribute(full, x - entry, self.partitions[index])
+
+    def _reads_out(self, index: int, block: PatchedBlock) -> bool:
+        """Whether only the prefix tokens go through a block, all others are no more than looked at."""
+        last = self.reads_prefix and index + 1 == self.depth
+        return last and self.compact and not self.hooks_see and can_read_out(block)
 
     def _full_grid(self, index: int, partition: Partition | None) -> FullGrid | None:
         if not self.hooks_see or partition is None:
@@ -185,6 +197,10 @@ class TokenPass(ForwardPass):
         if partition is not None:
             for name in spec.token_inputs:
                 inputs[name] = _merge_positions(inputs[name], partition, spec.prefix)
+        everything = None
+        if self._reads_out(index, block):
+            everything = answering_tokens(block, x, tuple(inputs[name] for name in block._evo_metric.inputs))
+            x = x[:, : spec.prefix]
         tap = AttentionTap(
             spec.prefix,
             spec.readout,
@@ -193,6 +209,7 @@ class TokenPass(ForwardPass):
             spec.received,
             block._evo_name,
             self._full_grid(index, partition),
+            everything,
         )
         out = run(x, inputs, tap)
         if not tap.used:

@@ -31,6 +31,7 @@ def walk(
     compact: bool,
     pass_class: type[ForwardPass] = TokenPass,
     grid: tuple[int, int] | None = None,
+    reads_prefix: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Run a host's own method that walks over its blocks, with the slow-fast steps in their place.
@@ -42,14 +43,15 @@ def walk(
             returns the full grid in raster order, as callers want who look between the blocks.
         pass_class: How the steps go.
         grid: Rows and columns of the patch tokens that the images make, if that is known.
+        reads_prefix: Nothing but the prefix tokens of what the last block returns is read.
     """
     function = getattr(host_class(host), method)
     state = host._evo_state
-    if not state.active and compact:
+    if not state.active and compact and not reads_prefix:
         return function(host, *args, **kwargs)
     refuse_symbolic(args, kwargs)
     forward_pass = pass_class(state, compact)
-    forward_pass.grid = grid
+    forward_pass.grid, forward_pass.reads_prefix = grid, reads_prefix
     view = viewed(host, forward_pass)
     # A zero-argument super() in a subclass looks at the view's class, which torch.compile can't.
     if "__class__" in function.__code__.co_freevars:

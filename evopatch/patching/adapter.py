@@ -63,6 +63,15 @@ class Adapter(ABC):
             changes += block_changes(block, name, state)
         return changes
 
+    def plan_holder(self, holder: nn.Module, host: nn.Module) -> list[Change]:
+        """Changes to the module that holds a host, for one that reads nothing but prefix tokens of what the host gives.
+
+        Args:
+            holder: Has the host among its children.
+            host: An instance of one of `hosts()`.
+        """
+        return []
+
 
 def block_changes(
     block: nn.Module,

@@ -51,7 +51,7 @@ def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, confi
     if keep_ratio is not None:
         config = dataclasses.replace(config, keep_ratio=keep_ratio)
     hosts = _hosts(model)
-    planned = [change for name, host, adapter in hosts for change in _plan(name, host, adapter, config)]
+    planned = [change for name, host, adapter in hosts for change in _plan(model, name, host, adapter, config)]
     changes.check(planned)
     for notice in dict.fromkeys(adapter.notice for _, _, adapter in hosts if adapter.notice):
         _say_once(notice)  # before the first change, as warnings may be errors
@@ -95,7 +95,9 @@ def supported(model: nn.Module) -> bool:
     """Whether `apply` would take this model with the default settings."""
     try:
         changes.check(
-            [change for name, host, adapter in _hosts(model) for change in _plan(name, host, adapter, EvoConfig())]
+            change
+            for name, host, adapter in _hosts(model)
+            for change in _plan(model, name, host, adapter, EvoConfig())
         )
     except (UnsupportedModelError, AlreadyPatchedError, ConfigError):
         return False
@@ -164,10 +166,12 @@ def _full_name(cls: type[Any]) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _plan(name: str, host: nn.Module, adapter: Adapter, config: EvoConfig) -> list[Change]:
+def _plan(model: nn.Module, name: str, host: nn.Module, adapter: Adapter, config: EvoConfig) -> list[Change]:
     spec = adapter.inspect(host, name or type(host).__name__)
     state = HostState(name, spec, spec.stages(host), config)
     state.foreign = walks_by_itself(host, adapter, state)
     made_with = {"_evo_versions": versions_of(host)}
     planned = adapter.plan(host, state)
+    if name:
+        planned += adapter.plan_holder(model.get_submodule(name.rpartition(".")[0]), host)
     return [dataclasses.replace(change, attributes=made_with | dict(change.attributes)) for change in planned]

@@ -162,11 +162,8 @@ def unpatch(model: Model) -> Model:
     """
     patched = Patched(model)
     changes.check_undo(patched.model)
-    for host in patched.hosts.values():
-        for module in list(
-            host.module.modules()
-        ):  # also blocks that were wrapped since, such as by checkpoint wrappers
-            changes.undo(module)
+    for module in list(patched.model.modules()):  # also blocks that were wrapped since, such as by checkpoint wrappers
+        changes.undo(module)
     return model
 
 

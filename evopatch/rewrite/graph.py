@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from ..errors import AttentionNotFoundError
 from .classes import Swapped, host_class
+from .readout import readout_graph
 from .tracing import ROOT, TraceSpec, attention_cores, inputs_of, on_the_way, parameters_of, trace
 
 _SOFTMAX_FUNCTIONS = {torch.softmax, F.softmax}
@@ -40,6 +41,9 @@ class Code:
     """Those of the spec's inputs among them."""
     given: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Names of the tensors that a block gives to its attention modules beside the tokens, by their path."""
+    readout: dict[bool, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    """Of a module with an attention core: the same where only some tokens ask, see `readout.readout_graph`. Of a block:
+    the tokens that its one attention module is given. Empty where there is none."""
 
     def __deepcopy__(self, memo: Any) -> Code:
         return self  # stateless; tracing again would disturb forwards in other threads, as fx patches nn.Module
@@ -88,13 +92,17 @@ def generate_core(module: nn.Module, name: str, spec: TraceSpec) -> Code:
     Raises:
         AttentionNotFoundError: If it can't be traced or has no attention core of a known form.
     """
-    functions = {}
+    functions, readout = {}, {}
     for training in (False, True):
         with _mode(module, training):
-            graph, _ = trace(module, name, spec)
+            graph = trace(module, name, spec).graph
         _tap(graph, module, name, spec)
         functions[training] = _function(graph)
-    return Code(functions, host_class(module).forward, parameters_of(module), inputs_of(module, spec))
+        asked = readout_graph(graph, set(spec.cores.values()))
+        if asked is not None:
+            readout[training] = _function(asked)
+    parameters, inputs = parameters_of(module), inputs_of(module, spec)
+    return Code(functions, host_class(module).forward, parameters, inputs, readout=readout)
 
 
 def generate_metric(block: nn.Module, name: str, spec: TraceSpec) -> Code:
@@ -106,12 +114,18 @@ def generate_metric(block: nn.Module, name: str, spec: TraceSpec) -> Code:
     Raises:
         AttentionNotFoundError: If the block can't be traced, or has no attention core behind a projection.
     """
+    cores = attention_cores(block, spec)
     with _mode(block, training=False):
-        graph, given = trace(block, name, spec, on_the_way(attention_cores(block, spec)))
+        graph, given, first = trace(block, name, spec, on_the_way(cores))
     _tap(graph, block, name, spec)
-    function = _function(_without_hooks(_metric_graph(graph, block, name, spec)))
+    function = _function(_up_to(_projected(graph, block, name, spec), graph))
+    readout = {}
+    if len(cores) == 1 and cores[0] in first:
+        tokens = _function(_up_to(first[cores[0]], graph))
+        readout = {False: tokens, True: tokens}
     functions = {False: function, True: function}
-    return Code(functions, host_class(block).forward, parameters_of(block), inputs_of(block, spec), given)
+    parameters, inputs = parameters_of(block), inputs_of(block, spec)
+    return Code(functions, host_class(block).forward, parameters, inputs, given, readout)
 
 
 @contextmanager
@@ -207,20 +221,25 @@ def _adds_position_bias(node: fx.Node) -> bool:
     return isinstance(node.args[1], fx.Node) and node.args[1].target == "position_bias"
 
 
-def _metric_graph(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> fx.Graph:
-    """The graph up to the input of the projection that the first attention core's queries come from."""
+def _up_to(node: fx.Node, graph: fx.Graph) -> fx.Graph:
+    """A copy of the graph that gives a node of it, without hooks."""
     copy = fx.Graph(owning_module=graph.owning_module)
     mapping: dict[fx.Node, fx.Node] = {}
     copy.graph_copy(graph, mapping)
+    copy.output(mapping[node])
+    copy.eliminate_dead_code()
+    return _without_hooks(copy)
+
+
+def _projected(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> fx.Node:
+    """The input of the projection that the first attention core's queries come from."""
     methods = {"softmax", *spec.cores.values()}
     core = next(n for n in graph.nodes if n.op == "call_method" and n.target in methods)
     queue, seen = [a for a in core.args[1:2] if isinstance(a, fx.Node)], set()
     while queue:
         node = queue.pop(0)
         if _is_projection(node, block):
-            copy.output(mapping[node.args[0]])  # type: ignore[index]
-            copy.eliminate_dead_code()
-            return copy
+            return cast(fx.Node, node.args[0])
         if node not in seen:
             seen.add(node)
             queue.extend(node.all_input_nodes)

@@ -88,6 +88,8 @@ class _Tracer(fx.Tracer):
         self._through = {ROOT, *(f"{ROOT}.{name}" for name in through)}
         self.given: dict[str, tuple[str, ...]] = {}
         """By path of a module that is traced through: what it is given beside its first argument."""
+        self.first: dict[str, fx.Node] = {}
+        """By the same: its first argument."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._through
@@ -103,7 +105,11 @@ class _Tracer(fx.Tracer):
             forward = MethodType(host_class(m).forward, m)
             named = dict(zip(parameters_of(m), args, strict=False)) | kwargs
             others = list(named)[1:]
-            self.given[path.removeprefix(f"{ROOT}.")] = tuple(n for n in others if _holds_tensor(named[n]))
+            path = path.removeprefix(f"{ROOT}.")
+            self.given[path] = tuple(n for n in others if _holds_tensor(named[n]))
+            first = next(iter(named.values()), None)
+            if isinstance(first, fx.Proxy):
+                self.first[path] = first.node
         return super().call_module(m, forward, args, kwargs)
 
 
@@ -139,6 +145,8 @@ class Traced(NamedTuple):
     """With the placeholders `x` and `inputs`."""
     given: dict[str, tuple[str, ...]]
     """By path of a submodule that was traced through: names of the tensors that it is given beside the first."""
+    first: dict[str, fx.Node]
+    """By the same: the node that it is given first."""
 
 
 def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str] = ()) -> Traced:
@@ -170,7 +178,7 @@ def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str
             node.target = node.target.removeprefix(f"{ROOT}.")
     # Dead-code elimination looks submodules up in it.
     graph.owning_module = module  # type: ignore[assignment]
-    return Traced(graph, tracer.given)
+    return Traced(graph, tracer.given, tracer.first)
 
 
 @contextmanager
