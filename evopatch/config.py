@@ -42,6 +42,9 @@ class EvoConfig:
         importance: How much a token's importance counts against its novelty when matched representatives choose the
             slow tokens: the exponent of its accumulated class attention, at least 0. Classifiers read what the class
             token attends to; dense features are wanted everywhere (see `dense`).
+        look_ahead: Weight of what later blocks would attend to, by their own weights on the tokens as they are now, in
+            the importance that matched representatives are chosen by, in [0, 1]; the rest is what earlier blocks
+            attended to. For flat models whose queries and keys are plain linear projections (docs/supported-models.md).
         readout: Let the last block update nothing but what the head reads, where that are prefix tokens: exact, and a
             fifteenth of a 12-block model's work less. None: unless `keep_ratio` is 1.0, which is exactly the original
             forward. True: also then (see `exact`). False: never.
@@ -58,6 +61,7 @@ class EvoConfig:
     representative: Representative = "matched"
     tradeoff: float | Sequence[float] = 0.5
     importance: float = 0.7
+    look_ahead: float = 0.5
     readout: bool | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +77,7 @@ class EvoConfig:
             if getattr(self, field) not in get_args(allowed):
                 expected = ", ".join(map(repr, get_args(allowed)))
                 raise ConfigError(f"{field}={getattr(self, field)!r}: expected one of {expected}")
+        _check_number("look_ahead", self.look_ahead, expected="[0, 1]", valid=lambda v: 0.0 <= v <= 1.0)
         if not (self.readout is None or isinstance(self.readout, bool)):
             raise ConfigError(f"readout={self.readout!r}: expected True, False or None")
         _check_number("importance", self.importance, expected="[0, 10]", valid=lambda v: 0.0 <= v <= 10.0)

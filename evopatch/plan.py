@@ -24,6 +24,8 @@ class BlockPlan(NamedTuple):
     """Slow and fast tokens are put back on the grid after this block."""
     tradeoff: float | None
     """Weight of this block's class attention in the accumulated one; None where nothing later reads it."""
+    looks_at: tuple[int, ...] = ()
+    """Blocks whose class attention on the tokens as they are now counts in the selection before this one."""
 
 
 def plan_blocks(config: EvoConfig, *depths: int, taper: float = TAPER) -> tuple[BlockPlan, ...]:
@@ -50,15 +52,21 @@ def plan_blocks(config: EvoConfig, *depths: int, taper: float = TAPER) -> tuple[
         if ratio < 1.0:
             selecting.update(range(first, end) if config.selection == "layer" else [first])
     last_selection = max(selecting, default=0)
+    looks = config.representative == "matched" and config.look_ahead > 0.0 and len(depths) == 1
     return tuple(
         BlockPlan(
             keep_ratio=keep[i],
             selects=i in selecting,
             ends=keep[i] < 1.0 and (i + 1 == depth or i + 1 in selecting or i + 1 in firsts),
             tradeoff=tradeoffs[i] if i < last_selection else None,
+            looks_at=_looked_at(i, depth) if looks and i in selecting else (),
         )
         for i in range(depth)
     )
+
+
+def _looked_at(selecting: int, depth: int) -> tuple[int, ...]:
+    return tuple(sorted({selecting, min(selecting + 2, depth - 1)}))
 
 
 def _first_blocks(config: EvoConfig, depths: tuple[int, ...]) -> list[int]:

@@ -47,6 +47,26 @@ def class_attention(
     return logits.softmax(dim=-1, dtype=torch.float32).mean(dim=(1, 2))
 
 
+def folded_attention(tokens: Tensor, query: Tensor, key_weight: Tensor, scale: float | None = None) -> Tensor:
+    """Class attention over tokens whose keys nobody has computed: the key projection is folded into the query.
+
+    `<q, W_k n> = <W_k^T q, n>`, and what the projection's bias adds is the same for every token, so it drops out of the
+    softmax: a vector of `C` numbers per head in place of the keys of all tokens.
+
+    Args:
+        tokens: `(B, T, C)`, normed as the block's projections take them.
+        query: `(B, H, R, D)` of the readout.
+        key_weight: `(H, D, C)`.
+        scale: Factor on the logits; None: `D ** -0.5`.
+
+    Returns:
+        `(B, T)` float32, sums to 1: the mean over heads and readout.
+    """
+    folded = (query * (default_scale(query) if scale is None else scale)) @ key_weight
+    logits = folded.flatten(1, 2) @ tokens.transpose(1, 2)
+    return logits.softmax(dim=-1, dtype=torch.float32).mean(dim=1)
+
+
 def detached(x: Tensor) -> Tensor:
     """Without a gradient."""
     # A trace is checked by another one, made without gradients: both have to record the same.

@@ -31,7 +31,14 @@ class ForwardPass(ABC):
     def __init__(self, state: HostState, compact: bool = True) -> None:
         # Taken once: a checkpointed block is recomputed in backward, maybe after the settings changed.
         self.name, self.spec, self.plans, self.active = state.name, state.spec, state.plans, state.active
-        self.representative, self.importance = state.config.representative, state.config.importance
+        self.modules: list[nn.Module] = []
+        """What the host will call, in order."""
+        config = state.config
+        self.representative, self.importance, self.look_ahead = (
+            config.representative,
+            config.importance,
+            config.look_ahead,
+        )
         self.blocks, self.stage_of, self.index_of = state.blocks, state.stage_of, state.index_of
         self.around_blocks = state.around_blocks
         self.grid: tuple[int, int] | None = None
@@ -55,7 +62,7 @@ class ForwardPass(ABC):
         Args:
             blocks: What the host will call.
         """
-        blocks = list(blocks)
+        blocks = self.modules = list(blocks)
         # A wrapper around a block, such as torch's checkpoint_wrapper, may run the block again by itself.
         if any(not isinstance(block, Steered) or is_recomputed(block) for block in blocks):
             self.compact = False

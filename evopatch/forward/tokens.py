@@ -17,6 +17,7 @@ from .block import answering_tokens, can_read_out, run_tapped
 from .forward_pass import ForwardPass
 from .hooks import FullGrid
 from .host_state import HostState
+from .look_ahead import look_ahead
 from .protocols import PatchedBlock
 from .tap import AttentionTap
 
@@ -171,7 +172,14 @@ class TokenPass(ForwardPass):
         tokens = self._block_layout(index, x.detach())
         named = tuple(inputs[name] for name in code.inputs)
         metric = self._token_layout(code.functions[block.training](block, tokens, named, None, block))
+        ahead = self._look_ahead(index, x, inputs)
+        if ahead is not None:
+            g = accumulate(g, ahead, self.look_ahead)
         return select_matched(g, metric[:, prefix:], keep, prefix, self.importance)
+
+    def _look_ahead(self, index: int, x: Tensor, inputs: dict[str, Any]) -> Tensor | None:
+        later = [self.modules[number] for number in self.plans[index].looks_at if number < len(self.modules)]
+        return look_ahead(later, x, inputs, self.spec.prefix, self.spec.readout)
 
     def _block_layout(self, index: int, x: Tensor) -> Tensor:
         """`(B, M, C)` tokens as the block takes them."""

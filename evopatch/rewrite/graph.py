@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from ..errors import AttentionNotFoundError
 from .classes import Swapped, host_class
+from .projections import Projections, find_projections
 from .readout import readout_graph
 from .tracing import ROOT, TraceSpec, attention_cores, inputs_of, on_the_way, parameters_of, trace
 
@@ -44,6 +45,8 @@ class Code:
     readout: dict[bool, Callable[..., Any]] = field(default_factory=dict, repr=False)
     """Of a module with an attention core: the same where only some tokens ask, see `readout.readout_graph`. Of a block:
     the tokens that its one attention module is given. Empty where there is none."""
+    projections: Projections | None = None
+    """Of a module with an attention core, see `projections.find_projections`."""
 
     def __deepcopy__(self, memo: Any) -> Code:
         return self  # stateless; tracing again would disturb forwards in other threads, as fx patches nn.Module
@@ -92,17 +95,19 @@ def generate_core(module: nn.Module, name: str, spec: TraceSpec) -> Code:
     Raises:
         AttentionNotFoundError: If it can't be traced or has no attention core of a known form.
     """
-    functions, readout = {}, {}
+    functions, readout, projections = {}, {}, None
+    methods = set(spec.cores.values())
     for training in (False, True):
         with _mode(module, training):
             graph = trace(module, name, spec).graph
         _tap(graph, module, name, spec)
         functions[training] = _function(graph)
-        asked = readout_graph(graph, set(spec.cores.values()))
+        asked = readout_graph(graph, methods)
         if asked is not None:
             readout[training] = _function(asked)
+        projections = find_projections(graph, module, methods)
     parameters, inputs = parameters_of(module), inputs_of(module, spec)
-    return Code(functions, host_class(module).forward, parameters, inputs, readout=readout)
+    return Code(functions, host_class(module).forward, parameters, inputs, readout=readout, projections=projections)
 
 
 def generate_metric(block: nn.Module, name: str, spec: TraceSpec) -> Code:
