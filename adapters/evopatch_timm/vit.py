@@ -12,13 +12,12 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
-from evopatch.forward.walk import PatchedHost, walk
+from evopatch.forward.walk import PatchedHost, refuse_symbolic, walk
 from evopatch.forward.whole import reads_prefix_only
 from evopatch.patching.adapter import Adapter, HostSpec
 from evopatch.rewrite.reading import is_of, rows_read
 from evopatch.rewrite.tracing import TraceSpec
 from evopatch.rewrite.view import View
-
 
 _WHOLE = ("forward", "forward_features", "forward_head", "pool")
 
@@ -31,12 +30,13 @@ class SlowFast(PatchedHost):
     patch_embed: Any
     norm: Any
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's own, whose head may read prefix tokens only."""
+        refuse_symbolic((x,), {})
         host: Any = self
         if self.global_pool == "token" and reads_prefix_only(self, "timm", _WHOLE, (self.norm,)):
             host = View(self, {"forward_features": partial(self._features, reads_prefix=True)})
-        return self._evo_host_class.forward(host, *args, **kwargs)
+        return self._evo_host_class.forward(host, x, *args, **kwargs)
 
     def forward_features(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's own, on slow-fast blocks."""

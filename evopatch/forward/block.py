@@ -7,7 +7,7 @@ code is generated; where the attention core is in the block's own forward (paral
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -96,6 +96,7 @@ class TappedAttention(GeneratesCode, Steered):
             self._evo_generate()
 
 
+Patch = TypeVar("Patch", SlowFastBlock, TappedAttention)
 _MISSING = object()
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -112,14 +113,31 @@ def block_codes(mixin: type[SlowFastBlock], block: nn.Module, name: str, trace: 
     return {"_evo_cores": cores, "_evo_metric": generate_metric(traced, name, trace), "_evo_code": code}
 
 
-def can_read_out(block: PatchedBlock) -> bool:
+def attention_of(block: SlowFastBlock) -> TappedAttention | None:
+    """A block's one attention module, its code up to date; None where the block itself or several attend."""
+    block._evo_refresh()
+    if len(block._evo_cores) != 1 or not block._evo_cores[0]:
+        return None
+    module: Any = block
+    attention = unwrapped(module.get_submodule(block._evo_cores[0]), TappedAttention)
+    if attention is not None:
+        attention._evo_refresh()
+    return attention
+
+
+def unwrapped(module: nn.Module, mixin: type[Patch]) -> Patch | None:
+    """A patched module, or the one that a wrapper holds."""
+    return next((inner for inner in (module, *module.children()) if isinstance(inner, mixin)), None)
+
+
+def can_read_out(block: Any) -> bool:
     """Whether there is code for a block where only the prefix tokens go through."""
-    if len(block._evo_cores) > 1:
-        return False
     if block._evo_code is not None:
-        return bool(block._evo_code.readout)
-    attention = cast(nn.Module, block).get_submodule(block._evo_cores[0])
-    return bool(block._evo_metric.readout) and isinstance(attention, TappedAttention) and bool(attention._evo_code.readout)
+        return len(block._evo_cores) == 1 and bool(block._evo_code.readout)
+    attention = attention_of(block)
+    # A wrapper may look at the tokens.
+    direct = attention is not None and attention is block.get_submodule(block._evo_cores[0])
+    return direct and bool(block._evo_metric.readout and attention._evo_code.readout)  # type: ignore[union-attr]
 
 
 def answering_tokens(block: PatchedBlock, x: Tensor, inputs: tuple[Any, ...]) -> Tensor:

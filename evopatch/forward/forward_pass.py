@@ -67,9 +67,13 @@ class ForwardPass(ABC):
         if any(not isinstance(block, Steered) or is_recomputed(block) for block in blocks):
             self.compact = False
         # Under torch.compile it would be done, and guarded, for every module.
-        if self.active and not torch.compiler.is_compiling() and any(wants_tokens(block) for block in blocks):
+        if torch.compiler.is_compiling():
+            return
+        if self.active and any(wants_tokens(block) for block in blocks):
             self.hooks_see = True
             self.compact = False
+        elif self.reads_prefix and blocks and wants_tokens(blocks[-1]):
+            self.reads_prefix = False
 
     @abstractmethod
     def run(self, index: int, block: Any, *args: Any, **kwargs: Any) -> Any:

@@ -172,14 +172,14 @@ class TokenPass(ForwardPass):
         tokens = self._block_layout(index, x.detach())
         named = tuple(inputs[name] for name in code.inputs)
         metric = self._token_layout(code.functions[block.training](block, tokens, named, None, block))
-        ahead = self._look_ahead(index, x, inputs)
+        ahead = self._look_ahead(index, block, x, inputs)
         if ahead is not None:
             g = accumulate(g, ahead, self.look_ahead)
         return select_matched(g, metric[:, prefix:], keep, prefix, self.importance)
 
-    def _look_ahead(self, index: int, x: Tensor, inputs: dict[str, Any]) -> Tensor | None:
+    def _look_ahead(self, index: int, block: Any, x: Tensor, inputs: dict[str, Any]) -> Tensor | None:
         later = [self.modules[number] for number in self.plans[index].looks_at if number < len(self.modules)]
-        return look_ahead(later, x, inputs, self.spec.prefix, self.spec.readout)
+        return look_ahead(later, block, x, inputs, self.spec.prefix, self.spec.readout)
 
     def _block_layout(self, index: int, x: Tensor) -> Tensor:
         """`(B, M, C)` tokens as the block takes them."""

@@ -95,9 +95,7 @@ def supported(model: nn.Module) -> bool:
     """Whether `apply` would take this model with the default settings."""
     try:
         changes.check(
-            change
-            for name, host, adapter in _hosts(model)
-            for change in _plan(model, name, host, adapter, EvoConfig())
+            change for name, host, adapter in _hosts(model) for change in _plan(model, name, host, adapter, EvoConfig())
         )
     except (UnsupportedModelError, AlreadyPatchedError, ConfigError):
         return False

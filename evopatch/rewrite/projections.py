@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .readout import is_plain
+from .weights import linear_map
+
+_MATMULS: tuple[Callable[..., Any], ...] = (torch.matmul, operator.matmul, torch.bmm)
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,21 @@ class Projection:
     """Of the layer in the attention module."""
     part: int
     parts: int
+
+    def weight(self, attention: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """`(D, C)` and bias `(D,)`; None where they can't be had. See `weights.linear_map`.
+
+        Args:
+            attention: The module.
+            like: `(B, T, C)` tokens of the type and on the device that are wanted.
+        """
+        found = linear_map(attention.get_submodule(self.path), like)
+        if found is None:
+            return None
+        weight, bias = found
+        size = weight.shape[0] // self.parts
+        rows = slice(self.part * size, (self.part + 1) * size)
+        return weight[rows], None if bias is None else bias[rows]
 
 
 @dataclass(frozen=True)
@@ -43,17 +60,48 @@ def find_projections(graph: fx.Graph, module: nn.Module, methods: Collection[str
         module: Its own.
         methods: Names of the calls that take query, key and value.
     """
-    cores = [node for node in graph.nodes if node.op == "call_method" and node.target in methods]
-    if len(cores) != 1 or len(cores[0].args) < 3:
+    cores = [node for node in graph.nodes if _is(node, "call_method", *methods, "softmax")]
+    met = [_met_in_logits(core) if core.target == "softmax" else _met(core) for core in cores]
+    if len(met) != 1 or met[0] is None:
         return None
-    _, query, key, *others = cores[0].args
-    named = cores[0].kwargs
+    query, key, scale = met[0]
     found = [_projection(node, module) for node in (query, key)]
-    if any(isinstance(value, fx.Node) for value in (*others[1:], named.get("attn_mask"))) or None in found:
+    if None in found:
         return None
     (query_projection, heads), (key_projection, key_heads) = found  # type: ignore[misc]
-    scale: Any = named.get("scale", named.get("scaling"))
     return Projections(query_projection, key_projection, heads, scale) if heads == key_heads else None
+
+
+def _met(core: fx.Node) -> tuple[Any, Any, float | None] | None:
+    """Query, key and scale of a core that takes them; None where it takes a position bias, too."""
+    _, query, key, _, *others = core.args
+    if any(isinstance(value, fx.Node) for value in (*others, core.kwargs.get("attn_mask"))):
+        return None
+    scale: Any = core.kwargs.get("scale", core.kwargs.get("scaling"))
+    return query, key, scale
+
+
+def _met_in_logits(softmax: fx.Node) -> tuple[Any, Any, float] | None:
+    """The same of a core that takes the softmax of a product."""
+    logits, scale = _unscaled(softmax.args[1])
+    if not _is(logits, "call_function", *_MATMULS) or len(logits.args) != 2:
+        return None
+    (query, query_scale), (transposed, key_scale) = map(_unscaled, logits.args)
+    if not _is(transposed, "call_method", "transpose") or transposed.args[1:] not in ((-2, -1), (2, 3)):
+        return None
+    return query, transposed.args[0], scale * query_scale * key_scale
+
+
+def _unscaled(node: Any) -> tuple[Any, float]:
+    """What a number is multiplied with, and the number."""
+    scale = 1.0
+    while True:
+        if _is(node, "call_function", operator.mul, torch.mul) and isinstance(node.args[1], (int, float)):
+            scale *= node.args[1]
+        # Masks are refused before the module is called.
+        elif not _is(node, "call_function") or getattr(node.target, "__name__", "") != "maybe_add_mask":
+            return node, scale
+        node = node.args[0]
 
 
 def _projection(node: Any, module: nn.Module) -> tuple[Projection, int] | None:
@@ -65,13 +113,12 @@ def _projection(node: Any, module: nn.Module) -> tuple[Projection, int] | None:
     while _is(node, "call_module") and type(module.get_submodule(node.target)) is nn.Identity:
         node = node.args[0]
     part, parts, layout = 0, 1, node
+    order: tuple[str, tuple[int, ...]] = ("transpose", (1, 2))
     if _is(node, "call_function", operator.getitem) and _is(node.args[0], "call_method", "unbind"):
         part, parts, layout = node.args[1], 3, node.args[0].args[0]
         order = ("permute", (2, 0, 3, 1, 4))
         if node.args[0].args[1:] not in ((), (0,)):
             return None
-    else:
-        order = ("transpose", (1, 2))
     if not _is(layout, "call_method", order[0]) or layout.args[1:] != order[1]:
         return None
     shaped = layout.args[0]
@@ -90,20 +137,5 @@ def _projection(node: Any, module: nn.Module) -> tuple[Projection, int] | None:
     return Projection(linear.target, part, parts), heads if heads != -1 else features // channels
 
 
-def _is(node: Any, op: str, target: str | Callable[..., Any] | None = None) -> bool:
-    return isinstance(node, fx.Node) and node.op == op and target in (None, node.target)
-
-
-def weight_of(module: Any, projection: Projection, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """Weight `(D, C)` and bias of a projection without a gradient, where and of what type `like` is.
-
-    Returns:
-        None where they aren't there: of layers that are no plain linear ones, and of offloaded ones.
-    """
-    linear: Any = module.get_submodule(projection.path)
-    if not is_plain(linear) or linear.weight.device == torch.device("meta") != like.device:
-        return None
-    size = linear.out_features // projection.parts
-    rows = slice(projection.part * size, (projection.part + 1) * size)
-    bias = None if linear.bias is None else linear.bias.detach()[rows].to(like)
-    return linear.weight.detach()[rows].to(like), bias
+def _is(node: Any, op: str, *targets: str | Callable[..., Any]) -> bool:
+    return isinstance(node, fx.Node) and node.op == op and (not targets or node.target in targets)

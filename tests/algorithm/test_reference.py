@@ -47,6 +47,19 @@ def readout(model, block, weights, qkv, sizes, log_size):
     return torch.stack(rows).mean(0)
 
 
+def looked_ahead(model, x, plan, g, look_ahead):
+    """What tokens are ranked by: class attention so far, and that of later blocks on the tokens (T, C) as they are."""
+    if not plan.looks_at:
+        return g
+    prefix, zeros = model.num_prefix_tokens, torch.zeros(len(x))
+    total = 0
+    for index in plan.looks_at:
+        block = model.blocks[index]
+        _, weights, qkv = attention(block.attn, block.norm1(x), zeros)
+        total = total + readout(model, block, weights, qkv, [1] * (len(x) - prefix), zeros)[prefix:]
+    return (1 - look_ahead) * g + look_ahead * total / len(plan.looks_at)
+
+
 def reference(model, image, config):
     """Tokens (T, C) after every block, for one image."""
     prefix = model.num_prefix_tokens
@@ -64,9 +77,10 @@ def reference(model, image, config):
         if plan.selects:
             keep = num_slow(patches, plan.keep_ratio)
             if config.representative == "matched":
-                slow, leader = matched_reference(g, block.norm1(x)[prefix:], keep)
+                rank = looked_ahead(model, x, plan, g, config.look_ahead)
+                slow, leader = matched_reference(rank, block.norm1(x)[prefix:], keep)
                 groups = [[i for i in range(patches) if leader[i] == s] for s in sorted(slow)]
-                shares = [[g[i].sqrt() / sum(g[j].sqrt() for j in members) for i in members] for members in groups]
+                shares = [[rank[i].sqrt() / sum(rank[j].sqrt() for j in m) for i in m] for m in groups]
             else:
                 slow = top(g.tolist(), keep)
                 groups, shares = [[i] for i in sorted(slow)], [[1.0]] * keep
@@ -98,13 +112,19 @@ def reference(model, image, config):
 def test_every_block_of_the_patched_model_equals_the_reference(name, selection, representative):
     model, x = build(name), images(3)
     config = EvoConfig(
-        keep_ratio=[0.6, 0.3], stages=[2, 4], selection=selection, representative=representative, tradeoff=0.4
+        keep_ratio=[0.6, 0.3],
+        stages=[2, 4],
+        selection=selection,
+        representative=representative,
+        tradeoff=0.4,
+        look_ahead=0.6,
     )
     expected = torch.stack([reference(model, image, config) for image in x], dim=1)
     evopatch.apply(model, config=config)
     result = torch.stack(between(name, model, x))
     torch.testing.assert_close(result, expected, atol=5e-5, rtol=5e-5)
     torch.testing.assert_close(model.forward_features(x), model.norm(expected[-1]), atol=5e-5, rtol=5e-5)
+    torch.testing.assert_close(model(x), model.forward_head(model.norm(expected[-1])), atol=5e-5, rtol=5e-5)
     evopatch.set_config(
         model, EvoConfig(keep_ratio=[0.56, 0.3], stages=[2, 4], representative=representative, tradeoff=0.4)
     )

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from comparing import moved
+from internals import plans
 from torch import nn
 from variants import build, images
 
@@ -86,13 +87,16 @@ def test_fast_tokens_stay_in_their_place_without_a_representative():
 
 @torch.no_grad()
 def test_classifier_and_pruning_of_a_patched_model():
-    model, x = evopatch.apply(build("vit")), images()
+    # Later blocks that are gone can't be looked ahead at.
+    model, x = evopatch.apply(build("vit"), config=EvoConfig(look_ahead=0.0)), images()
     model.reset_classifier(3)
     assert model(x).shape == (2, 3)
     expected = model.forward_intermediates(x, indices=[2], output_fmt="NLC", intermediates_only=True)[0]
     model.prune_intermediate_layers([2], prune_norm=True)
     assert len(model.blocks) == 3
     torch.testing.assert_close(model.forward_features(x)[:, 1:], expected, atol=1e-5, rtol=1e-5)
+    evopatch.set_config(model, EvoConfig())
+    assert torch.isfinite(model(x)).all()
 
 
 def test_training_lowers_the_loss_and_moves_every_parameter():
@@ -124,8 +128,13 @@ def test_profile_counts_the_real_forward():
     assert profile.blocks[0].flops_unpatched == linear + attention
     assert profile.blocks[2].flops_unpatched == linear + attention
     selection = 2 * 25 * 25 * 192  # runs inside its block: how similar the tokens are to each other
-    assert profile.blocks[4].flops == 2 * 10 * 12 * 192 * 192 + 2 * 2 * 10 * 10 * 192 + selection
-    assert profile.blocks[5].flops == 2 * 10 * 12 * 192 * 192 + 2 * 2 * 10 * 10 * 192
+    # Of each block that is looked at the class token's queries, the key weights folded into them, and 3 heads' logits.
+    looks = len(plans(model)[4].looks_at) * (2 * 2 * 192 * 192 + 2 * 26 * 192 * 3)
+    assert looks > 0
+    assert profile.blocks[4].flops == 2 * 10 * 12 * 192 * 192 + 2 * 2 * 10 * 10 * 192 + selection + looks
+    # The last block: keys and values of all rows, everything else of the class token, whose keys are made once more.
+    keys_and_values, class_token = 2 * 10 * 2 * 192 * 192, 2 * 12 * 192 * 192
+    assert profile.blocks[5].flops == keys_and_values + class_token + 2 * 2 * 10 * 192
     assert evopatch.config_of(model) == config
     evopatch.set_keep_ratio(model, 1.0)
     assert evopatch.profile(model, (3, 40, 40)).ratio == 1.0

@@ -32,6 +32,11 @@ MODELS = {
 EVERY = pytest.mark.parametrize("name", sorted(MODELS))
 
 
+def assert_equal_but_for_rounding(found, expected):
+    """A product of one row and a matrix rounds differently where the matrix lies elsewhere in memory."""
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
 @EVERY
 @torch.no_grad()
 def test_round_trip(name, tmp_path):
@@ -42,7 +47,7 @@ def test_round_trip(name, tmp_path):
     assert type(loaded) is type(model)
     assert evopatch.config_of(loaded) == CONFIG
     assert not loaded.training
-    assert torch.equal(call(loaded, x), expected)
+    assert_equal_but_for_rounding(call(loaded, x), expected)
     assert sorted(os.listdir(tmp_path / "new" / "folder")) == [
         "README.md",
         "config.json",
@@ -111,7 +116,7 @@ def test_an_earlier_checkpoint_survives_a_failed_save(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         evopatch.save_pretrained(model, tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "evopatch.json", "model.safetensors"]
-    assert torch.equal(call(evopatch.load_pretrained(tmp_path), x), expected)
+    assert_equal_but_for_rounding(call(evopatch.load_pretrained(tmp_path), x), expected)
 
 
 @torch.no_grad()
@@ -124,7 +129,7 @@ def test_weights_in_other_files_are_replaced(tmp_path):
         old.save_pretrained(tmp_path, max_shard_size=shard)
         evopatch.save_pretrained(model, tmp_path)
         assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", "evopatch.json", "model.safetensors"]
-        assert torch.equal(call(evopatch.load_pretrained(tmp_path), x), expected)
+        assert_equal_but_for_rounding(call(evopatch.load_pretrained(tmp_path), x), expected)
 
 
 @pytest.mark.parametrize("name", ["timm", "vit"])
@@ -234,5 +239,6 @@ def test_a_name_on_the_hub(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: asked.append(name) or str(tmp_path))
     x = images()
-    assert torch.equal(call(evopatch.load_pretrained("owner/name"), x), call(evopatch.apply(build("hf_vit")), x))
+    loaded, own = evopatch.load_pretrained("owner/name"), evopatch.apply(build("hf_vit"))
+    assert_equal_but_for_rounding(call(loaded, x), call(own, x))
     assert asked == ["owner/name"]
