@@ -21,18 +21,19 @@ class EvoConfig:
     """How slow and fast tokens are chosen and updated (Evo-ViT, arXiv 2108.01390, section 3).
 
     Args:
-        keep_ratio: Share of the patch tokens that are slow, in (0, 1]. One number is the mean over the runs
-            (see `schedule`); a sequence gives one keep ratio per run. 1.0 is exactly the original forward.
+        keep_ratio: Share of the patch tokens that are slow, in (0, 1]. One number is spread over the runs (see
+            `schedule`); a sequence gives one keep ratio per run. 1.0 is exactly the original forward.
         start: First block that selects, counted from 0, or the share of the depth, below 1, that is left alone.
-            None: the first third; of a pyramid the first half of its first stage.
+            None: the first third, at keep ratios below 0.45 the first quarter; of a pyramid the first half of its first
+            stage.
         selection: `"stage"` selects once per run of blocks and keeps the compact set through the run,
             `"layer"` selects again before every block (the paper's section 3.4: layer-to-stage training).
         stages: Number of runs over the blocks from `start` on, or the first block of each run. A run never crosses
-            from one stage of a pyramid (LeViT) to the next: there a number is that of runs in each stage. None: two
-            runs, in a pyramid one per stage.
-        schedule: How one keep ratio is spread over the runs. `"taper"` lets it fall linearly around its mean
-            (two runs at 0.5: 0.63 and 0.37; the three stages of LeViT: 0.75, 0.5 and 0.25; those of Swin keep it) and
-            makes later runs of one stage longer (2 to 3 to 4 and so on),
+            from one stage of a pyramid (LeViT) to the next: there a number is that of runs in each stage. None: three
+            runs or one per keep ratio, in a pyramid one per stage.
+        schedule: How one keep ratio is spread over the runs. `"taper"` lets it fall (three runs at 0.5: 0.76, 0.56 and
+            0.31, see `plan.tapered`; the three stages of LeViT: 0.75, 0.5 and 0.25; those of Swin keep it) and makes
+            later runs of one stage longer (2 to 3 to 4 and so on),
             `"constant"` (the paper's) uses it in every run and makes them equally long.
         representative: What stands in for the fast tokens. `"matched"`: every fast token joins the slow token
             most similar to it, needs no training. `"single"`: one token, the mean of all fast tokens weighted by
@@ -106,7 +107,7 @@ class EvoConfig:
     @classmethod
     def paper(cls, keep_ratio: float | Sequence[float] = 0.5) -> EvoConfig:
         """The paper's setting (section 4.1): one representative, keep ratio constant; of 12 blocks, runs at 4 and 8."""
-        return cls(keep_ratio=keep_ratio, schedule="constant", representative="single", readout=False)
+        return cls(keep_ratio=keep_ratio, stages=2, schedule="constant", representative="single", readout=False)
 
     @classmethod
     def exact(cls) -> EvoConfig:

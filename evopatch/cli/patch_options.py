@@ -21,7 +21,7 @@ class RepresentativeName(str, Enum):
 
 
 _PANEL = "Slow-fast tokens"
-_RATIO = "Mean share of slow tokens, or one per run (0.6,0.35)."
+_RATIO = "Share of slow tokens, or one per run (0.6,0.35)."
 
 
 def _option(kind: Any, text: str, *flags: str) -> Any:

@@ -6,11 +6,13 @@ code is generated; where the attention core is in the block's own forward (paral
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from ..algorithm.importance import detached
 from ..errors import UnsupportedInputError
 from ..rewrite.classes import Steered, host_class
 from ..rewrite.graph import Code, GeneratesCode, generate_core, generate_metric
@@ -138,6 +140,20 @@ def can_read_out(block: Any) -> bool:
     # A wrapper may look at the tokens.
     direct = attention is not None and attention is block.get_submodule(block._evo_cores[0])
     return direct and bool(block._evo_metric.readout and attention._evo_code.readout)  # type: ignore[union-attr]
+
+
+def seen_tokens(block: PatchedBlock, x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Tokens as the projection before a block's attention core would see them, without a gradient.
+
+    Args:
+        block: Needn't be the one that runs.
+        x: In the block's layout.
+        inputs: What blocks get beside the tokens.
+    """
+    code = block._evo_metric
+    named = tuple(inputs[name] for name in code.inputs)
+    tokens: Tensor = code.functions[block.training](block, x.detach(), named, None, block)
+    return detached(tokens)
 
 
 def answering_tokens(block: PatchedBlock, x: Tensor, inputs: tuple[Any, ...]) -> Tensor:

@@ -9,20 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algorithm.importance import detached, folded_attention
+from ..algorithm.importance import folded_attention
 from ..rewrite.projections import Projections
 from ..rewrite.weights import at_hand
-from .block import SlowFastBlock, attention_of, unwrapped
+from .block import SlowFastBlock, attention_of, seen_tokens, unwrapped
 
 
 def look_ahead(
-    blocks: Iterable[nn.Module], running: nn.Module, x: Tensor, inputs: dict[str, Any], prefix: int, readout: int
+    blocks: Iterable[nn.Module],
+    running: nn.Module,
+    seen: Tensor,
+    x: Tensor,
+    inputs: dict[str, Any],
+    prefix: int,
+    readout: int,
 ) -> Tensor | None:
     """Mean class attention of blocks that haven't run yet.
 
     Args:
         blocks: Patched ones.
         running: The block that selects now; may be one of them.
+        seen: `(B, T, C)`, what its projections would get.
         x: `(B, T, C)`, all tokens before it.
         inputs: Its own, beside the tokens.
         prefix: `P`.
@@ -37,31 +44,28 @@ def look_ahead(
         attention: Any = None if block is None else attention_of(block)
         if attention is None or attention._evo_code.projections is None:
             continue
-        if block is running or torch.compiler.is_compiling():
-            seen = _class_attention(block, attention, x, inputs, prefix, readout)
+        if block is running:
+            observed = _class_attention(attention, seen, prefix, readout)
+        elif torch.compiler.is_compiling():
+            observed = _class_attention(attention, seen_tokens(block, x, inputs), prefix, readout)
         else:
             with at_hand(block):
-                seen = _class_attention(block, attention, x, inputs, prefix, readout)
-        if seen is not None:
-            found.append(seen)
+                observed = _class_attention(attention, seen_tokens(block, x, inputs), prefix, readout)
+        if observed is not None:
+            found.append(observed)
     if not found:
         return None
     total = found[0]
-    for seen in found[1:]:
-        total = total + seen
+    for observed in found[1:]:
+        total = total + observed
     return total / len(found)
 
 
-def _class_attention(
-    block: Any, attention: Any, x: Tensor, inputs: dict[str, Any], prefix: int, readout: int
-) -> Tensor | None:
+def _class_attention(attention: Any, tokens: Tensor, prefix: int, readout: int) -> Tensor | None:
     projections: Projections = attention._evo_code.projections
-    asked, answering = (projection.weight(attention, x) for projection in (projections.query, projections.key))
+    asked, answering = (projection.weight(attention, tokens) for projection in (projections.query, projections.key))
     if asked is None or answering is None:
         return None
-    metric = block._evo_metric
-    run = metric.functions[block.training]
-    tokens = detached(run(block, detached(x), tuple(inputs[n] for n in metric.inputs), None, block))
     # Queries are linear in the tokens: their mean is the mean token's.
     rows = tokens[:, :readout] if readout else tokens[:, prefix:].mean(1, keepdim=True)
     query = F.linear(rows, *asked).unflatten(-1, (projections.heads, -1)).transpose(1, 2)

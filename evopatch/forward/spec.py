@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..plan import TAPER
 from ..rewrite.tracing import TraceSpec
 
 
@@ -68,8 +67,8 @@ class HostSpec:
     received: bool = False
     """With a `readout` of 0 rank patch tokens by the attention that they receive, averaged over queries and heads:
     their share in the pooled output of the attention. False: by the mean query's, which needs no attention weights."""
-    taper: float = TAPER
-    """How much less the last run of blocks keeps than the first, see `plan.plan_blocks`."""
+    taper: float | None = None
+    """Of a pyramid, how much less the last run of blocks keeps than the first, see `plan.plan_blocks`."""
     caches: tuple[str, ...] = ()
     """Attributes of modules in the host that hold a dict of what they computed from their weights, and keep it when the
     weights change: such as LeViT's position biases."""

@@ -13,7 +13,7 @@ from ..algorithm.rows import is_fixed
 from ..algorithm.selection import num_slow, select_matched, select_top
 from ..errors import BypassError, UnsupportedInputError
 from ..rewrite.classes import host_class
-from .block import answering_tokens, can_read_out, run_tapped
+from .block import answering_tokens, can_read_out, run_tapped, seen_tokens
 from .forward_pass import ForwardPass
 from .hooks import FullGrid
 from .host_state import HostState
@@ -168,18 +168,12 @@ class TokenPass(ForwardPass):
         keep = num_slow(g.shape[1], self.plans[index].keep_ratio)
         if self.representative != "matched":
             return select_top(g, keep, prefix, self.representative == "single")
-        code = block._evo_metric
-        tokens = self._block_layout(index, x.detach())
-        named = tuple(inputs[name] for name in code.inputs)
-        metric = self._token_layout(code.functions[block.training](block, tokens, named, None, block))
-        ahead = self._look_ahead(index, block, x, inputs)
+        seen = self._token_layout(seen_tokens(block, self._block_layout(index, x), inputs))
+        later: list[Any] = [self.modules[i] for i in self.plans[index].looks_at if i < len(self.modules)]
+        ahead = look_ahead(later, cast(Any, block), seen, x, inputs, prefix, self.spec.readout)
         if ahead is not None:
             g = accumulate(g, ahead, self.look_ahead)
-        return select_matched(g, metric[:, prefix:], keep, prefix, self.importance)
-
-    def _look_ahead(self, index: int, block: Any, x: Tensor, inputs: dict[str, Any]) -> Tensor | None:
-        later = [self.modules[number] for number in self.plans[index].looks_at if number < len(self.modules)]
-        return look_ahead(later, block, x, inputs, self.spec.prefix, self.spec.readout)
+        return select_matched(g, seen[:, prefix:], keep, prefix, self.importance)
 
     def _block_layout(self, index: int, x: Tensor) -> Tensor:
         """`(B, M, C)` tokens as the block takes them."""

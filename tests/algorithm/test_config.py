@@ -14,11 +14,34 @@ def marks(config, attribute, depth=12):
     return [i for i, plan in enumerate(plan_blocks(config, depth)) if getattr(plan, attribute)]
 
 
-def test_default_tapers_around_the_mean_after_the_first_third():
+def test_default_tapers_in_three_runs_after_the_first_third():
     plan = EvoConfig(keep_ratio=0.5)
-    assert ratios(plan) == [1.0] * 4 + [0.63] * 3 + [0.37] * 5
-    assert marks(plan, "selects") == [4, 7]
-    assert marks(plan, "ends") == [6, 11]
+    assert ratios(plan) == [1.0] * 4 + [0.762] * 2 + [0.564] * 2 + [0.309] * 4
+    assert marks(plan, "selects") == [4, 6, 8]
+    assert marks(plan, "ends") == [5, 7, 11]
+    assert marks(plan, "selects", depth=24) == [8, 12, 17]
+
+
+def test_few_tokens_begin_a_quarter_into_the_depth():
+    assert marks(EvoConfig(keep_ratio=0.44), "selects") == [3, 5, 8]
+    assert marks(EvoConfig(keep_ratio=0.46), "selects") == [4, 6, 8]
+    assert marks(EvoConfig(keep_ratio=0.3, start=4), "selects") == [4, 6, 8]
+    assert marks(EvoConfig(keep_ratio=0.3, schedule="constant"), "selects")[0] == 4
+
+
+def test_as_many_runs_as_keep_ratios():
+    assert marks(EvoConfig(keep_ratio=[0.6, 0.35]), "selects") == [4, 7]
+    assert marks(EvoConfig(keep_ratio=[0.5]), "selects") == [4]
+    assert marks(EvoConfig(keep_ratio=[0.9, 0.7, 0.5, 0.3]), "selects") == [4, 5, 7, 9]
+
+
+def test_selections_look_ahead_at_three_blocks():
+    plans = plan_blocks(EvoConfig(), 12)
+    assert [plan.looks_at for plan in plans if plan.selects] == [(4, 7, 10), (6, 8, 10), (8, 9, 10)]
+    assert [plan.looks_at for plan in plan_blocks(EvoConfig(stages=[11]), 12) if plan.selects] == [(11,)]
+    for config in (EvoConfig.paper(), EvoConfig(look_ahead=0.0), EvoConfig(representative="none")):
+        assert not marks(config, "looks_at")
+    assert not [plan for plan in plan_blocks(EvoConfig(), 2, 3, taper=0.5) if plan.looks_at]  # pyramids have none
 
 
 def test_paper():
@@ -45,16 +68,15 @@ def test_start_as_a_block_or_a_share_of_the_depth(start, first):
 @pytest.mark.parametrize("mean", [0.1, 0.35, 0.5, 0.8, 0.95, 1.0])
 @pytest.mark.parametrize("stages", [1, 2, 3, [4, 5], [3, 5, 9, 10]])
 @pytest.mark.parametrize("depth", [11, 12, 24])
-def test_one_keep_ratio_is_the_mean_over_the_runs(mean, stages, depth):
+def test_runs_of_one_keep_ratio_fall_and_grow_with_it(mean, stages, depth):
     plans = plan_blocks(EvoConfig(keep_ratio=mean, stages=stages), depth)
-    count = len(stages) if isinstance(stages, list) else stages
     runs = [plan.keep_ratio for plan in plans if plan.selects]
     if mean == 1.0:
         assert runs == []
         return
-    assert len(runs) >= count - 1  # the first one keeps everything where the mean is close to 1
-    runs = [1.0] * (count - len(runs)) + runs
-    assert sum(runs) / count == pytest.approx(mean)
+    assert len(runs) == (len(stages) if isinstance(stages, list) else stages)
+    higher = plan_blocks(EvoConfig(keep_ratio=mean + 0.04, stages=stages), depth)
+    assert all(more > less for more, less in zip([p.keep_ratio for p in higher if p.selects], runs, strict=True))
     assert all(0 < ratio <= 1 for ratio in runs)
     assert runs == sorted(runs, reverse=True)
 
@@ -68,7 +90,7 @@ def test_layer_wise_selects_before_every_block():
 
 def test_class_attention_is_only_computed_where_a_later_selection_reads_it():
     tradeoffs = [plan.tradeoff for plan in plan_blocks(EvoConfig(tradeoff=[i / 12 for i in range(12)]), 12)]
-    assert tradeoffs == [i / 12 for i in range(7)] + [None] * 5
+    assert tradeoffs == [i / 12 for i in range(8)] + [None] * 4
     assert all(plan.tradeoff is None for plan in plan_blocks(EvoConfig(keep_ratio=1.0), 12))
 
 
@@ -119,7 +141,7 @@ def test_bad_settings(settings, message):
     [
         ({"stages": [4, 12]}, 12, "starts at block 12, beyond the model's 12 blocks"),
         ({"start": 12}, 12, "starts at block 12"),
-        ({"keep_ratio": [0.5]}, 12, r"1 keep ratios \(0.5,\) for 2 run\(s\)"),
+        ({"keep_ratio": [0.5], "stages": 2}, 12, r"1 keep ratios \(0.5,\) for 2 run\(s\)"),
         ({"tradeoff": [0.5] * 3}, 12, "3 tradeoffs for 12 blocks"),
         ({}, 1, r"1 block\(s\): expected at least 2"),
     ],

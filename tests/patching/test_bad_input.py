@@ -15,7 +15,11 @@ from evopatch import EvoConfig
     [
         ({"keep_ratio": 0}, evopatch.ConfigError, r"keep_ratio=0: expected a number in \(0, 1\]"),
         ({"keep_ratio": 1.01}, evopatch.ConfigError, "keep_ratio=1.01"),
-        ({"keep_ratio": [0.5, 0.4, 0.3]}, evopatch.ConfigError, r"3 keep ratios .* for 2 run\(s\)"),
+        (
+            {"keep_ratio": [0.5, 0.4, 0.3], "config": EvoConfig(stages=2)},
+            evopatch.ConfigError,
+            r"3 keep ratios .* for 2 run\(s\)",
+        ),
         ({"config": EvoConfig(start=6)}, evopatch.ConfigError, "starts at block 6, beyond the model's 6 blocks"),
         ({"config": {"keep_ratio": 0.5}}, evopatch.ConfigError, "config is a dict: expected an evopatch.EvoConfig"),
     ],
