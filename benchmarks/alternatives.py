@@ -1,4 +1,4 @@
-"""What else makes a ViT cheaper without training, at the same FLOPs: token merging, and a smaller image.
+"""What else makes a ViT cheaper without training, at the same FLOPs: ways to merge tokens, and a smaller image.
 
 Compared with the unpatched model on whole images, by the shares of its FLOPs, top-1, agreement and KL:
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from accuracy_curve import MODELS
-from peers import token_merging
+from peers import mctf, pitome, token_merging
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -78,17 +78,28 @@ def side(name: str, model: nn.Module, size: int) -> Side:
 
 
 def sides_of(opened: Callable[[int | None], Classifier], ratios: Sequence[float], sizes: Sequence[int]) -> list[Side]:
-    """Unpatched; at every keep ratio patched, and the two token mergings with just more and no more FLOPs; unpatched on
-    smaller images."""
+    """Unpatched; at every keep ratio patched, the two token mergings with just more and no more FLOPs, PiToMe and MCTF
+    with just no more; unpatched on smaller images."""
     whole = opened(None)
     own = whole.input_size[-1]
     sides = [side("unpatched", whole.model, own)]
     for ratio in ratios:
         patched = side(f"evopatch, keep_ratio={ratio:g}", evopatch.apply(shared_copy(whole.model), ratio), own)
-        merging = token_merging.at_flops(whole.model, torch.zeros(1, *whole.input_size), patched.flops)
+        image = torch.zeros(1, *whole.input_size)
+        merging = token_merging.at_flops(whole.model, image, patched.flops)
         milder = token_merging.TokenMerging(merging.model, merging.r - 1).eval()
         sides += [patched, *(side(f"token merging, r={m.r}", m, own) for m in (milder, merging))]
+        protecting = pitome.at_flops(whole.model, image, patched.flops)
+        sides.append(side(f"{pitome.NAME}, ratio={protecting.ratio:g}", protecting, own))
+        fusing = mctf.at_flops(whole.model, image, patched.flops)
+        sides.append(side(f"{mctf.NAME}, r={fusing.r}", fusing, own))
     return sides + [side(f"unpatched at {size} px", opened(size).model, size) for size in sizes]
+
+
+def rows_of(text: str, count: int) -> range:
+    """Which of so many images, as in `650:` or `0:200`."""
+    first, _, last = text.partition(":")
+    return range(count)[int(first or 0) : int(last) if last else None]
 
 
 class _Sized:
@@ -111,7 +122,7 @@ def main() -> None:
     parser.add_argument("--weights", choices=sorted(MODELS), default="deit_tiny")
     parser.add_argument("--keep-ratio", type=float, action="append", help="repeat for several; default 0.7, 0.5, 0.4")
     parser.add_argument("--size", type=int, action="append", help="smaller images in pixels; default 192, 176, 160")
-    parser.add_argument("--rows", default=":", help="which images, as in 650: or 0:200")
+    parser.add_argument("--rows", default="650:", help="which images, as in 650: (the default) or 0:200")
     arguments = parser.parse_args()
     name, preprocessing = MODELS[arguments.weights]
 
@@ -123,8 +134,7 @@ def main() -> None:
     sides = sides_of(opened, arguments.keep_ratio or [0.7, 0.5, 0.4], sizes)
     transforms = {sides[0].size: opened(None).transform, **{size: opened(size).transform for size in sizes}}
     images = open_images(arguments.data / "imagenet_val_1300.parquet", lambda image: image)
-    first, _, last = arguments.rows.partition(":")
-    rows = range(len(images))[int(first or 0) : int(last) if last else None]
+    rows = rows_of(arguments.rows, len(images))
     loader = DataLoader(Subset(_Sized(images, transforms), rows), batch_size=50)
     with progress_bar(f"{name}, {len(sides)} sides", len(rows)) as advance:
 

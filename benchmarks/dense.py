@@ -10,6 +10,7 @@ ones, and its maps, cut at 0.5, are compared by intersection over union. Means o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -39,9 +40,8 @@ TRANSFORM = transforms.Compose(
 CONFIGS = {
     "default, keep_ratio=0.5": EvoConfig(),
     "EvoConfig.dense()": EvoConfig.dense(),
-    "EvoConfig.dense() with the default importance": EvoConfig(
-        keep_ratio=(0.75, 0.52, 0.28), start=0.25, stages=3, schedule="constant"
-    ),
+    "EvoConfig.dense() with the default importance": dataclasses.replace(EvoConfig.dense(), importance=0.7),
+    "EvoConfig.dense() that looks ahead": dataclasses.replace(EvoConfig.dense(), look_ahead=0.5),
     "the paper": EvoConfig.paper(),
 }
 

@@ -116,14 +116,15 @@ class EvoConfig:
         return cls(keep_ratio=1.0, readout=True)
 
     @classmethod
-    def dense(cls, keep_ratio: float | Sequence[float] = (0.75, 0.52, 0.28)) -> EvoConfig:
+    def dense(cls, keep_ratio: float | Sequence[float] = (0.84, 0.76, 0.65, 0.59, 0.51, 0.36)) -> EvoConfig:
         """For dense features: segmentation, depth, saliency, retrieval of patches, and DINOv2 in general.
 
-        For flat models. Every patch token's own value is wanted, not only what the class token reads, so tokens are
-        chosen nearly by novelty alone, and in three equal runs over the last three quarters of the depth. Costs a third
-        selection and does less well than the default for classifiers.
+        For flat models of at least 7 blocks. Every patch token's own value is wanted, not only what the class token
+        reads, so tokens are chosen nearly by novelty alone, with nothing looked at ahead, and in six short runs that
+        begin a sixth into the depth; found by search (docs/accuracy.md). Does less well than the default for
+        classifiers.
         """
-        return cls(keep_ratio=keep_ratio, start=0.25, stages=3, schedule="constant", importance=0.15)
+        return cls(keep_ratio=keep_ratio, start=0.17, stages=6, importance=0.05, look_ahead=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as `from_dict` takes them."""

@@ -9,7 +9,10 @@ paper's. Given to the benchmark command as
 from __future__ import annotations
 
 import math
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,50 +22,85 @@ from evopatch.measure.profiling import count_flops
 from evopatch.patching.handle import shared_copy
 
 NAME = "token merging"
+Peer = TypeVar("Peer", bound=nn.Module)
 
 
-class TokenMerging(nn.Module):
-    """A vision transformer that merges `r` pairs of tokens in every block.
+class Merging(nn.Module):
+    """A vision transformer whose blocks get fewer and fewer tokens.
 
     Args:
         model: timm's `VisionTransformer`; its weights are shared.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`(B, 3, height, width)` to logits."""
+        x, _ = self.features(images)
+        out: Tensor = self.model.forward_head(self.model.norm(x))
+        return out
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The last block's tokens `(B, N, C)`, and how many patches each stands for, `(B, N, 1)`; None: one each."""
+        model = self.model
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        size = None
+        for index, block in enumerate(model.blocks):
+            x, size = self._block(index, block, x, size)
+        return x, size
+
+    def _block(self, index: int, block: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        change, key = proportional_attention(block.attn, block.norm1(x), size)
+        x = x + block.drop_path1(block.ls1(change))
+        # Between attention and MLP (section 3, "strategy").
+        x, size = self._merge(index, x, size, key.mean(1))
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), size
+
+    def _merge(self, index: int, x: Tensor, size: Tensor | None, metric: Tensor) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            index: Of the block.
+            x: `(B, N, C)`.
+            size: `(B, N, 1)` or None.
+            metric: `(B, N, D)`, the keys, averaged over heads.
+        """
+        raise NotImplementedError
+
+
+class TokenMerging(Merging):
+    """A vision transformer that merges `r` pairs of tokens in every block.
+
+    Args:
+        model: As for `Merging`.
         r: Pairs per block; fewer where fewer than `2r` patch tokens are left.
     """
 
     def __init__(self, model: Any, r: int) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.r = r
 
-    def forward(self, images: Tensor) -> Tensor:
-        """`(B, 3, height, width)` to logits."""
-        model = self.model
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-        size = None  # `(B, N, 1)`: how many patches a token stands for; None: one each
-        for block in model.blocks:
-            x, size = self._block(block, x, size)
-        out: Tensor = model.forward_head(model.norm(x))
-        return out
-
-    def _block(self, block: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        change, key = _attention(block.attn, block.norm1(x), size)
-        x = x + block.drop_path1(block.ls1(change))
-        # Between attention and MLP (section 3, "strategy").
-        x, size = merge(x, size, key.mean(1), self.r)
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), size
+    def _merge(self, index: int, x: Tensor, size: Tensor | None, metric: Tensor) -> tuple[Tensor, Tensor | None]:
+        return merge(x, size, metric, self.r)
 
 
-def _attention(attention: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+def proportional_attention(attention: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
     """Proportional attention (equation 1): a token's key counts as many times as the patches that it stands for."""
     batch, tokens, channels = x.shape
     qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
     query, key, value = qkv.unbind(0)
     query, key = attention.q_norm(query), attention.k_norm(key)
-    bias = None if size is None else size.log()[:, None, None, :, 0].to(query.dtype)
+    bias = None if size is None else log_sizes(size).to(query.dtype)
     dropout = attention.attn_drop.p if attention.training else 0.0
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=attention.scale)
     out = out.transpose(1, 2).reshape(batch, tokens, channels)
     return attention.proj_drop(attention.proj(attention.norm(out))), key
+
+
+def log_sizes(size: Tensor) -> Tensor:
+    """What proportional attention adds to the logits `(B, heads, N, N)`, from `(B, N, 1)`."""
+    return size.log()[:, None, None, :, 0]
 
 
 def merge(x: Tensor, size: Tensor | None, metric: Tensor, r: int) -> tuple[Tensor, Tensor | None]:
@@ -92,26 +130,45 @@ def merge(x: Tensor, size: Tensor | None, metric: Tensor, r: int) -> tuple[Tenso
     partner = partner.gather(1, merged)
 
     def combine(values: Tensor) -> Tensor:
-        width = values.shape[-1]
         own, others = values[:, ::2], values[:, 1::2]
-        own_merged = own.gather(1, merged.unsqueeze(-1).expand(-1, -1, width))
-        others = others.scatter_add(1, partner.unsqueeze(-1).expand(-1, -1, width), own_merged)
-        return torch.cat([own.gather(1, alone.unsqueeze(-1).expand(-1, -1, width)), others], dim=1)
+        index = partner.unsqueeze(-1).expand(-1, -1, values.shape[-1])
+        others = others.scatter_add(1, index, rows_at(own, merged))
+        return torch.cat([rows_at(own, alone), others], dim=1)
 
     size, weighted = combine(size), combine(x * size)
     return weighted / size, size
 
 
+def rows_at(values: Tensor, index: Tensor) -> Tensor:
+    """`(B, N, W)` at `(B, M)`: `(B, M, W)`."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
 def at_flops(model: nn.Module, image: Tensor, flops: int) -> nn.Module:
-    """The mildest merging that needs no more FLOPs than given, for one image.
+    """The mildest merging that needs no more FLOPs than given; arguments and errors as for `mildest`."""
+    own = shared_copy(model)
+    return mildest(lambda r: TokenMerging(own, r), range(1, 200), image, flops)
+
+
+def mildest(make: Callable[[int], Peer], settings: Sequence[int], image: Tensor, flops: int) -> Peer:
+    """The first setting that needs no more FLOPs than given, for one image.
+
+    Args:
+        make: Gives the model with that setting.
+        settings: Each needs no more FLOPs than the one before.
+        image: `(1, 3, height, width)`.
+        flops: At most.
 
     Raises:
-        ValueError: If no number of pairs per block gets there.
+        ValueError: If there is none.
     """
-    merging = TokenMerging(shared_copy(model), r=1).eval()
-    for merging.r in range(1, 200):
+
+    def suffices(setting: int) -> bool:
         with torch.no_grad():
-            found, _ = count_flops(lambda: merging(image))
-        if found <= flops:
-            return merging
-    raise ValueError(f"token merging doesn't get to {flops} FLOPs")
+            found, _ = count_flops(partial(make(setting).eval(), image))
+        return found <= flops
+
+    first = bisect_left(settings, True, key=suffices)
+    if first == len(settings):
+        raise ValueError(f"no setting gets to {flops} FLOPs")
+    return make(settings[first]).eval()

@@ -47,23 +47,30 @@ def class_attention(
     return logits.softmax(dim=-1, dtype=torch.float32).mean(dim=(1, 2))
 
 
-def folded_attention(tokens: Tensor, query: Tensor, key_weight: Tensor, scale: float | None = None) -> Tensor:
-    """Class attention over tokens whose keys nobody has computed: the key projection is folded into the query.
+def fold(query: Tensor, key_weight: Tensor, scale: float | None = None) -> Tensor:
+    """Queries that meet tokens whose keys nobody has computed: the key projection is folded into them.
 
     `<q, W_k n> = <W_k^T q, n>`, and what the projection's bias adds is the same for every token, so it drops out of the
     softmax: a vector of `C` numbers per head in place of the keys of all tokens.
 
     Args:
-        tokens: `(B, T, C)`, normed as the block's projections take them.
         query: `(B, H, R, D)` of the readout.
         key_weight: `(H, D, C)`.
         scale: Factor on the logits; None: `D ** -0.5`.
 
     Returns:
-        `(B, T)` float32, sums to 1: the mean over heads and readout.
+        `(B, H * R, C)`: with tokens `(B, T, C)`, as the block's projections take them, they make the attention logits.
     """
-    folded = (query * (default_scale(query) if scale is None else scale)) @ key_weight
-    logits = folded.flatten(1, 2) @ tokens.transpose(1, 2)
+    batch, heads, readouts, _ = query.shape
+    query = query * (default_scale(query) if scale is None else scale)
+    # By head, not by image: the weights would be copied for each.
+    folded = query.transpose(0, 1).flatten(1, 2) @ key_weight
+    return folded.view(heads, batch, readouts, -1).transpose(0, 1).flatten(1, 2)
+
+
+def folded_attention(folded: Tensor, tokens: Tensor) -> Tensor:
+    """Class attention of folded queries `(B, Q, C)` over tokens `(B, T, C)`: the mean, `(B, T)` float32, sums to 1."""
+    logits = folded @ tokens.transpose(1, 2)
     return logits.softmax(dim=-1, dtype=torch.float32).mean(dim=1)
 
 

@@ -132,6 +132,17 @@ def unwrapped(module: nn.Module, mixin: type[Patch]) -> Patch | None:
     return next((inner for inner in (module, *module.children()) if isinstance(inner, mixin)), None)
 
 
+def layer_norm_of(block: Any) -> nn.LayerNorm | None:
+    """The layer norm that makes of a block's input what the projection before its attention core sees; None where that
+    is anything else, or isn't there."""
+    path = block._evo_metric.norm
+    norm: Any = None if path is None else block.get_submodule(path)
+    if not isinstance(norm, nn.LayerNorm) or "forward" in norm.__dict__:
+        return None
+    affine: bool = norm.weight is not None and norm.bias is not None
+    return norm if affine else None
+
+
 def can_read_out(block: Any) -> bool:
     """Whether there is code for a block where only the prefix tokens go through."""
     if block._evo_code is not None:

@@ -9,27 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algorithm.importance import folded_attention
+from ..algorithm.importance import fold, folded_attention
 from ..rewrite.projections import Projections
 from ..rewrite.weights import at_hand
-from .block import SlowFastBlock, attention_of, seen_tokens, unwrapped
+from .block import SlowFastBlock, attention_of, layer_norm_of, seen_tokens, unwrapped
 
 
 def look_ahead(
-    blocks: Iterable[nn.Module],
-    running: nn.Module,
-    seen: Tensor,
-    x: Tensor,
-    inputs: dict[str, Any],
-    prefix: int,
-    readout: int,
+    blocks: Iterable[nn.Module], running: nn.Module, x: Tensor, inputs: dict[str, Any], prefix: int, readout: int
 ) -> Tensor | None:
     """Mean class attention of blocks that haven't run yet.
 
     Args:
-        blocks: Patched ones.
+        blocks: Patched ones, of equally many heads.
         running: The block that selects now; may be one of them.
-        seen: `(B, T, C)`, what its projections would get.
         x: `(B, T, C)`, all tokens before it.
         inputs: Its own, beside the tokens.
         prefix: `P`.
@@ -38,36 +31,64 @@ def look_ahead(
     Returns:
         `(B, N)` float32, or None if of no block queries and keys are linear in the tokens.
     """
-    found = []
+    look = _Look(x.detach(), inputs, prefix, readout)
     for wrapped in blocks:
         block: Any = unwrapped(wrapped, SlowFastBlock)
         attention: Any = None if block is None else attention_of(block)
         if attention is None or attention._evo_code.projections is None:
             continue
-        if block is running:
-            observed = _class_attention(attention, seen, prefix, readout)
-        elif torch.compiler.is_compiling():
-            observed = _class_attention(attention, seen_tokens(block, x, inputs), prefix, readout)
+        if block is running or torch.compiler.is_compiling():
+            look.at(block, attention)
         else:
             with at_hand(block):
-                observed = _class_attention(attention, seen_tokens(block, x, inputs), prefix, readout)
-        if observed is not None:
-            found.append(observed)
-    if not found:
-        return None
-    total = found[0]
-    for observed in found[1:]:
-        total = total + observed
-    return total / len(found)
+                look.at(block, attention)
+    return look.attention()
 
 
-def _class_attention(attention: Any, tokens: Tensor, prefix: int, readout: int) -> Tensor | None:
-    projections: Projections = attention._evo_code.projections
-    asked, answering = (projection.weight(attention, tokens) for projection in (projections.query, projections.key))
-    if asked is None or answering is None:
-        return None
-    # Queries are linear in the tokens: their mean is the mean token's.
-    rows = tokens[:, :readout] if readout else tokens[:, prefix:].mean(1, keepdim=True)
-    query = F.linear(rows, *asked).unflatten(-1, (projections.heads, -1)).transpose(1, 2)
-    key = answering[0].unflatten(0, (projections.heads, -1))
-    return folded_attention(tokens, query, key, projections.scale)[:, prefix:]
+class _Look:
+    def __init__(self, x: Tensor, inputs: dict[str, Any], prefix: int, readout: int) -> None:
+        self._x, self._inputs, self._prefix, self._readout = x, inputs, prefix, readout
+        self._normed: dict[float, Tensor] = {}
+        # Tokens, and the folded queries that meet them.
+        self._met: list[tuple[Tensor, list[Tensor]]] = []
+
+    def at(self, block: Any, attention: Any) -> None:
+        """Look at one more block."""
+        norm = layer_norm_of(block)
+        if norm is None:
+            self._add(attention, seen_tokens(block, self._x, self._inputs), None)
+            return
+        if norm.eps not in self._normed:
+            self._normed[norm.eps] = F.layer_norm(self._x, self._x.shape[-1:], eps=norm.eps)
+        self._add(attention, self._normed[norm.eps], norm)
+
+    def _add(self, attention: Any, tokens: Tensor, norm: nn.LayerNorm | None) -> None:
+        projections: Projections = attention._evo_code.projections
+        asked, answering = (projection.weight(attention, tokens) for projection in (projections.query, projections.key))
+        if asked is None or answering is None:
+            return
+        # Queries are linear in the tokens: their mean is the mean token's.
+        rows = tokens[:, : self._readout] if self._readout else tokens[:, self._prefix :].mean(1, keepdim=True)
+        if norm is not None:
+            rows = torch.addcmul(norm.bias.detach().to(rows), rows, norm.weight.detach().to(rows))
+        query = F.linear(rows, *asked).unflatten(-1, (projections.heads, -1)).transpose(1, 2)
+        folded = fold(query, answering[0].unflatten(0, (projections.heads, -1)), projections.scale)
+        if norm is not None:  # whose bias adds the same to every token's logit
+            folded = folded * norm.weight.detach().to(folded)
+        for met, queries in self._met:
+            if met is tokens:
+                queries.append(folded)
+                return
+        self._met.append((tokens, [folded]))
+
+    def attention(self) -> Tensor | None:
+        """Over the patch tokens, the mean of all blocks that could be looked at."""
+        if not self._met:
+            return None
+        total: Any = 0.0
+        looks = sum(len(queries) for _, queries in self._met)
+        for tokens, queries in self._met:
+            folded = queries[0] if len(queries) == 1 else torch.cat(queries, dim=1)
+            total = total + folded_attention(folded, tokens) * (len(queries) / looks)
+        patches: Tensor = total[:, self._prefix :]
+        return patches

@@ -170,7 +170,7 @@ class TokenPass(ForwardPass):
             return select_top(g, keep, prefix, self.representative == "single")
         seen = self._token_layout(seen_tokens(block, self._block_layout(index, x), inputs))
         later: list[Any] = [self.modules[i] for i in self.plans[index].looks_at if i < len(self.modules)]
-        ahead = look_ahead(later, cast(Any, block), seen, x, inputs, prefix, self.spec.readout)
+        ahead = look_ahead(later, cast(Any, block), x, inputs, prefix, self.spec.readout)
         if ahead is not None:
             g = accumulate(g, ahead, self.look_ahead)
         return select_matched(g, seen[:, prefix:], keep, prefix, self.importance)

@@ -47,6 +47,8 @@ class Code:
     the tokens that its one attention module is given. Empty where there is none."""
     projections: Projections | None = None
     """Of a module with an attention core, see `projections.find_projections`."""
+    norm: str | None = None
+    """Of a block: path of the layer norm that alone stands between its input and what the code gives, if one does."""
 
     def __deepcopy__(self, memo: Any) -> Code:
         return self  # stateless; tracing again would disturb forwards in other threads, as fx patches nn.Module
@@ -123,14 +125,21 @@ def generate_metric(block: nn.Module, name: str, spec: TraceSpec) -> Code:
     with _mode(block, training=False):
         graph, given, first = trace(block, name, spec, on_the_way(cores))
     _tap(graph, block, name, spec)
-    function = _function(_up_to(_projected(graph, block, name, spec), graph))
+    projected = _projected(graph, block, name, spec)
+    function = _function(_up_to(projected, graph))
     readout = {}
     if len(cores) == 1 and cores[0] in first:
         tokens = _function(_up_to(first[cores[0]], graph))
         readout = {False: tokens, True: tokens}
     functions = {False: function, True: function}
     parameters, inputs = parameters_of(block), inputs_of(block, spec)
-    return Code(functions, host_class(block).forward, parameters, inputs, given, readout)
+    norm = _layer_norm(projected, block)
+    return Code(functions, host_class(block).forward, parameters, inputs, given, readout, norm=norm)
+
+
+def _layer_norm(node: fx.Node, block: nn.Module) -> str | None:
+    alone = node.op == "call_module" and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
+    return str(node.target) if alone and isinstance(block.get_submodule(str(node.target)), nn.LayerNorm) else None
 
 
 @contextmanager

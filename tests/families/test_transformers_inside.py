@@ -136,7 +136,7 @@ def test_depth_estimation_on_a_dinov2_backbone(kind):
     model.eval()
     x = images(size=(80, 48))
     before = model(x).predicted_depth
-    evopatch.apply(model, config=EvoConfig.dense())
+    evopatch.apply(model, config=EvoConfig.dense(keep_ratio=0.5))
     after = model(x).predicted_depth
     assert after.shape == before.shape
     assert moved(after, before) > 0
