@@ -1,7 +1,8 @@
 """Top-1 and KL against FLOPs, for the three representatives: the picture and the tables of docs/accuracy.md.
 
-Evaluates with `evopatch.measure.accuracy`, keeps one JSON file per model in --results (a finished one is not run
-again), and draws docs/accuracy.png from them:
+On the last 650 images, which no setting was chosen on.
+Evaluates with `evopatch.measure.accuracy`, keeps one JSON file
+per model in --results (a finished one is not run again), and draws docs/accuracy.png from them:
 
     python benchmarks/accuracy_curve.py --data ../shared/data --results results
 """
@@ -14,16 +15,17 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 import evopatch
 from evopatch import EvoConfig
+from evopatch.cli.options import parse_rows
 from evopatch.measure.accuracy import evaluate
 from evopatch.progress import progress_bar
 from evopatch.sources.images import open_images
 from evopatch.sources.models import Preprocessing, open_classifier
 
-RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.31, 0.25)
+RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.336, 0.25)
 HALF = (0.5, 0.5, 0.5)
 MODELS = {
     "deit_tiny": ("deit_tiny_patch16_224", {}),
@@ -37,13 +39,15 @@ BASES = {
 COLOURS = {"matched": "tab:green", "single": "tab:orange", "none": "tab:grey"}
 
 
-def run(folder: Path, weights: str, device: str) -> list[dict]:
+def run(folder: Path, weights: str, rows: str, device: str) -> list[dict]:
     name, preprocessing = MODELS[weights]
     options = Preprocessing(crop_pct=1.0, **preprocessing)
     classifier = open_classifier(name, folder / weights / "model.safetensors", preprocessing=options)
     model = evopatch.apply(classifier.model.to(device))
-    images = open_images(folder / "imagenet_val_1300.parquet", classifier.transform)
-    configs = [dataclasses.replace(base, keep_ratio=ratio) for base in BASES.values() for ratio in RATIOS]
+    whole = open_images(folder / "imagenet_val_1300.parquet", classifier.transform)
+    images = Subset(whole, parse_rows(rows, len(whole)))
+    configs = [EvoConfig.exact()]
+    configs += [dataclasses.replace(base, keep_ratio=ratio) for base in BASES.values() for ratio in RATIOS]
     with progress_bar(f"{name}, {len(configs)} settings", len(images)) as advance:
         results = evaluate(model, DataLoader(images, batch_size=50), configs, (3, 224, 224), on_batch=advance)
     return [result.to_dict() for result in results]
@@ -55,7 +59,11 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
     for axis, (weights, rows) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
         axis.axhline(rows[0]["top1"], color="black", linewidth=0.8, linestyle=":", label="unpatched")
         for kind, colour in COLOURS.items():
-            points = [(r["flops"], r["top1"]) for r in rows[1:] if r["config"]["representative"] == kind]
+            points = [
+                (r["flops"], r["top1"])
+                for r in rows[1:]
+                if r["config"]["representative"] == kind and r["config"]["keep_ratio"] < 1
+            ]
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=kind)
         axis.set_title(f"{MODELS[weights][0]}, no training")
         axis.set_xlabel("FLOPs of the whole model, relative to unpatched")
@@ -70,6 +78,7 @@ def table(rows: list[dict]) -> str:
     lines += ["|---|---|---|---|---|---|---|---|"]
     for i, r in enumerate(rows):
         names = ("unpatched", "") if i == 0 else (r["config"]["representative"], r["config"]["keep_ratio"])
+        names = ("`EvoConfig.exact()`", "") if names[1] == 1.0 else names
         lines.append(
             f"| {names[0]} | {names[1]} | {r['flops']:.3f} | {r['blocks_flops']:.3f} | {r['top1']:.2f} | "
             f"{r['top5']:.2f} | {r['agreement']:.2f} | {r['kl']:.4f} |"
@@ -81,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the weights and images")
     parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--rows", default="650:", help="which images, as in 650: or 0:200")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.results.mkdir(exist_ok=True)
@@ -89,7 +99,7 @@ def main() -> None:
         file = args.results / f"accuracy-{key}.json"
         if not file.exists():
             torch.manual_seed(0)
-            file.write_text(json.dumps(run(args.data, key, args.device), indent=2))
+            file.write_text(json.dumps(run(args.data, key, args.rows, args.device), indent=2))
         collected[key] = json.loads(file.read_text())
         print(f"\n{MODELS[key][0]}\n\n{table(collected[key])}")
     draw(collected, Path(__file__).parents[1] / "docs" / "accuracy.png")

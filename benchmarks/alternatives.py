@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import evopatch
+from evopatch.cli.options import parse_rows
 from evopatch.measure.profiling import count_flops
 from evopatch.patching.handle import shared_copy
 from evopatch.progress import progress_bar
@@ -96,12 +97,6 @@ def sides_of(opened: Callable[[int | None], Classifier], ratios: Sequence[float]
     return sides + [side(f"unpatched at {size} px", opened(size).model, size) for size in sizes]
 
 
-def rows_of(text: str, count: int) -> range:
-    """Which of so many images, as in `650:` or `0:200`."""
-    first, _, last = text.partition(":")
-    return range(count)[int(first or 0) : int(last) if last else None]
-
-
 class _Sized:
     """Each image in several sizes, with its label."""
 
@@ -134,7 +129,7 @@ def main() -> None:
     sides = sides_of(opened, arguments.keep_ratio or [0.7, 0.5, 0.4], sizes)
     transforms = {sides[0].size: opened(None).transform, **{size: opened(size).transform for size in sizes}}
     images = open_images(arguments.data / "imagenet_val_1300.parquet", lambda image: image)
-    rows = rows_of(arguments.rows, len(images))
+    rows = parse_rows(arguments.rows, len(images))
     loader = DataLoader(Subset(_Sized(images, transforms), rows), batch_size=50)
     with progress_bar(f"{name}, {len(sides)} sides", len(rows)) as advance:
 

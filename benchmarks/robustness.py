@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import PIL.Image
 import torch
 from accuracy_curve import MODELS
-from alternatives import Side, compare, rows_of, side
+from alternatives import Side, compare, side
 from peers import token_merging
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +28,7 @@ from torchvision.transforms import Compose, Normalize, v2
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import evopatch
+from evopatch.cli.options import parse_rows
 from evopatch.patching.handle import shared_copy
 from evopatch.progress import progress_bar
 from evopatch.sources.images import open_images
@@ -132,7 +133,7 @@ def main() -> None:
     *until_tensor, normalise = classifier.transform.transforms
     assert isinstance(normalise, Normalize)
     images = open_images(arguments.data / "imagenet_val_1300.parquet", Compose(until_tensor))
-    rows = rows_of(arguments.rows, len(images))
+    rows = parse_rows(arguments.rows, len(images))
     sides = sides_of(classifier)
     with progress_bar(f"{name}, {len(CORRUPTIONS)} corruptions", len(rows) * len(CORRUPTIONS)) as advance:
 
