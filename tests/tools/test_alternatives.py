@@ -56,12 +56,6 @@ def test_peers_stand_beside_evopatch(model):
     assert all(alternatives.side("milder", peer, 64).flops > patched for peer in milder)
 
 
-def test_rows_of():
-    assert alternatives.rows_of(":", 5) == range(5)
-    assert alternatives.rows_of("2:", 5) == range(2, 5)
-    assert alternatives.rows_of("1:3", 5) == range(1, 3)
-
-
 @pytest.mark.parametrize(
     ("peer", "tokens"),
     [
