@@ -64,12 +64,14 @@ class FullGrid:
         everything: For every module, not only for those with hooks.
         partition: Of the block's run.
         grid: Rows and columns where tokens lie in an image's layout, `(B, C, h, w)` or `(B, h, w, C)`.
+        maps: Whether `(B, H, M, M)` is attention between tokens; else `M` channels of every token.
     """
 
-    def __init__(self, everything: bool, partition: Partition, grid: tuple[int, int] | None) -> None:
+    def __init__(self, everything: bool, partition: Partition, grid: tuple[int, int] | None, maps: bool = True) -> None:
         self._everything = everything
         self._partition = partition
         self._grid = grid
+        self._maps = maps
 
     def wants(self, module: nn.Module) -> bool:
         """Whether to call this module on all tokens."""
@@ -77,7 +79,9 @@ class FullGrid:
 
     def around(self, module: Any) -> Shown:
         """What stands for the module: takes and returns the compact set, calls the module on all tokens."""
-        return Shown(module, self)
+        # A compact set may have as many rows as a head has channels; norms work on those.
+        normalises = isinstance(module, nn.Identity) or "norm" in type(module).__name__.lower()
+        return Shown(module, FullGrid(self._everything, self._partition, self._grid, maps=not normalises))
 
     def around_run(self, module: Any, run: Callable[..., Any]) -> Shown:
         """The same for a `Steered` module that works on a compact set: its hooks see all tokens.
@@ -115,7 +119,7 @@ class FullGrid:
             return _spread(x.flatten(1, 2), partition).unflatten(1, self._grid)
         if self._grid is not None and x.shape[2:] == (rows, 1):  # (B, C, M, 1), convolutional LeViT's
             return _spread(x.flatten(2).transpose(1, 2), partition).transpose(1, 2).unflatten(2, self._grid)
-        if x.shape[2:] == (rows, rows):
+        if self._maps and x.shape[2:] == (rows, rows):
             return spread_attention(x, partition)
         if x.shape[2] == rows:  # (B, H, M, D)
             batch, heads, _, channels = x.shape
@@ -135,7 +139,7 @@ class FullGrid:
             return merge(x.flatten(1, 2), partition).unsqueeze(2)
         if self._grid is not None and x.shape[2:] == self._grid:
             return merge(x.flatten(2).transpose(1, 2), partition).transpose(1, 2).unsqueeze(3)
-        if x.shape[2:] == (tokens, tokens):
+        if self._maps and x.shape[2:] == (tokens, tokens):
             return unspread_attention(x, partition)
         if x.shape[2] == tokens:
             batch, heads, _, channels = x.shape
