@@ -39,7 +39,7 @@ class EvoConfig:
             most similar to it, needs no training. `"single"`: one token, the mean of all fast tokens weighted by
             class attention (the paper's equations 5 and 6). `"none"`: fast tokens are carried unchanged.
         tradeoff: Weight of a block's own class attention when it is accumulated over depth (the paper's
-            equation 4), in [0, 1]; a sequence gives one per block.
+            equation 4, where it is 0.5), in [0, 1]; a sequence gives one per block.
         importance: How much a token's importance counts against its novelty when matched representatives choose the
             slow tokens: the exponent of its accumulated class attention, at least 0. Classifiers read what the class
             token attends to; dense features are wanted everywhere (see `dense`).
@@ -60,9 +60,9 @@ class EvoConfig:
     stages: int | Sequence[int] | None = None
     schedule: Schedule = "taper"
     representative: Representative = "matched"
-    tradeoff: float | Sequence[float] = 0.5
+    tradeoff: float | Sequence[float] = 0.3
     importance: float = 0.7
-    look_ahead: float = 0.5
+    look_ahead: float = 0.65
     readout: bool | None = None
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class EvoConfig:
     @classmethod
     def paper(cls, keep_ratio: float | Sequence[float] = 0.5) -> EvoConfig:
         """The paper's setting (section 4.1): one representative, keep ratio constant; of 12 blocks, runs at 4 and 8."""
-        return cls(keep_ratio=keep_ratio, stages=2, schedule="constant", representative="single", readout=False)
+        return cls(keep_ratio=keep_ratio, stages=2, schedule="constant", representative="single", tradeoff=0.5, readout=False)
 
     @classmethod
     def exact(cls) -> EvoConfig:
@@ -124,7 +124,7 @@ class EvoConfig:
         begin a sixth into the depth; found by search (docs/accuracy.md). Does less well than the default for
         classifiers.
         """
-        return cls(keep_ratio=keep_ratio, start=0.17, stages=6, importance=0.05, look_ahead=0.0)
+        return cls(keep_ratio=keep_ratio, start=0.17, stages=6, tradeoff=0.5, importance=0.05, look_ahead=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as `from_dict` takes them."""

@@ -1,5 +1,6 @@
 """Options that several commands share: one mechanism, typer's own signatures."""
 
+import dataclasses
 import inspect
 from typing import Annotated, get_type_hints
 
@@ -51,7 +52,7 @@ def test_the_options_stand_where_the_parameter_stood_and_one_value_comes_out():
     [
         ([], EvoConfig()),
         (["--paper"], EvoConfig.paper()),
-        (["--paper", "--schedule", "taper"], EvoConfig(representative="single", schedule="taper")),
+        (["--paper", "--schedule", "taper"], dataclasses.replace(EvoConfig.paper(), schedule="taper")),
         (
             ["--representative", "none", "--keep-ratio", "0.6,0.3"],
             EvoConfig(representative="none", keep_ratio=(0.6, 0.3)),
