@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..algorithm.importance import fold, folded_attention
+from ..rewrite.linear_map import at_hand
 from ..rewrite.projections import Projections
-from ..rewrite.weights import at_hand
 from .block import SlowFastBlock, attention_of, layer_norm_of, seen_tokens, unwrapped
 
 

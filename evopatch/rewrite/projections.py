@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .weights import linear_map
+from .linear_map import linear_map
 
 _MATMULS: tuple[Callable[..., Any], ...] = (torch.matmul, operator.matmul, torch.bmm)
 
@@ -25,7 +25,7 @@ class Projection:
     parts: int
 
     def weight(self, attention: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """`(D, C)` and bias `(D,)`; None where they can't be had. See `weights.linear_map`.
+        """`(D, C)` and bias `(D,)`; None where they can't be had. See `linear_map.linear_map`.
 
         Args:
             attention: The module.
