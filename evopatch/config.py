@@ -107,7 +107,9 @@ class EvoConfig:
     @classmethod
     def paper(cls, keep_ratio: float | Sequence[float] = 0.5) -> EvoConfig:
         """The paper's setting (section 4.1): one representative, keep ratio constant; of 12 blocks, runs at 4 and 8."""
-        return cls(keep_ratio=keep_ratio, stages=2, schedule="constant", representative="single", tradeoff=0.5, readout=False)
+        return cls(
+            keep_ratio=keep_ratio, stages=2, schedule="constant", representative="single", tradeoff=0.5, readout=False
+        )
 
     @classmethod
     def exact(cls) -> EvoConfig:
