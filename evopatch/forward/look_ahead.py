@@ -70,7 +70,8 @@ class _Look:
         # Queries are linear in the tokens: their mean is the mean token's.
         rows = tokens[:, : self._readout] if self._readout else tokens[:, self._prefix :].mean(1, keepdim=True)
         if norm is not None:
-            rows = torch.addcmul(norm.bias.detach().to(rows), rows, norm.weight.detach().to(rows))
+            # Without torch.addcmul, which not every converter knows.
+            rows = rows * norm.weight.detach().to(rows) + norm.bias.detach().to(rows)
         query = F.linear(rows, *asked).unflatten(-1, (projections.heads, -1)).transpose(1, 2)
         folded = fold(query, answering[0].unflatten(0, (projections.heads, -1)), projections.scale)
         if norm is not None:  # whose bias adds the same to every token's logit
