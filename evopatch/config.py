@@ -30,7 +30,7 @@ class EvoConfig:
             `"layer"` selects again before every block (the paper's section 3.4: layer-to-stage training).
         stages: Number of runs over the blocks from `start` on, or the first block of each run. A run never crosses
             from one stage of a pyramid (LeViT) to the next: there a number is that of runs in each stage. None: three
-            runs or one per keep ratio, in a pyramid one per stage.
+            runs, with a constant schedule two, or one per keep ratio; in a pyramid one per stage.
         schedule: How one keep ratio is spread over the runs. `"taper"` lets it fall (three runs at 0.5: 0.76, 0.56 and
             0.31, see `plan.tapered`; the three stages of LeViT: 0.75, 0.5 and 0.25; those of Swin keep it) and makes
             later runs of one stage longer (2 to 3 to 4 and so on),
@@ -45,7 +45,7 @@ class EvoConfig:
             token attends to; dense features are wanted everywhere (see `dense`).
         look_ahead: Weight of what later blocks would attend to, by their own weights on the tokens as they are now, in
             the importance that matched representatives are chosen by, in [0, 1]; the rest is what earlier blocks
-            attended to. For flat models whose queries and keys are plain linear projections (docs/supported-models.md).
+            attended to. For flat models whose queries and keys are plain linear projections (docs/concepts.md).
         readout: Let the last block update nothing but what the head reads, where that are prefix tokens: exact, and a
             fifteenth of a 12-block model's work less. None: unless `keep_ratio` is 1.0, which is exactly the original
             forward. True: also then (see `exact`). False: never.
@@ -107,9 +107,7 @@ class EvoConfig:
     @classmethod
     def paper(cls, keep_ratio: float | Sequence[float] = 0.5) -> EvoConfig:
         """The paper's setting (section 4.1): one representative, keep ratio constant; of 12 blocks, runs at 4 and 8."""
-        return cls(
-            keep_ratio=keep_ratio, stages=2, schedule="constant", representative="single", tradeoff=0.5, readout=False
-        )
+        return cls(keep_ratio=keep_ratio, schedule="constant", representative="single", tradeoff=0.5, readout=False)
 
     @classmethod
     def exact(cls) -> EvoConfig:

@@ -102,7 +102,9 @@ def _first_blocks(config: EvoConfig, depths: tuple[int, ...]) -> list[int]:
 
 
 def _default_runs(config: EvoConfig) -> int:
-    return len(config.keep_ratio) if isinstance(config.keep_ratio, tuple) else 3
+    if isinstance(config.keep_ratio, tuple):
+        return len(config.keep_ratio)
+    return 3 if config.schedule == "taper" else 2
 
 
 def _start(config: EvoConfig, depths: tuple[int, ...]) -> int:

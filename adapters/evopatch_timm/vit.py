@@ -34,7 +34,8 @@ class SlowFast(PatchedHost):
         """The host's own, whose head may read prefix tokens only."""
         refuse_symbolic((x,), {})
         host: Any = self
-        if self.global_pool == "token" and reads_prefix_only(self, "timm", _WHOLE, (self.norm,)):
+        pools_token = self.global_pool == "token" and getattr(self, "attn_pool", None) is None
+        if pools_token and reads_prefix_only(self, "timm", _WHOLE, (self.norm,)):
             host = View(self, {"forward_features": partial(self._features, reads_prefix=True)})
         return self._evo_host_class.forward(host, x, *args, **kwargs)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peers.token_merging import Merging, mildest, rows_at
+from peers.token_merging import KeyMerging, mildest, rows_at
 from torch import Tensor, nn
 
 from evopatch.patching.handle import shared_copy
@@ -25,7 +25,7 @@ from evopatch.patching.handle import shared_copy
 NAME = "PiToMe"
 
 
-class PiToMe(Merging):
+class PiToMe(KeyMerging):
     """A vision transformer that keeps a share of its tokens in every block.
 
     Args:

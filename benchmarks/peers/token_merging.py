@@ -9,6 +9,7 @@ paper's. Given to the benchmark command as
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,7 +26,7 @@ NAME = "token merging"
 Peer = TypeVar("Peer", bound=nn.Module)
 
 
-class Merging(nn.Module):
+class Merging(nn.Module, ABC):
     """A vision transformer whose blocks get fewer and fewer tokens.
 
     Args:
@@ -51,6 +52,14 @@ class Merging(nn.Module):
             x, size = self._block(index, block, x, size)
         return x, size
 
+    @abstractmethod
+    def _block(self, index: int, block: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The block of this index on `(B, N, C)` tokens and their sizes, to the same."""
+
+
+class KeyMerging(Merging):
+    """Merges between attention and MLP, by the attention's keys."""
+
     def _block(self, index: int, block: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
         change, key = proportional_attention(block.attn, block.norm1(x), size)
         x = x + block.drop_path1(block.ls1(change))
@@ -58,6 +67,7 @@ class Merging(nn.Module):
         x, size = self._merge(index, x, size, key.mean(1))
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), size
 
+    @abstractmethod
     def _merge(self, index: int, x: Tensor, size: Tensor | None, metric: Tensor) -> tuple[Tensor, Tensor | None]:
         """
         Args:
@@ -66,10 +76,9 @@ class Merging(nn.Module):
             size: `(B, N, 1)` or None.
             metric: `(B, N, D)`, the keys, averaged over heads.
         """
-        raise NotImplementedError
 
 
-class TokenMerging(Merging):
+class TokenMerging(KeyMerging):
     """A vision transformer that merges `r` pairs of tokens in every block.
 
     Args:

@@ -63,6 +63,8 @@ def fold(query: Tensor, key_weight: Tensor, scale: float | None = None) -> Tenso
     """
     batch, heads, readouts, _ = query.shape
     query = query * (default_scale(query) if scale is None else scale)
+    if exporting():
+        return (query @ key_weight).flatten(1, 2)
     # By head, not by image: the weights would be copied for each.
     folded = query.transpose(0, 1).flatten(1, 2) @ key_weight
     return folded.view(heads, batch, readouts, -1).transpose(0, 1).flatten(1, 2)

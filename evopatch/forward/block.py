@@ -149,8 +149,9 @@ def can_read_out(block: Any) -> bool:
         return len(block._evo_cores) == 1 and bool(block._evo_code.readout)
     attention = attention_of(block)
     # A wrapper may look at the tokens.
-    direct = attention is not None and attention is block.get_submodule(block._evo_cores[0])
-    return direct and bool(block._evo_metric.readout and attention._evo_code.readout)  # type: ignore[union-attr]
+    if attention is None or attention is not block.get_submodule(block._evo_cores[0]):
+        return False
+    return bool(block._evo_metric.readout and attention._evo_code.readout)
 
 
 def seen_tokens(block: PatchedBlock, x: Tensor, inputs: Mapping[str, Any]) -> Tensor:

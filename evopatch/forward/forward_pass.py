@@ -33,12 +33,8 @@ class ForwardPass(ABC):
         self.name, self.spec, self.plans, self.active = state.name, state.spec, state.plans, state.active
         self.modules: list[nn.Module] = []
         """What the host will call, in order."""
-        config = state.config
-        self.representative, self.importance, self.look_ahead = (
-            config.representative,
-            config.importance,
-            config.look_ahead,
-        )
+        self.representative, self.importance = state.config.representative, state.config.importance
+        self.look_ahead = state.config.look_ahead
         self.blocks, self.stage_of, self.index_of = state.blocks, state.stage_of, state.index_of
         self.around_blocks = state.around_blocks
         self.grid: tuple[int, int] | None = None
@@ -67,12 +63,10 @@ class ForwardPass(ABC):
         if any(not isinstance(block, Steered) or is_recomputed(block) for block in blocks):
             self.compact = False
         # Under torch.compile it would be done, and guarded, for every module.
-        if torch.compiler.is_compiling():
-            return
-        if self.active and any(wants_tokens(block) for block in blocks):
+        if self.active and not torch.compiler.is_compiling() and any(wants_tokens(block) for block in blocks):
             self.hooks_see = True
             self.compact = False
-        elif self.reads_prefix and blocks and wants_tokens(blocks[-1]):
+        if self.reads_prefix and blocks and wants_tokens(blocks[-1]):
             self.reads_prefix = False
 
     @abstractmethod

@@ -37,32 +37,27 @@ def look_ahead(
         attention: Any = None if block is None else attention_of(block)
         if attention is None or attention._evo_code.projections is None:
             continue
-        if block is running or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             look.at(block, attention)
-        else:
-            with at_hand(block):
-                look.at(block, attention)
+            continue
+        # What the running block holds itself is here, and has to stay.
+        with at_hand(module for module in block.modules() if module is not running):
+            look.at(block, attention)
     return look.attention()
 
 
 class _Look:
     def __init__(self, x: Tensor, inputs: dict[str, Any], prefix: int, readout: int) -> None:
         self._x, self._inputs, self._prefix, self._readout = x, inputs, prefix, readout
-        self._normed: dict[float, Tensor] = {}
-        # Tokens, and the folded queries that meet them.
+        # Normed tokens, and the folded queries that meet them.
         self._met: list[tuple[Tensor, list[Tensor]]] = []
+        # Those that layer norms of the same epsilon share, which differ in their weights alone.
+        self._shared: dict[float, tuple[Tensor, list[Tensor]]] = {}
 
     def at(self, block: Any, attention: Any) -> None:
         """Look at one more block."""
         norm = layer_norm_of(block)
-        if norm is None:
-            self._add(attention, seen_tokens(block, self._x, self._inputs), None)
-            return
-        if norm.eps not in self._normed:
-            self._normed[norm.eps] = F.layer_norm(self._x, self._x.shape[-1:], eps=norm.eps)
-        self._add(attention, self._normed[norm.eps], norm)
-
-    def _add(self, attention: Any, tokens: Tensor, norm: nn.LayerNorm | None) -> None:
+        tokens, queries = self._meeting(block, norm)
         projections: Projections = attention._evo_code.projections
         asked, answering = (projection.weight(attention, tokens) for projection in (projections.query, projections.key))
         if asked is None or answering is None:
@@ -74,22 +69,28 @@ class _Look:
             rows = rows * norm.weight.detach().to(rows) + norm.bias.detach().to(rows)
         query = F.linear(rows, *asked).unflatten(-1, (projections.heads, -1)).transpose(1, 2)
         folded = fold(query, answering[0].unflatten(0, (projections.heads, -1)), projections.scale)
-        if norm is not None:  # whose bias adds the same to every token's logit
-            folded = folded * norm.weight.detach().to(folded)
-        for met, queries in self._met:
-            if met is tokens:
-                queries.append(folded)
-                return
-        self._met.append((tokens, [folded]))
+        # The norm's bias adds the same to every token's logit.
+        queries.append(folded if norm is None else folded * norm.weight.detach().to(folded))
+
+    def _meeting(self, block: Any, norm: nn.LayerNorm | None) -> tuple[Tensor, list[Tensor]]:
+        if norm is not None and norm.eps in self._shared:
+            return self._shared[norm.eps]
+        if norm is None:
+            meeting: tuple[Tensor, list[Tensor]] = (seen_tokens(block, self._x, self._inputs), [])
+        else:
+            meeting = (F.layer_norm(self._x, norm.normalized_shape, eps=norm.eps), [])
+            self._shared[norm.eps] = meeting
+        self._met.append(meeting)
+        return meeting
 
     def attention(self) -> Tensor | None:
         """Over the patch tokens, the mean of all blocks that could be looked at."""
-        if not self._met:
+        looks = sum(len(queries) for _, queries in self._met)
+        if not looks:
             return None
         total: Any = 0.0
-        looks = sum(len(queries) for _, queries in self._met)
         for tokens, queries in self._met:
-            folded = queries[0] if len(queries) == 1 else torch.cat(queries, dim=1)
-            total = total + folded_attention(folded, tokens) * (len(queries) / looks)
+            if queries:
+                total = total + folded_attention(torch.cat(queries, dim=1), tokens) * (len(queries) / looks)
         patches: Tensor = total[:, self._prefix :]
         return patches

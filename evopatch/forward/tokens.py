@@ -80,7 +80,7 @@ class TokenPass(ForwardPass):
         if plan.keep_ratio == 1.0:
             if plan.tradeoff is None and not reads_out:
                 return run(x, named, None)
-            return self._tapped(index, block, x, named, None, run)
+            return self._tapped(index, block, x, named, None, run, reads_out)
         before = None if plan.selects else self.partitions[index - 1].to(x.device)
         partition = self.partitions[index] = before or self._select(index, block, x, named)
         first = index if plan.selects or not self.compact else self._first[index - 1]
@@ -89,7 +89,7 @@ class TokenPass(ForwardPass):
         if first == index:
             compact = merge(x, partition)
             self._entries[index] = (x, compact)
-        out = self._tapped(index, block, compact, named, partition, run)
+        out = self._tapped(index, block, compact, named, partition, run, reads_out)
         if reads_out:
             return out
         if len(self.blocks[index]) == 1:
@@ -193,14 +193,21 @@ class TokenPass(ForwardPass):
         return x.flatten(2).transpose(1, 2)
 
     def _tapped(
-        self, index: int, block: PatchedBlock, x: Tensor, inputs: dict[str, Any], partition: Partition | None, run: Run
+        self,
+        index: int,
+        block: PatchedBlock,
+        x: Tensor,
+        inputs: dict[str, Any],
+        partition: Partition | None,
+        run: Run,
+        reads_out: bool,
     ) -> Tensor:
         plan, spec = self.plans[index], self.spec
         if partition is not None:
             for name in spec.token_inputs:
                 inputs[name] = _merge_positions(inputs[name], partition, spec.prefix)
         everything = None
-        if self._reads_out(index, block):
+        if reads_out:
             everything = answering_tokens(block, x, tuple(inputs[name] for name in block._evo_metric.inputs))
             x = x[:, : spec.prefix]
         tap = AttentionTap(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..rewrite.reading import is_of
@@ -27,11 +26,7 @@ def reads_prefix_only(host: Any, library: str, methods: Collection[str], after: 
         after: The modules between the last block and the head.
     """
     state: HostState = host._evo_state
-    if not state.reads_out:
-        return False
-    if torch.compiler.is_compiling():  # which would guard all of it
-        return True
-    if not is_of(library, host, methods):
+    if not state.reads_out or not is_of(library, host, methods):
         return False
     return all(module is None or (_is_known(module) and not wants_tokens(module)) for module in after)
 

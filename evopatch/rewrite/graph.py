@@ -97,7 +97,7 @@ def generate_core(module: nn.Module, name: str, spec: TraceSpec) -> Code:
     Raises:
         AttentionNotFoundError: If it can't be traced or has no attention core of a known form.
     """
-    functions, readout, projections = {}, {}, None
+    functions, readout = {}, {}
     methods = set(spec.cores.values())
     for training in (False, True):
         with _mode(module, training):
@@ -107,7 +107,7 @@ def generate_core(module: nn.Module, name: str, spec: TraceSpec) -> Code:
         asked = readout_graph(graph, methods)
         if asked is not None:
             readout[training] = _function(asked)
-        projections = find_projections(graph, module, methods)
+    projections = find_projections(graph, module, methods)  # the same in both modes
     parameters, inputs = parameters_of(module), inputs_of(module, spec)
     return Code(functions, host_class(module).forward, parameters, inputs, readout=readout, projections=projections)
 

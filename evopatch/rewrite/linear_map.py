@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,21 +12,23 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 @contextmanager
-def at_hand(block: Any) -> Iterator[None]:
-    """Bring the weights of a block here that torch's `fully_shard` or accelerate keeps elsewhere."""
-    hook = block.__dict__.get("_hf_hook")
-    offloaded = getattr(hook, "offload", False)
-    try:
-        if offloaded:
-            hook.pre_forward(block)
-        if hasattr(block, "unshard"):
-            block.unshard()
+def at_hand(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Bring the weights of modules here that torch's `fully_shard` or accelerate keeps elsewhere.
+
+    Args:
+        modules: None of which runs now.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            if "_hf_hook" in module.__dict__:
+                from accelerate.utils import align_module_device
+
+                stack.enter_context(align_module_device(module))
+            if hasattr(type(module), "unshard"):
+                sharded: Any = module
+                sharded.unshard()
+                stack.callback(sharded.reshard)
         yield
-    finally:
-        if offloaded:
-            hook.post_forward(block, None)
-        if hasattr(block, "reshard"):
-            block.reshard()
 
 
 def linear_map(layer: Any, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -39,8 +41,7 @@ def linear_map(layer: Any, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
     Returns:
         None where they can't be had, as of layers that FullyShardedDataParallel has put away.
     """
-    # LoRA and quantised layers; accelerate's hook on the layer itself brings its weight.
-    if type(layer) is not nn.Linear or (layer.weight.is_meta and "_old_forward" in layer.__dict__):
+    if type(layer) is not nn.Linear:  # LoRA and quantised layers
         return _probed(layer, like)
     weight, bias = layer.weight, layer.bias
     if is_traceable_wrapper_subclass(weight):

@@ -65,11 +65,10 @@ def find_projections(graph: fx.Graph, module: nn.Module, methods: Collection[str
     if len(met) != 1 or met[0] is None:
         return None
     query, key, scale = met[0]
-    found = [_projection(node, module) for node in (query, key)]
-    if None in found:
+    asked, answering = _projection(query, module), _projection(key, module)
+    if asked is None or answering is None or asked[1] != answering[1]:
         return None
-    (query_projection, heads), (key_projection, key_heads) = found  # type: ignore[misc]
-    return Projections(query_projection, key_projection, heads, scale) if heads == key_heads else None
+    return Projections(asked[0], answering[0], asked[1], scale)
 
 
 def _met(core: fx.Node) -> tuple[Any, Any, float | None] | None:

@@ -87,13 +87,14 @@ class Doubled(nn.Module):
 def test_a_replaced_attention_module_raises_and_a_wrapper_that_passes_everything_on_works(name):
     path = unpatched_attentions(name)[-1]
     parent, _, child = path.rpartition(".")
-    model, x = evopatch.apply(build(name)), images_for(name)
+    # A wrapper may look at all tokens, so there is no readout block behind one, and the sums are rounded otherwise.
+    model, x = evopatch.apply(build(name), config=EvoConfig(readout=False)), images_for(name)
     plain, own = call(model, x), model.get_submodule(path)
     setattr(model.get_submodule(parent), child, nn.Identity())
     with pytest.raises(BypassError, match=rf"{path} is a torch.nn.modules.linear.Identity"):
         call(model, x)
     setattr(model.get_submodule(parent), child, Doubled(own))
-    torch.testing.assert_close(call(model, x), plain, atol=1e-6, rtol=1e-6)
+    assert torch.equal(call(model, x), plain)
 
 
 @pytest.mark.parametrize(

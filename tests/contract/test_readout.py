@@ -19,8 +19,8 @@ READ_PREFIX |= {"hf_vit", "hf_vit_eager", "hf_deit", "hf_deit_teacher", "hf_msn"
 CLASSIFIERS = ["vit", "hf_vit"]
 
 
-def rows_in_last_block(name, model, run):
-    """How many tokens the last block's MLP gets while a function runs, to a hook that doesn't look at tokens."""
+def rows_in_last_block(model, x):
+    """How many tokens the last block's MLP gets in a forward, to a hook that doesn't look at tokens."""
     rows = []
 
     def hook(module, args, out):
@@ -28,11 +28,27 @@ def rows_in_last_block(name, model, run):
 
     hook.__module__ = "torch.recorders"
     last = model.get_submodule(Patched(model).host.blocks()[-1][0])
-    linear = [module for path, module in last.named_modules() if isinstance(module, nn.Linear)][-1]
+    linear = [module for module in last.modules() if isinstance(module, nn.Linear)][-1]
     handle = linear.register_forward_hook(hook)
-    run()
+    call(model, x)
     handle.remove()
     return rows[-1]
+
+
+def record(model, path):
+    """A hook on one module, and the shapes of its first argument, filled in by it."""
+    shapes = []
+    module = model.get_submodule(path)
+    return module.register_forward_hook(lambda module, args, out: shapes.append(args[0].shape)), shapes
+
+
+def called(model, x):
+    """The shapes of the first argument of every module that a forward calls with one, by path; and what it gives."""
+    records = {path: record(model, path) for path, module in model.named_modules() if path and list(module.modules())}
+    result = call(model, x)
+    for handle, _ in records.values():
+        handle.remove()
+    return {path: shapes for path, (_, shapes) in records.items() if shapes}, result
 
 
 def prefix_of(model):
@@ -49,7 +65,7 @@ def test_exact_is_the_original_but_for_rounding_and_costs_less(name):
     if name in READ_PREFIX:
         torch.testing.assert_close(found, original, atol=1e-5, rtol=1e-5)
         assert profile.blocks[-1].flops < 0.7 * profile.blocks[-1].flops_unpatched
-        assert rows_in_last_block(name, model, lambda: call(model, x)) == prefix_of(model)
+        assert rows_in_last_block(model, x) == prefix_of(model)
     else:
         assert torch.equal(found, original)
         assert profile.ratio == 1.0
@@ -64,10 +80,10 @@ def test_exact_is_the_original_but_for_rounding_and_costs_less(name):
 def test_a_patched_models_result_is_the_same_with_and_without(name, representative):
     x, model = images_for(name), patched(name, EvoConfig(representative=representative))
     found = call(model, x)
-    assert rows_in_last_block(name, model, lambda: call(model, x)) == prefix_of(model)
+    assert rows_in_last_block(model, x) == prefix_of(model)
     evopatch.set_config(model, EvoConfig(representative=representative, readout=False))
     torch.testing.assert_close(call(model, x), found, atol=1e-5, rtol=1e-5)
-    assert rows_in_last_block(name, model, lambda: call(model, x)) > prefix_of(model)
+    assert rows_in_last_block(model, x) > prefix_of(model)
     assert moved(found, call(patched(name, EvoConfig(keep_ratio=1.0)), x)) > 1e-4
 
 
@@ -91,16 +107,13 @@ def test_hooks_on_the_last_block_and_after_it_see_all_tokens(name, config):
     plain = call(model, x)
     last = Patched(model).host.blocks()[-1][0]
     after = {"vit": "norm", "hf_vit": "vit.layernorm"}[name]
-    inside = [f"{last}.{path}" for path, _ in model.get_submodule(last).named_modules() if path]
-    for path in (last, after, *inside):
-        seen = []
-        module = model.get_submodule(path)
-        handle = module.register_forward_hook(lambda module, args, out, seen=seen: seen.append(args))
+    unpatched, _ = called(build(name), x)
+    for path in (path for path in unpatched if path == after or path.startswith(last)):
+        handle, seen = record(model, path)
         torch.testing.assert_close(call(model, x), plain, atol=1e-5, rtol=1e-5)
         handle.remove()
-        if seen and path not in ("vit.layers.5.attention.attention_dropout",):
-            assert 26 in seen[0][0].shape, path
-    assert rows_in_last_block(name, model, lambda: call(model, x)) == 1
+        assert seen == unpatched[path]
+    assert rows_in_last_block(model, x) == 1
 
 
 @torch.no_grad()
@@ -166,7 +179,7 @@ def test_code_of_ones_own_that_reads_all_tokens_gets_them(config):
         torch.manual_seed(0)
         model = cls(img_size=40, patch_size=8, embed_dim=48, depth=6, num_heads=4, num_classes=7).eval()
         evopatch.apply(model, config=config)
-        assert rows_in_last_block("vit", model, lambda model=model: model(x)) > 1
+        assert rows_in_last_block(model, x) > 1
     model = patched("vit", config)
     model.forward_head = lambda tokens: tokens
     assert model(x).shape == (2, 26, 48)
@@ -174,6 +187,30 @@ def test_code_of_ones_own_that_reads_all_tokens_gets_them(config):
     model.norm = MixesTokens()
     expected = model.forward_head(model.forward_features(x))
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_an_attention_pool_set_after_apply_gets_all_tokens():
+    model, x = patched("vit", EvoConfig.exact()), images_for("vit")
+    model.attn_pool = MixesTokens()
+    model.pool_include_prefix = True
+    assert model(x).shape == (2, 26, 7)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_models_notice_who_looks_too():
+    x = images_for("vit")
+    torch._dynamo.reset()
+    model = patched("vit", EvoConfig.exact())
+    expected = call(model, x)
+    handle, seen = record(model, "blocks.5.mlp.fc2")
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected, atol=1e-5, rtol=1e-5)
+    handle.remove()
+    assert seen[-1] == (2, 26, 192)
+    model.forward_head = lambda tokens: tokens
+    torch._dynamo.reset()
+    assert torch.compile(model, backend="eager")(x).shape == (2, 26, 48)
 
 
 @pytest.mark.parametrize("name", ["vit", "eva"])

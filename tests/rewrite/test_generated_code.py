@@ -55,11 +55,12 @@ def test_deepcopy_does_not_trace_again():
 @torch.no_grad()
 def test_a_linear_layer_replaced_after_apply_is_used():
     """As LoRA and quantisation do."""
-    model, x = evopatch.apply(build("vit")), images()
+    # Look-ahead makes a plain layer's keys otherwise than another's: that they agree is a test of its own.
+    model, x = evopatch.apply(build("vit"), config=evopatch.EvoConfig(look_ahead=0.0)), images()
     before = model(x)
     old = model.blocks[4].attn.qkv
     model.blocks[4].attn.qkv = nn.Sequential(old, nn.Dropout(0.0))
-    torch.testing.assert_close(model(x), before, atol=1e-6, rtol=1e-6)
+    assert torch.equal(model(x), before)
     model.blocks[4].attn.qkv = nn.Linear(48, 144)
     assert not torch.equal(model(x), before)
 
