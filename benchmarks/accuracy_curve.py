@@ -5,6 +5,10 @@ Evaluates with `evopatch.measure.accuracy`, keeps one JSON file
 per model in --results (a finished one is not run again), and draws docs/accuracy.png from them:
 
     python benchmarks/accuracy_curve.py --data ../shared/data --results results
+
+With settings of one's own as JSON it prints their table alone, and keeps and draws nothing:
+
+    python benchmarks/accuracy_curve.py --data ../shared/data --rows :650 --config '{"look_ahead": 0.5}'
 """
 
 import argparse
@@ -39,15 +43,13 @@ BASES = {
 COLOURS = {"matched": "tab:green", "single": "tab:orange", "none": "tab:grey"}
 
 
-def run(folder: Path, weights: str, rows: str, device: str) -> list[dict]:
+def run(folder: Path, weights: str, configs: list[EvoConfig], rows: str, device: str) -> list[dict]:
     name, preprocessing = MODELS[weights]
     options = Preprocessing(crop_pct=1.0, **preprocessing)
     classifier = open_classifier(name, folder / weights / "model.safetensors", preprocessing=options)
     model = evopatch.apply(classifier.model.to(device))
     whole = open_images(folder / "imagenet_val_1300.parquet", classifier.transform)
     images = Subset(whole, parse_rows(rows, len(whole)))
-    configs = [EvoConfig.exact()]
-    configs += [dataclasses.replace(base, keep_ratio=ratio) for base in BASES.values() for ratio in RATIOS]
     with progress_bar(f"{name}, {len(configs)} settings", len(images)) as advance:
         results = evaluate(model, DataLoader(images, batch_size=50), configs, (3, 224, 224), on_batch=advance)
     return [result.to_dict() for result in results]
@@ -91,15 +93,23 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the weights and images")
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--rows", default="650:", help="which images, as in 650: or 0:200")
+    parser.add_argument("--config", action="append", help="an EvoConfig as JSON, in place of the page's settings")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if args.config:
+        configs = [EvoConfig.from_json(text) for text in args.config]
+        for key in MODELS:
+            print(f"\n{MODELS[key][0]}\n\n{table(run(args.data, key, configs, args.rows, args.device))}")
+        return
+    configs = [EvoConfig.exact()]
+    configs += [dataclasses.replace(base, keep_ratio=ratio) for base in BASES.values() for ratio in RATIOS]
     args.results.mkdir(exist_ok=True)
     collected = {}
     for key in MODELS:
         file = args.results / f"accuracy-{key}.json"
         if not file.exists():
             torch.manual_seed(0)
-            file.write_text(json.dumps(run(args.data, key, args.rows, args.device), indent=2))
+            file.write_text(json.dumps(run(args.data, key, configs, args.rows, args.device), indent=2))
         collected[key] = json.loads(file.read_text())
         print(f"\n{MODELS[key][0]}\n\n{table(collected[key])}")
     draw(collected, Path(__file__).parents[1] / "docs" / "accuracy.png")
