@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -51,12 +51,30 @@ def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, confi
     if keep_ratio is not None:
         config = dataclasses.replace(config, keep_ratio=keep_ratio)
     hosts = _hosts(model)
-    planned = [change for name, host, adapter in hosts for change in _plan(model, name, host, adapter, config)]
+    _patch(model, hosts, dict.fromkeys((name for name, _, _ in hosts), config))
+    return model
+
+
+def apply_again(model: Model, configs: Mapping[str, EvoConfig]) -> Model:
+    """Patch what was patched in another model of the same structure: `Patched(other).configs`, by the hosts' names.
+
+    Raises:
+        UnsupportedModelError: If a name isn't one of a module that can be patched.
+        ConfigError, AlreadyPatchedError: As for `apply`.
+    """
+    hosts = _hosts(model)
+    if missing := configs.keys() - {name for name, _, _ in hosts}:
+        raise UnsupportedModelError(f"{type(model).__name__} has nothing to patch that is named {sorted(missing)}")
+    _patch(model, [host for host in hosts if host[0] in configs], configs)
+    return model
+
+
+def _patch(model: nn.Module, hosts: list[tuple[str, nn.Module, Adapter]], configs: Mapping[str, EvoConfig]) -> None:
+    planned = [change for name, host, adapter in hosts for change in _plan(model, name, host, adapter, configs[name])]
     changes.check(planned)
     for notice in dict.fromkeys(adapter.notice for _, _, adapter in hosts if adapter.notice):
         _say_once(notice)  # before the first change, as warnings may be errors
     changes.make(planned)
-    return model
 
 
 @cache

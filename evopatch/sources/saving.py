@@ -14,8 +14,8 @@ from typing import Any, cast
 from torch import nn
 
 from ..config import EvoConfig
-from ..errors import CheckpointError, ConfigError
-from ..patching.apply import apply
+from ..errors import CheckpointError, ConfigError, UnsupportedModelError
+from ..patching.apply import apply_again
 from ..patching.handle import Patched
 from ..patching.library import Library
 from ..version import VERSION
@@ -107,8 +107,8 @@ def load_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         The model in eval mode.
 
     Raises:
-        CheckpointError: If `evopatch.json` is missing, damaged, of something else, or of a newer format, or if its
-            hosts aren't in the model.
+        CheckpointError: If `evopatch.json` is missing, damaged, of something else, or of a newer format, or if the
+            model has no such hosts, or can't be patched so.
     """
     if Path(path).is_file():
         raise CheckpointError(f"{path} is a file: expected a folder written by evopatch.save_pretrained")
@@ -117,12 +117,10 @@ def load_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     name, hosts = _read(file)
     library = cast(Library, importlib.import_module(_LIBRARIES[name]))
     model = library.load(folder, **kwargs).eval()
-    parts = dict(model.named_modules())
-    if missing := [host for host in hosts if host not in parts]:
-        raise CheckpointError(f"{file}: no module named {missing} in the {type(model).__name__} of this folder")
-    for host, config in hosts.items():
-        apply(parts[host], config=config)
-    return model
+    try:
+        return apply_again(model, hosts)
+    except (UnsupportedModelError, ConfigError) as error:
+        raise CheckpointError(f"{file} doesn't fit the model in this folder: {error}") from error
 
 
 def _library_of(model: nn.Module) -> tuple[str, Library]:

@@ -1,6 +1,7 @@
 """The readout block: the last block does for prefix tokens alone what nobody sees of the others, and for all else."""
 
 import pytest
+import timm
 import torch
 from comparing import assert_same_gradients, gradients, moved
 from matrix import every, patched
@@ -17,6 +18,13 @@ READ_PREFIX |= {"diff_parallel", "relpos_class", "eva", "rope_mixed", "rope_dino
 READ_PREFIX |= {"hf_vit", "hf_vit_eager", "hf_deit", "hf_deit_teacher", "hf_msn"}
 """Whose heads read prefix tokens only, and whose blocks have one attention core that takes query, key and value."""
 CLASSIFIERS = ["vit", "hf_vit"]
+MADE = {
+    "vit": lambda: timm.create_model(
+        "vit_tiny_patch16_224", img_size=40, patch_size=8, embed_dim=48, num_heads=4, depth=6, num_classes=7
+    ),
+    "hf_vit": lambda: build("hf_vit"),
+}
+"""As `save_pretrained` can build them again."""
 
 
 def rows_in_last_block(model, x):
@@ -94,6 +102,16 @@ def test_gradients_are_the_same_with_and_without(name):
     without = gradients(patched(name, EvoConfig(keep_ratio=1.0)).train(), x)
     assert_same_gradients(name, with_it, without)
     assert any(gradient.abs().max() > 1e-3 for gradient in without.values())
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+@torch.no_grad()
+def test_a_loaded_model_has_it_too(name, tmp_path):
+    model, x = evopatch.apply(MADE[name](), config=EvoConfig.exact()), images_for(name)
+    evopatch.save_pretrained(model, tmp_path)
+    loaded = evopatch.load_pretrained(tmp_path)
+    assert rows_in_last_block(loaded, x) == prefix_of(loaded)
+    assert torch.equal(call(loaded, x), call(model, x))
 
 
 # Who looks at other tokens gets them

@@ -13,8 +13,7 @@ from variants import build, call, images
 import evopatch
 from evopatch import CheckpointError, EvoConfig
 
-# Without the readout block: a product of one row and a matrix rounds by where in memory the matrix lies.
-CONFIG = EvoConfig(keep_ratio=[0.6, 0.25], stages=[2, 4], representative="single", importance=0.2, readout=False)
+CONFIG = EvoConfig(keep_ratio=[0.6, 0.25], stages=[2, 4], representative="single", importance=0.2)
 
 
 def timm_model():
@@ -178,8 +177,13 @@ def changed(file, **values):
         (lambda file: changed(file, hosts={"vit": None}), "evopatch.json"),
         (
             lambda file: changed(file, hosts={"swin": {}}),
-            r"no module named \['swin'\] in the ViTForImageClassification",
+            r"ViTForImageClassification has nothing to patch that is named \['swin'\]",
         ),
+        (
+            lambda file: changed(file, hosts={"classifier": {}}),
+            r"ViTForImageClassification has nothing to patch that is named \['classifier'\]",
+        ),
+        (lambda file: changed(file, hosts={"vit": {"stages": [2, 99]}}), r"doesn't fit the model .*starts at block 99"),
         (lambda file: (file.parent / "config.json").write_text("{"), "holds no checkpoint of transformers"),
         (lambda file: (file.parent / "model.safetensors").write_bytes(b"12345678"), "can't be loaded into ViTFor"),
     ],
