@@ -60,9 +60,9 @@ class EvoConfig:
     stages: int | Sequence[int] | None = None
     schedule: Schedule = "taper"
     representative: Representative = "matched"
-    tradeoff: float | Sequence[float] = 0.3
+    tradeoff: float | Sequence[float] = 0.5
     importance: float = 0.7
-    look_ahead: float = 0.65
+    look_ahead: float = 1.0
     readout: bool | None = None
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class EvoConfig:
     @classmethod
     def paper(cls, keep_ratio: float | Sequence[float] = 0.5) -> EvoConfig:
         """The paper's setting (section 4.1): one representative, keep ratio constant; of 12 blocks, runs at 4 and 8."""
-        return cls(keep_ratio=keep_ratio, schedule="constant", representative="single", tradeoff=0.5, readout=False)
+        return cls(keep_ratio=keep_ratio, schedule="constant", representative="single", readout=False)
 
     @classmethod
     def exact(cls) -> EvoConfig:
@@ -124,7 +124,7 @@ class EvoConfig:
         begin a sixth into the depth; found by search (docs/accuracy.md). Does less well than the default for
         classifiers.
         """
-        return cls(keep_ratio=keep_ratio, start=0.17, stages=6, tradeoff=0.5, importance=0.05, look_ahead=0.0)
+        return cls(keep_ratio=keep_ratio, start=0.17, stages=6, importance=0.05, look_ahead=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as `from_dict` takes them."""

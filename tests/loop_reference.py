@@ -11,12 +11,12 @@ def top(values: Sequence[float], count: int) -> set[int]:
     return set(sorted(range(len(values)), key=lambda i: -values[i])[:count])
 
 
-def matched_reference(g: Tensor, metric: Tensor, keep: int, importance: float = 0.7) -> tuple[set[int], list[int]]:
+def matched_reference(g: Tensor, features: Tensor, keep: int, importance: float = 0.7) -> tuple[set[int], list[int]]:
     """One image's groups.
 
     Args:
         g: Importance `(N,)`.
-        metric: Features to compare tokens by, `(N, C)`.
+        features: What tokens are compared by, `(N, C)`, of any length.
         keep: Slow tokens.
         importance: Its exponent.
 
@@ -24,7 +24,7 @@ def matched_reference(g: Tensor, metric: Tensor, keep: int, importance: float = 
         The slow tokens, and for every token the slow one that it follows.
     """
     patches = len(g)
-    unit = [m / m.norm() for m in metric]
+    unit = [m / m.norm() for m in features]
     similarity = [[float(unit[i] @ unit[j]) for j in range(patches)] for i in range(patches)]
     loss = []
     for i in range(patches):

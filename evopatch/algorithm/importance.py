@@ -35,15 +35,14 @@ def class_attention(
         if bias is not None and bias.shape[-2] > 1:
             bias = torch.einsum("br,bhrm->bhm", share.to(bias.dtype), bias.expand(share.shape[0], -1, -1, -1))
             bias = bias.unsqueeze(2)
-    query = query * scale
     if exporting():
         logits = query @ key.transpose(2, 3)
     else:
         # At batch 1 operator calls count: this product of all heads is a third of those of one over four axes, where
         # some converters lose track of the axes.
-        logits = (query.flatten(0, 1) @ key.flatten(0, 1).transpose(1, 2)).unflatten(0, key.shape[:2])
-    if bias is not None:
-        logits = logits + detached(bias)
+        logits = query.flatten(0, 1) @ key.flatten(0, 1).transpose(1, 2)
+        logits = logits.view(*key.shape[:2], -1, key.shape[2])
+    logits = logits * scale if bias is None else torch.add(detached(bias), logits, alpha=scale)
     return logits.softmax(dim=-1, dtype=torch.float32).mean(dim=(1, 2))
 
 

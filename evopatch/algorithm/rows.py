@@ -49,6 +49,8 @@ def top(values: Tensor, count: int, largest: bool = True) -> Tensor:
 
 def flat_rows(group: Tensor, rows: int) -> Tensor:
     """Row numbers into the compact sets of all images laid end to end: whole rows are copied, not single elements."""
+    if is_fixed(group.shape[0]) and group.shape[0] == 1:
+        return group.flatten()
     first = torch.arange(group.shape[0], device=group.device).unsqueeze(1) * rows
     return (group + first).flatten()
 

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UnsupportedInputError
-from .importance import detached
 from .partition import Partition, with_prefix
 from .rows import is_fixed, limited, rounded_share, row_sums, top
 
@@ -48,29 +47,28 @@ def select_top(g: Tensor, keep: int, prefix: int, representative: bool) -> Parti
     return Partition(group, weight, slow, None, prefix + keep + int(representative), index, complete=representative)
 
 
-def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance: float) -> Partition:
+def select_matched(g: Tensor, features: Tensor, keep: int, prefix: int, importance: float) -> Partition:
     """Matched representatives: every fast token joins the slow token most similar to it.
 
     What would be lost if token `i` were fast is its importance times how little of it a *more important* token
-    already says: `g_i ** importance * (1 - max_{j: g_j > g_i} <f_i, f_j>)`, with `f` the normalised metric. The `K`
-    tokens of largest loss are slow. A group's row is the mean of its members weighted by `sqrt(g)`.
+    already says: `g_i ** importance * (1 - max_{j: g_j > g_i} <f_i, f_j>)`. The `K` tokens of largest loss are slow.
+    A group's row is the mean of its members weighted by `sqrt(g)`.
 
     Args:
         g: `(B, N)` float32.
-        metric: `(B, N, C)`, what the tokens are compared by.
+        features: `f`, `(B, N, C)` of length 1: what the tokens are compared by.
         keep: `K`, less than `N`.
         prefix: `P`.
         importance: The exponent, at least 0.
     """
     batch, patches = g.shape
-    unit = F.normalize(detached(metric), dim=-1)
     # In pieces of so many rows that they need less memory than a block's MLP, however many tokens there are. A program
     # that is recorded for any number of tokens takes them in one piece.
-    step = 2 * unit.shape[-1]
+    step = 2 * features.shape[-1]
     pieces = is_fixed(patches) and patches > step
     redundancy = []
-    for rows, own in zip(unit.split(step, 1), g.split(step, 1), strict=True) if pieces else [(unit, g)]:
-        similarity = rows @ unit.transpose(1, 2)
+    for rows, own in zip(features.split(step, 1), g.split(step, 1), strict=True) if pieces else [(features, g)]:
+        similarity = rows @ features.transpose(1, 2)
         less_important = g.unsqueeze(1) <= own.unsqueeze(2)
         redundancy.append(similarity.masked_fill(less_important, torch.finfo(similarity.dtype).min).amax(dim=-1))
     most = torch.cat(redundancy, dim=1) if pieces else redundancy[0]
@@ -78,8 +76,8 @@ def select_matched(g: Tensor, metric: Tensor, keep: int, prefix: int, importance
     index = top(loss, keep)
     # The similarity to the slow tokens only: the arg max is the row of the compact set.
     if pieces:
-        slow_unit = unit.gather(1, index.unsqueeze(2).expand(batch, keep, unit.shape[-1])).transpose(1, 2)
-        group = torch.cat([(rows @ slow_unit).argmax(dim=-1) for rows in unit.split(step, dim=1)], dim=1)
+        chosen = features.gather(1, index.unsqueeze(2).expand(batch, keep, features.shape[-1])).transpose(1, 2)
+        group = torch.cat([(rows @ chosen).argmax(dim=-1) for rows in features.split(step, dim=1)], dim=1)
     else:
         group = similarity.gather(2, index.unsqueeze(1).expand(batch, patches, keep)).argmax(dim=-1)
     group = group.scatter(1, index, torch.arange(keep, device=g.device).expand(batch, keep))

@@ -2,95 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algorithm.importance import fold, folded_attention
-from ..rewrite.linear_map import at_hand
+from ..algorithm.importance import detached, fold, folded_attention
+from ..rewrite.linear_map import along, at_hand, given
 from ..rewrite.projections import Projections
 from .block import SlowFastBlock, attention_of, layer_norm_of, seen_tokens, unwrapped
 
 
-def look_ahead(
-    blocks: Iterable[nn.Module], running: nn.Module, x: Tensor, inputs: dict[str, Any], prefix: int, readout: int
-) -> Tensor | None:
-    """Mean class attention of blocks that haven't run yet.
+def can_look_ahead(blocks: Iterable[nn.Module]) -> bool:
+    """Whether `Look.ahead` will find something, whatever the tokens."""
+    return any(
+        projections.can_be_had(attention, list(_read(block, attention, projections)))
+        for block, attention, projections in _readable(blocks)
+    )
+
+
+def _readable(blocks: Iterable[nn.Module]) -> Iterator[tuple[Any, Any, Projections]]:
+    """Those with one attention module whose queries and keys are linear in the tokens: both, and how they are made."""
+    for wrapped in blocks:
+        block = unwrapped(wrapped, SlowFastBlock)
+        attention = None if block is None else attention_of(block)
+        if attention is not None and attention._evo_code.projections is not None:
+            yield block, attention, attention._evo_code.projections
+
+
+def _read(block: Any, attention: nn.Module, projections: Projections) -> Iterator[nn.Module]:
+    """The modules that hold what is read of a block, and those they are in, outermost first."""
+    yield from along(block, block._evo_cores[0])
+    yield from along(attention, projections.query.path)
+    yield from along(attention, projections.key.path)
+    if block._evo_metric.norm is not None:
+        yield from along(block, block._evo_metric.norm)
+
+
+class Look:
+    """At all tokens, before a block that selects.
 
     Args:
-        blocks: Patched ones, of equally many heads.
-        running: The block that selects now; may be one of them.
-        x: `(B, T, C)`, all tokens before it.
-        inputs: Its own, beside the tokens.
+        x: `(B, T, C)`.
+        inputs: What the block gets beside them.
         prefix: `P`.
         readout: How many of the first prefix tokens the head reads; 0 where it averages the patch tokens.
-
-    Returns:
-        `(B, N)` float32, or None if of no block queries and keys are linear in the tokens.
     """
-    look = _Look(x.detach(), inputs, prefix, readout)
-    for wrapped in blocks:
-        block: Any = unwrapped(wrapped, SlowFastBlock)
-        attention: Any = None if block is None else attention_of(block)
-        if attention is None or attention._evo_code.projections is None:
-            continue
-        if torch.compiler.is_compiling():
-            look.at(block, attention)
-            continue
-        # What the running block holds itself is here, and has to stay.
-        with at_hand(module for module in block.modules() if module is not running):
-            look.at(block, attention)
-    return look.attention()
 
-
-class _Look:
     def __init__(self, x: Tensor, inputs: dict[str, Any], prefix: int, readout: int) -> None:
-        self._x, self._inputs, self._prefix, self._readout = x, inputs, prefix, readout
+        self._x, self._inputs, self._prefix, self._readout = detached(x), inputs, prefix, readout
+        self._asking = self._x[:, :readout]
+        self._channels = int(x.shape[-1])  # a number also under torch.jit.trace
         # Normed tokens, and the folded queries that meet them.
         self._met: list[tuple[Tensor, list[Tensor]]] = []
         # Those that layer norms of the same epsilon share, which differ in their weights alone.
         self._shared: dict[float, tuple[Tensor, list[Tensor]]] = {}
 
-    def at(self, block: Any, attention: Any) -> None:
-        """Look at one more block."""
+    def features(self, block: nn.Module) -> Tensor:
+        """`(B, N, C)` of length 1: the patch tokens as a block's layer norm leaves them, but for its weights."""
+        norm = layer_norm_of(block)
+        tokens, _ = self._normed(1e-6 if norm is None else norm.eps)
+        return tokens[:, self._prefix :] * (1.0 / math.sqrt(self._channels))
+
+    def ahead(self, blocks: Iterable[nn.Module], running: nn.Module) -> Tensor | None:
+        """Mean class attention of blocks that haven't run yet.
+
+        Args:
+            blocks: Patched ones, of equally many heads.
+            running: The block that selects now; may be one of them.
+
+        Returns:
+            `(B, N)` float32, or None if of no block queries and keys are linear in the tokens.
+        """
+        for block, attention, projections in _readable(blocks):
+            if torch.compiler.is_compiling():
+                self._at(block, attention, projections)
+                continue
+            # What the running block holds itself is here, and has to stay.
+            with at_hand(module for module in _read(block, attention, projections) if module is not running):
+                self._at(block, attention, projections)
+        return self._attention()
+
+    def _at(self, block: Any, attention: nn.Module, projections: Projections) -> None:
         norm = layer_norm_of(block)
         tokens, queries = self._meeting(block, norm)
-        projections: Projections = attention._evo_code.projections
-        asked, answering = (projection.weight(attention, tokens) for projection in (projections.query, projections.key))
-        if asked is None or answering is None:
+        weights = projections.weights(attention, tokens)
+        if weights is None:
             return
-        # Queries are linear in the tokens: their mean is the mean token's.
-        rows = tokens[:, : self._readout] if self._readout else tokens[:, self._prefix :].mean(1, keepdim=True)
-        if norm is not None:
-            # Without torch.addcmul, which not every converter knows.
-            rows = rows * norm.weight.detach().to(rows) + norm.bias.detach().to(rows)
-        query = F.linear(rows, *asked).unflatten(-1, (projections.heads, -1)).transpose(1, 2)
-        folded = fold(query, answering[0].unflatten(0, (projections.heads, -1)), projections.scale)
+        asked, bias, answering = weights
+        query = F.linear(self._rows(norm, tokens), asked, bias)
+        query = query.view(*query.shape[:2], projections.heads, -1).transpose(1, 2)
+        folded = fold(query, answering.view(projections.heads, -1, answering.shape[-1]), projections.scale)
         # The norm's bias adds the same to every token's logit.
-        queries.append(folded if norm is None else folded * norm.weight.detach().to(folded))
+        queries.append(folded if norm is None else folded * given(norm.weight, folded))
+
+    def _rows(self, norm: nn.LayerNorm | None, tokens: Tensor) -> Tensor:
+        """What the readout's queries are made of, `(B, R, C)`."""
+        if norm is None and self._readout:
+            return tokens[:, : self._readout]
+        if norm is not None and self._readout:
+            weight, bias = given(norm.weight, tokens), given(norm.bias, tokens)
+            return F.layer_norm(self._asking, norm.normalized_shape, weight, bias, norm.eps)
+        # Queries are linear in the tokens: their mean is the mean token's.
+        rows = tokens[:, self._prefix :].mean(1, keepdim=True)
+        # Without torch.addcmul, which not every converter knows.
+        return rows if norm is None else rows * given(norm.weight, rows) + given(norm.bias, rows)
 
     def _meeting(self, block: Any, norm: nn.LayerNorm | None) -> tuple[Tensor, list[Tensor]]:
-        if norm is not None and norm.eps in self._shared:
-            return self._shared[norm.eps]
-        if norm is None:
-            meeting: tuple[Tensor, list[Tensor]] = (seen_tokens(block, self._x, self._inputs), [])
-        else:
-            meeting = (F.layer_norm(self._x, norm.normalized_shape, eps=norm.eps), [])
-            self._shared[norm.eps] = meeting
-        self._met.append(meeting)
-        return meeting
+        if norm is not None:
+            return self._normed(norm.eps)
+        self._met.append((seen_tokens(block, self._x, self._inputs), []))
+        return self._met[-1]
 
-    def attention(self) -> Tensor | None:
+    def _normed(self, eps: float) -> tuple[Tensor, list[Tensor]]:
+        if eps not in self._shared:
+            self._shared[eps] = (F.layer_norm(self._x, (self._channels,), eps=eps), [])
+            self._met.append(self._shared[eps])
+        return self._shared[eps]
+
+    def _attention(self) -> Tensor | None:
         """Over the patch tokens, the mean of all blocks that could be looked at."""
-        looks = sum(len(queries) for _, queries in self._met)
-        if not looks:
+        looked = [(torch.cat(queries, dim=1), tokens, len(queries)) for tokens, queries in self._met if queries]
+        if not looked:
             return None
-        total: Any = 0.0
-        for tokens, queries in self._met:
-            if queries:
-                total = total + folded_attention(torch.cat(queries, dim=1), tokens) * (len(queries) / looks)
+        looks = sum(count for _, _, count in looked)
+        means = [folded_attention(folded, tokens) * (count / looks) for folded, tokens, count in looked[1:]]
+        first, tokens, count = looked[0]
+        total = folded_attention(first, tokens)
+        if means:
+            total = sum(means, start=total * (count / looks))
         patches: Tensor = total[:, self._prefix :]
         return patches

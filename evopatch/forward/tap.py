@@ -61,10 +61,8 @@ class AttentionTap:
 
     def class_attention(self) -> Tensor:
         """`(B, M)` float32, the mean over the block's attention cores."""
-        total = self._observed[0]
-        for attention in self._observed[1:]:
-            total = total + attention
-        return total / len(self._observed)
+        first, *others = self._observed
+        return sum(others, start=first) / len(self._observed) if others else first
 
     def asking(self, query: Tensor) -> Tensor:
         """Of queries `(B, H, M, D)` those of the tokens that go through the block, where only the prefix tokens do."""

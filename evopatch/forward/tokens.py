@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..algorithm.importance import accumulate, accumulate_compact, coarsen
@@ -17,7 +19,7 @@ from .block import answering_tokens, can_read_out, run_tapped, seen_tokens
 from .forward_pass import ForwardPass
 from .hooks import FullGrid
 from .host_state import HostState
-from .look_ahead import look_ahead
+from .look_ahead import Look, can_look_ahead
 from .protocols import PatchedBlock
 from .tap import AttentionTap
 
@@ -35,6 +37,7 @@ class TokenPass(ForwardPass):
         # By the run's first block, or between full grids by the block; until the run ends.
         self._entries: dict[int, tuple[Tensor, Tensor]] = {}
         self._first: dict[int, int] = {}
+        self._foreseen: bool | None = None
 
     def run(self, index: int, block: PatchedBlock, *args: Any, **kwargs: Any) -> Tensor:
         """One block that takes `(B, M, C)`, or `(B, C, h, w)`, and the inputs that its adapter names."""
@@ -78,7 +81,7 @@ class TokenPass(ForwardPass):
         plan = self.plans[index]
         named = dict(inputs) | {name: inputs.get(name) for name in self.spec.trace.inputs}
         if plan.keep_ratio == 1.0:
-            if plan.tradeoff is None and not reads_out:
+            if not reads_out and not self._accumulates(index):
                 return run(x, named, None)
             return self._tapped(index, block, x, named, None, run, reads_out)
         before = None if plan.selects else self.partitions[index - 1].to(x.device)
@@ -164,16 +167,36 @@ class TokenPass(ForwardPass):
 
     def _select(self, index: int, block: PatchedBlock, x: Tensor, inputs: dict[str, Any]) -> Partition:
         prefix = self.spec.prefix
-        g = self.g[index - 1].to(x.device)  # the first block never selects
-        keep = num_slow(g.shape[1], self.plans[index].keep_ratio)
+        keep = num_slow(x.shape[1] - prefix, self.plans[index].keep_ratio)
         if self.representative != "matched":
-            return select_top(g, keep, prefix, self.representative == "single")
-        seen = self._token_layout(seen_tokens(block, self._block_layout(index, x), inputs))
-        later: list[Any] = [self.modules[i] for i in self.plans[index].looks_at if i < len(self.modules)]
-        ahead = look_ahead(later, cast(Any, block), x, inputs, prefix, self.spec.readout)
-        if ahead is not None:
-            g = accumulate(g, ahead, self.look_ahead)
-        return select_matched(g, seen[:, prefix:], keep, prefix, self.importance)
+            return select_top(self._accumulated(index, x.device), keep, prefix, self.representative == "single")
+        if self.spec.pyramid is not None:
+            seen = self._token_layout(seen_tokens(block, self._block_layout(index, x), inputs))
+            features = F.normalize(seen[:, prefix:], dim=-1)
+            return select_matched(self._accumulated(index, x.device), features, keep, prefix, self.importance)
+        look = Look(x, inputs, prefix, self.spec.readout)
+        g = look.ahead(self._looked_at(index), cast(Any, block))
+        if g is None:
+            g = self._accumulated(index, x.device)
+        elif self.look_ahead < 1.0:
+            g = accumulate(self._accumulated(index, x.device), g, self.look_ahead)
+        return select_matched(g, look.features(cast(Any, block)), keep, prefix, self.importance)
+
+    def _looked_at(self, index: int) -> list[Any]:
+        return [self.modules[i] for i in self.plans[index].looks_at if i < len(self.modules)]
+
+    def _accumulates(self, index: int) -> bool:
+        """Whether a later selection reads a block's class attention."""
+        if self.plans[index].tradeoff is None:
+            return False
+        if self._foreseen is None:
+            selecting = [i for i, plan in enumerate(self.plans[: self.depth]) if plan.selects]
+            self._foreseen = self.look_ahead == 1.0 and all(can_look_ahead(self._looked_at(i)) for i in selecting)
+        return not self._foreseen
+
+    def _accumulated(self, index: int, device: torch.device) -> Tensor:
+        """`g` before a block that selects; the first block never does."""
+        return self.g[index - 1].to(device)
 
     def _block_layout(self, index: int, x: Tensor) -> Tensor:
         """`(B, M, C)` tokens as the block takes them."""
@@ -202,7 +225,7 @@ class TokenPass(ForwardPass):
         run: Run,
         reads_out: bool,
     ) -> Tensor:
-        plan, spec = self.plans[index], self.spec
+        spec, accumulates = self.spec, self._accumulates(index)
         if partition is not None:
             for name in spec.token_inputs:
                 inputs[name] = _merge_positions(inputs[name], partition, spec.prefix)
@@ -214,7 +237,7 @@ class TokenPass(ForwardPass):
             spec.prefix,
             spec.readout,
             partition,
-            plan.tradeoff is not None,
+            accumulates,
             spec.received,
             block._evo_name,
             self._full_grid(index, partition),
@@ -226,13 +249,14 @@ class TokenPass(ForwardPass):
                 f"{block._evo_name} ran without its patched attention: it was replaced, or its forward was. Use "
                 "evopatch.remove(model) before such changes, and evopatch.apply after them"
             )
-        if plan.tradeoff is not None:
+        if accumulates:
+            tradeoff = cast(float, self.plans[index].tradeoff)
             attention = tap.class_attention()
             before = self.g[index - 1].to(x.device) if index else None
             if partition is None or before is None:
-                g = accumulate(before, attention[:, spec.prefix :], plan.tradeoff)
+                g = accumulate(before, attention[:, spec.prefix :], tradeoff)
             else:
-                g = accumulate_compact(before, attention, plan.tradeoff, partition)
+                g = accumulate_compact(before, attention, tradeoff, partition)
             self.g[index] = self._carried(index, g)
         return out
 

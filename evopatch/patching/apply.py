@@ -79,7 +79,7 @@ def _patch(model: nn.Module, hosts: list[tuple[str, nn.Module, Adapter]], config
 
 @cache
 def _say_once(notice: str) -> None:
-    warnings.warn(notice, SpeedWarning, stacklevel=3)
+    warnings.warn(notice, SpeedWarning, stacklevel=4)
 
 
 def remove(model: Model) -> Model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,15 +11,24 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
-@contextmanager
-def at_hand(modules: Iterable[nn.Module]) -> Iterator[None]:
+def at_hand(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
     """Bring the weights of modules here that torch's `fully_shard` or accelerate keeps elsewhere.
 
     Args:
         modules: None of which runs now.
     """
+    away = [module for module in modules if _is_kept_elsewhere(module)]
+    return _brought(away) if away else nullcontext()
+
+
+def _is_kept_elsewhere(module: nn.Module) -> bool:
+    return "_hf_hook" in module.__dict__ or hasattr(type(module), "unshard")
+
+
+@contextmanager
+def _brought(modules: list[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
-        for module in modules:
+        for module in dict.fromkeys(modules):
             if "_hf_hook" in module.__dict__:
                 from accelerate.utils import align_module_device
 
@@ -29,6 +38,14 @@ def at_hand(modules: Iterable[nn.Module]) -> Iterator[None]:
                 sharded.unshard()
                 stack.callback(sharded.reshard)
         yield
+
+
+def along(module: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules on the way from one, which counts, to one inside it, which does, too."""
+    yield module
+    for name in path.split(".") if path else ():
+        module = module._modules[name]  # type: ignore[assignment]
+        yield module
 
 
 def linear_map(layer: Any, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -43,12 +60,42 @@ def linear_map(layer: Any, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """
     if type(layer) is not nn.Linear:  # LoRA and quantised layers
         return _probed(layer, like)
-    weight, bias = layer.weight, layer.bias
-    if is_traceable_wrapper_subclass(weight):
-        return None if hasattr(weight, "full_tensor") else _probed(layer, like)
-    if weight.shape != (layer.out_features, layer.in_features) or _is_put_away(weight, like):
+    if not _is_here(layer) or layer.weight.is_meta != like.is_meta:
         return None
-    return weight.detach().to(like), None if bias is None else bias.detach().to(like)
+    if is_traceable_wrapper_subclass(layer.weight):
+        return _probed(layer, like)
+    return given(layer.weight, like), None if layer.bias is None else given(layer.bias, like)
+
+
+def can_be_had(layer: Any, way: Iterable[nn.Module]) -> bool:
+    """Whether `linear_map` will find a layer's weights, inside `at_hand`.
+
+    Args:
+        layer: A linear layer, or what took the place of one.
+        way: The modules that `at_hand` is given.
+    """
+    if type(layer) is not nn.Linear or _is_here(layer):
+        return True
+    return not torch.compiler.is_compiling() and any(map(_is_kept_elsewhere, way))
+
+
+def _is_here(layer: nn.Linear) -> bool:
+    weight = layer.weight
+    if is_traceable_wrapper_subclass(weight):
+        return not hasattr(weight, "full_tensor")  # of a DTensor a part is here
+    if weight.shape != (layer.out_features, layer.in_features):
+        return False
+    return torch.compiler.is_compiling() or weight.is_meta or weight.untyped_storage().size() > 0
+
+
+def given(parameter: Tensor, like: Tensor) -> Tensor:
+    """A parameter without a gradient, of the type and on the device of `like`: itself where it is so, as at batch 1
+    every operator counts."""
+    # A trace is checked by another one, made without gradients: both have to record the same.
+    if parameter.requires_grad and (torch.is_grad_enabled() or torch.jit.is_tracing()):  # type: ignore[attr-defined]
+        parameter = parameter.detach()
+    same = parameter.dtype == like.dtype and parameter.device == like.device
+    return parameter if same else parameter.to(like)
 
 
 @torch.no_grad()
@@ -58,11 +105,3 @@ def _probed(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     inputs = torch.eye(channels, channels, device=like.device, dtype=like.dtype)
     out: Tensor = layer(torch.cat([inputs, inputs.new_zeros(1, channels)]).unsqueeze(0))[0]
     return (out[:-1] - out[-1:]).transpose(0, 1), out[-1]
-
-
-def _is_put_away(weight: Tensor, like: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    if weight.is_meta or like.is_meta:
-        return weight.is_meta != like.is_meta
-    return weight.untyped_storage().size() == 0

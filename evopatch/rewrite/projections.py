@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .linear_map import linear_map
+from .linear_map import can_be_had, linear_map
 
 _MATMULS: tuple[Callable[..., Any], ...] = (torch.matmul, operator.matmul, torch.bmm)
 
@@ -24,20 +24,10 @@ class Projection:
     part: int
     parts: int
 
-    def weight(self, attention: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """`(D, C)` and bias `(D,)`; None where they can't be had. See `linear_map.linear_map`.
-
-        Args:
-            attention: The module.
-            like: `(B, T, C)` tokens of the type and on the device that are wanted.
-        """
-        found = linear_map(attention.get_submodule(self.path), like)
-        if found is None:
-            return None
-        weight, bias = found
-        size = weight.shape[0] // self.parts
-        rows = slice(self.part * size, (self.part + 1) * size)
-        return weight[rows], None if bias is None else bias[rows]
+    def of(self, rows: Tensor) -> Tensor:
+        """Its rows of the layer's weight or bias."""
+        size = rows.shape[0] // self.parts
+        return rows.narrow(0, self.part * size, size)
 
 
 @dataclass(frozen=True)
@@ -50,6 +40,26 @@ class Projections:
     heads: int
     scale: float | None
     """Factor on the logits; None: `D ** -0.5`."""
+
+    def weights(self, attention: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None, Tensor] | None:
+        """Weight `(H D, C)` and bias `(H D,)` of the queries, weight of the keys; None where they can't be had, see
+        `linear_map.linear_map`.
+
+        Args:
+            attention: The module.
+            like: `(B, T, C)` tokens of the type and on the device that are wanted.
+        """
+        asked = linear_map(attention.get_submodule(self.query.path), like)
+        one_layer = self.key.path == self.query.path
+        answering = asked if one_layer else linear_map(attention.get_submodule(self.key.path), like)
+        if asked is None or answering is None:
+            return None
+        weight, bias = asked
+        return self.query.of(weight), None if bias is None else self.query.of(bias), self.key.of(answering[0])
+
+    def can_be_had(self, attention: nn.Module, way: Collection[nn.Module]) -> bool:
+        """Whether `weights` will give them, inside `linear_map.at_hand` of the modules `way`."""
+        return all(can_be_had(attention.get_submodule(each.path), way) for each in (self.query, self.key))
 
 
 def find_projections(graph: fx.Graph, module: nn.Module, methods: Collection[str]) -> Projections | None:

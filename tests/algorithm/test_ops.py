@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from loop_reference import matched_reference, top
 
 from evopatch import UnsupportedInputError
@@ -20,21 +21,21 @@ def tensors():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(B, P + N, C, generator=generator)
     g = torch.rand(B, N, generator=generator) + 0.01
-    metric = torch.randn(B, N, C, generator=generator)
-    return x, g, metric
+    features = F.normalize(torch.randn(B, N, C, generator=generator), dim=-1)
+    return x, g, features
 
 
 @pytest.mark.parametrize("importance", [0.7, 0.15, 0.0])
 @pytest.mark.parametrize("keep", [1, 4, 10])
 def test_select_matched(tensors, keep, importance):
-    _, g, metric = tensors
-    partition = select_matched(g, metric, keep, P, importance)
+    _, g, features = tensors
+    partition = select_matched(g, features, keep, P, importance)
     assert partition.rows == P + keep
     assert partition.complete
     assert int(partition.group.max()) < partition.rows
     assert torch.equal(partition.weight[:, :P], torch.ones(B, P))
     for b in range(B):
-        slow, leader = matched_reference(g[b], metric[b], keep, importance)
+        slow, leader = matched_reference(g[b], features[b], keep, importance)
         assert set(partition.slow[b].nonzero().flatten().tolist()) == slow
         group = partition.group[b].tolist()
         assert group[:P] == list(range(P))
@@ -71,9 +72,9 @@ def test_select_top(tensors, keep, representative):
             assert partition.weight[b, P + i].item() == pytest.approx(expected, abs=1e-7)
 
 
-def partitions(g, metric, keep=4):
+def partitions(g, features, keep=4):
     return {
-        "matched": select_matched(g, metric, keep, P, 0.7),
+        "matched": select_matched(g, features, keep, P, 0.7),
         "single": select_top(g, keep, P, True),
         "none": select_top(g, keep, P, False),
     }
@@ -81,8 +82,8 @@ def partitions(g, metric, keep=4):
 
 @pytest.mark.parametrize("kind", ["matched", "single", "none"])
 def test_merge_and_distribute(tensors, kind):
-    x, g, metric = tensors
-    partition = partitions(g, metric)[kind]
+    x, g, features = tensors
+    partition = partitions(g, features)[kind]
     compact = merge(x, partition)
     change = torch.randn(compact.shape, generator=torch.Generator().manual_seed(1))
     result = distribute(x, change, partition)
@@ -100,8 +101,8 @@ def test_merge_and_distribute(tensors, kind):
 @pytest.mark.parametrize("kind", ["matched", "single", "none"])
 def test_merged_tokens_move_with_their_group(tensors, kind):
     """What makes full-grid steps equal to compact ones: merging after distributing gives the changed rows."""
-    x, g, metric = tensors
-    partition = partitions(g, metric)[kind]
+    x, g, features = tensors
+    partition = partitions(g, features)[kind]
     compact = merge(x, partition)
     change = torch.randn(compact.shape, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(merge(distribute(x, change, partition), partition), compact + change)
@@ -119,8 +120,8 @@ def test_accumulate(tensors):
 
 @pytest.mark.parametrize("kind", ["matched", "single", "none"])
 def test_accumulate_compact(tensors, kind):
-    _, g, metric = tensors
-    partition = partitions(g, metric)[kind]
+    _, g, features = tensors
+    partition = partitions(g, features)[kind]
     attention = torch.rand(B, partition.rows)
     result = accumulate_compact(g, attention, 0.3, partition)
     for b in range(B):
@@ -159,8 +160,8 @@ def test_class_attention(pooled, biased):
 
 @pytest.mark.parametrize("kind", ["matched", "single", "none"])
 def test_merge_positions(tensors, kind):
-    _, g, metric = tensors
-    partition = partitions(g, metric)[kind]
+    _, g, features = tensors
+    partition = partitions(g, features)[kind]
     table = torch.randn(H, N, D, generator=torch.Generator().manual_seed(3))
     per_head = merge_positions(table, partition, P)
     shared = merge_positions(table[0], partition, P)
@@ -179,8 +180,8 @@ def test_merge_positions(tensors, kind):
 
 @pytest.mark.parametrize("kind", ["matched", "single", "none"])
 def test_merge_bias(tensors, kind):
-    _, g, metric = tensors
-    partition = partitions(g, metric)[kind]
+    _, g, features = tensors
+    partition = partitions(g, features)[kind]
     bias = torch.randn(1, H, P + N, P + N, generator=torch.Generator().manual_seed(4))
     result = merge_bias(bias, partition)
     assert result.shape == (B, H, partition.rows, partition.rows)
@@ -228,7 +229,7 @@ def test_num_slow_needs_two_patches(patches):
 
 def test_equal_importance_is_no_error():
     """A blank image: every token alike, every score alike."""
-    partition = select_matched(torch.ones(1, N), torch.ones(1, N, C), 4, P, 0.7)
+    partition = select_matched(torch.ones(1, N), torch.full((1, N, C), C**-0.5), 4, P, 0.7)
     assert partition.slow.sum() == 4
     assert torch.isfinite(partition.weight).all()
     assert torch.isfinite(select_top(torch.zeros(1, N), 4, P, True).weight).all()
@@ -236,9 +237,9 @@ def test_equal_importance_is_no_error():
 
 @pytest.mark.parametrize("representative", ["matched", "single", "none"])
 def test_spread_attention(tensors, representative):
-    _, g, metric = tensors
+    _, g, features = tensors
     partition = {
-        "matched": lambda: select_matched(g, metric, 4, P, 0.7),
+        "matched": lambda: select_matched(g, features, 4, P, 0.7),
         "single": lambda: select_top(g, 4, P, True),
         "none": lambda: select_top(g, 4, P, False),
     }[representative]()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from comparing import moved
 from loop_reference import matched_reference, top
 from matrix import EACH_REPRESENTATIVE, EACH_SELECTION
@@ -78,7 +79,7 @@ def reference(model, image, config):
             keep = num_slow(patches, plan.keep_ratio)
             if config.representative == "matched":
                 rank = looked_ahead(model, x, plan, g, config.look_ahead)
-                slow, leader = matched_reference(rank, block.norm1(x)[prefix:], keep)
+                slow, leader = matched_reference(rank, F.layer_norm(x, x.shape[-1:])[prefix:], keep)
                 groups = [[i for i in range(patches) if leader[i] == s] for s in sorted(slow)]
                 shares = [[rank[i].sqrt() / sum(rank[j].sqrt() for j in m) for i in m] for m in groups]
             else:
