@@ -45,7 +45,8 @@ class EvoConfig:
             token attends to; dense features are wanted everywhere (see `dense`).
         look_ahead: Weight of what later blocks would attend to, by their own weights on the tokens as they are now, in
             the importance that matched representatives are chosen by, in [0, 1]; the rest is what earlier blocks
-            attended to. For flat models whose queries and keys are plain linear projections (docs/concepts.md).
+            attended to, as all of it is where nothing can be looked at. For flat models whose queries and keys are
+            plain linear projections (docs/concepts.md).
         readout: Let the last block update nothing but what the head reads, where that are prefix tokens: exact, and a
             fifteenth of a 12-block model's work less. None: unless `keep_ratio` is 1.0, which is exactly the original
             forward. True: also then (see `exact`). False: never.
@@ -116,15 +117,14 @@ class EvoConfig:
         return cls(keep_ratio=1.0, readout=True)
 
     @classmethod
-    def dense(cls, keep_ratio: float | Sequence[float] = (0.84, 0.76, 0.65, 0.59, 0.51, 0.36)) -> EvoConfig:
+    def dense(cls, keep_ratio: float | Sequence[float] = (0.84, 0.76, 0.65, 0.59, 0.51, 0.35)) -> EvoConfig:
         """For dense features: segmentation, depth, saliency, retrieval of patches, and DINOv2 in general.
 
         For flat models of at least 7 blocks. Every patch token's own value is wanted, not only what the class token
-        reads, so tokens are chosen nearly by novelty alone, with nothing looked at ahead, and in six short runs that
-        begin a sixth into the depth; found by search (docs/accuracy.md). Does less well than the default for
-        classifiers.
+        reads, so tokens are chosen nearly by novelty alone, in six short runs that begin a sixth into the depth; found
+        by search (docs/accuracy.md). Does less well than the default for classifiers.
         """
-        return cls(keep_ratio=keep_ratio, start=0.17, stages=6, importance=0.05, look_ahead=0.0)
+        return cls(keep_ratio=keep_ratio, start=0.17, stages=6, importance=0.05)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as `from_dict` takes them."""
