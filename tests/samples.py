@@ -1,6 +1,7 @@
 """Images for the tools: data sets in memory and settings to train on them, files, and where real ones are."""
 
 import io
+import os
 from pathlib import Path
 
 import torch
@@ -23,6 +24,16 @@ def encoded(seed: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(buffer, "JPEG")
     return buffer.getvalue()
+
+
+class Malicious:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (self.mark,)
 
 
 class Images(Dataset):

@@ -12,9 +12,10 @@ from ..errors import UnsupportedModelError
 from ..forward.block import SlowFastBlock, TappedAttention, block_codes
 from ..forward.host_state import HostState
 from ..forward.spec import HostSpec, qualified
+from ..rewrite.alike import fingerprint
 from ..rewrite.classes import Steered, Swapped
-from ..rewrite.graph import generate_core
-from ..rewrite.tracing import on_the_way
+from ..rewrite.graph import Code, generate_core
+from ..rewrite.tracing import TraceSpec, on_the_way
 from .changes import Change
 
 __all__ = ["Adapter", "Change", "HostSpec"]
@@ -92,21 +93,39 @@ def block_changes(
     Raises:
         UnsupportedModelError: If it can't be traced, or a forward was replaced on a module itself.
     """
-    trace = state.spec.trace
+    alike = fingerprint(block)
+    if alike not in state.generated:
+        state.generated[alike] = _generate(block, name, state.spec.trace, mixin, attention_mixin)
+    codes, attentions = state.generated[alike]
+    changes = [Change(block, mixin, {"_evo_state": state, "_evo_name": name, **codes})]
+    changes += passages(block, codes["_evo_cores"])
+    for core, (own_trace, code) in attentions.items():
+        attention, attention_name = block.get_submodule(core), f"{name}.{core}"
+        check_forward(attention, attention_name)
+        own = {"_evo_name": attention_name, "_evo_trace": own_trace, "_evo_code": code}
+        changes.append(Change(attention, attention_mixin, own))
+    return changes
+
+
+def _generate(
+    block: nn.Module,
+    name: str,
+    trace: TraceSpec,
+    mixin: type[SlowFastBlock],
+    attention_mixin: type[TappedAttention],
+) -> tuple[dict[str, Any], dict[str, tuple[TraceSpec, Code]]]:
+    """The code of a block, and of its attention modules by path."""
     codes = block_codes(mixin, block, name, trace)
-    cores = codes["_evo_cores"]
-    changes = [Change(block, mixin, {"_evo_state": state, "_evo_name": name, **codes}), *passages(block, cores)]
-    for core in filter(None, cores):
+    attentions = {}
+    for core in filter(None, codes["_evo_cores"]):
         attention, attention_name = block.get_submodule(core), f"{name}.{core}"
         check_forward(attention, attention_name)
         own_trace = dataclasses.replace(trace, inputs=codes["_evo_metric"].given.get(core, ()))
-        code = generate_core(attention_mixin._evo_traceable(attention), attention_name, own_trace)
-        changes.append(
-            Change(
-                attention, attention_mixin, {"_evo_name": attention_name, "_evo_trace": own_trace, "_evo_code": code}
-            )
+        attentions[core] = (
+            own_trace,
+            generate_core(attention_mixin._evo_traceable(attention), attention_name, own_trace),
         )
-    return changes
+    return codes, attentions
 
 
 def passages(module: nn.Module, paths: Any) -> list[Change]:

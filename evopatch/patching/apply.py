@@ -188,6 +188,7 @@ def _plan(model: nn.Module, name: str, host: nn.Module, adapter: Adapter, config
     state.foreign = walks_by_itself(host, adapter, state)
     made_with = {"_evo_versions": versions_of(host)}
     planned = adapter.plan(host, state)
+    state.generated.clear()
     if name:
         planned += adapter.plan_holder(model.get_submodule(name.rpartition(".")[0]), host)
     return [dataclasses.replace(change, attributes=made_with | dict(change.attributes)) for change in planned]

@@ -57,7 +57,6 @@ def test_dense():
     assert ratios(plan) == [1.0] * 2 + [0.84, 0.76, 0.65] + [0.59] * 2 + [0.51] * 2 + [0.35] * 3
     assert marks(plan, "selects") == [2, 3, 4, 5, 7, 9]
     assert marks(plan, "selects", depth=24) == [4, 5, 8, 11, 14, 19]
-    assert not marks(plan, "looks_at")
     assert plan.importance < EvoConfig().importance
 
 

@@ -1,21 +1,13 @@
 """A file given on the command line is read, not run, and what is wrong with it is one message."""
 
-import os
 import sys
 
 import pytest
 import torch
 from PIL import Image
+from samples import Malicious
 
 from evopatch.cli import main
-
-
-class Malicious:
-    def __init__(self, mark):
-        self.mark = str(mark)
-
-    def __reduce__(self):
-        return os.mkdir, (self.mark,)
 
 
 @pytest.fixture

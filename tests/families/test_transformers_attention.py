@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from comparing import moved
 from internals import new_pass
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from variants import build, call, images
@@ -24,13 +25,24 @@ def test_causal_attention_is_refused(name):
     assert torch.equal(call(model, x, is_causal=True), call(evopatch.remove(model), x, is_causal=True))
 
 
-@pytest.mark.parametrize("index", [1, 5])
+@pytest.mark.parametrize("index", [2, 5])
 @torch.no_grad()
 def test_attention_replaced_after_apply_is_refused(index):
     model, x = evopatch.apply(build("hf_vit")), images()
     model.vit.layers[index].attention = build("hf_vit").vit.layers[index].attention
     with pytest.raises(evopatch.BypassError, match=rf"vit\.layers\.{index}\.attention is a .*ViTAttention now"):
         model(x)
+
+
+@torch.no_grad()
+def test_attention_replaced_where_a_block_runs_as_it_is_is_used():
+    model, x = evopatch.apply(build("hf_vit")), images()
+    before = call(model, x)
+    torch.manual_seed(5)
+    model.vit.layers[1].attention = type(build("hf_vit").vit.layers[1].attention)(model.config)
+    found = call(model, x)
+    assert moved(found, before) > 1e-3
+    assert torch.equal(found, call(evopatch.apply(evopatch.remove(model)), x))
 
 
 def test_attention_with_a_forward_of_its_own_is_refused():

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import timm
 import torch
+from samples import Malicious
 from variants import build, images
 
 import evopatch
@@ -16,16 +17,6 @@ from evopatch.sources.models import open_classifier, read_state
 from evopatch.training import checkpoints
 
 NAME = "vit_tiny_patch16_224"
-
-
-class Malicious:
-    """Unpickled without care, it makes a folder."""
-
-    def __init__(self, mark):
-        self.mark = str(mark)
-
-    def __reduce__(self):
-        return os.mkdir, (self.mark,)
 
 
 @pytest.fixture
