@@ -7,6 +7,7 @@ from torch import nn
 
 from evopatch.forward import block as block_module
 from evopatch.forward.tokens import TokenPass
+from evopatch.patching import adapter as adapter_module
 from evopatch.patching import apply as applying
 from evopatch.patching.handle import Patched
 from evopatch.plan import BlockPlan
@@ -50,7 +51,7 @@ def new_pass(model: nn.Module) -> dict[str, object]:
 
 
 def fail_at_block(monkeypatch: pytest.MonkeyPatch, number: int, error: Exception) -> list[str]:
-    """Let the rewriting of the so many-th block fail.
+    """Let the rewriting of the so many-th block fail, each being traced for itself.
 
     Returns:
         Filled with the names of the blocks that are rewritten.
@@ -66,6 +67,7 @@ def fail_at_block(monkeypatch: pytest.MonkeyPatch, number: int, error: Exception
         return generate(block, name, spec)
 
     monkeypatch.setattr(block_module, "generate_metric", failing)
+    monkeypatch.setattr(adapter_module, "fingerprint", lambda block: object())
     return names
 
 

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..algorithm.foresight import foreseen
 from ..algorithm.importance import accumulate, accumulate_compact, coarsen
 from ..algorithm.partition import Partition, distribute, merge, merge_positions
 from ..algorithm.rows import is_fixed
 from ..algorithm.selection import num_slow, select_matched, select_top
 from ..errors import BypassError, UnsupportedInputError
 from ..rewrite.classes import host_class
-from .block import answering_tokens, can_read_out, run_tapped, seen_tokens
+from ..rewrite.linear_map import given
+from .block import SlowFastBlock, answering_tokens, can_read_out, foresight_of, run_tapped, seen_tokens, unwrapped
 from .forward_pass import ForwardPass
 from .hooks import FullGrid
 from .host_state import HostState
@@ -38,6 +40,8 @@ class TokenPass(ForwardPass):
         self._entries: dict[int, tuple[Tensor, Tensor]] = {}
         self._first: dict[int, int] = {}
         self._foreseen: bool | None = None
+        self.entered: dict[int, Tensor] | None = None if state.passes is None else {}
+        """Where somebody collects the passes, the tokens before each block."""
 
     def run(self, index: int, block: PatchedBlock, *args: Any, **kwargs: Any) -> Tensor:
         """One block that takes `(B, M, C)`, or `(B, C, h, w)`, and the inputs that its adapter names."""
@@ -78,6 +82,8 @@ class TokenPass(ForwardPass):
             return run(x, dict(inputs), None)
         block._evo_refresh()
         self._check_grid(index, x)
+        if self.entered is not None:
+            self.entered[index] = x
         plan = self.plans[index]
         named = dict(inputs) | {name: inputs.get(name) for name in self.spec.trace.inputs}
         if plan.keep_ratio == 1.0:
@@ -175,12 +181,18 @@ class TokenPass(ForwardPass):
             features = F.normalize(seen[:, prefix:], dim=-1)
             return select_matched(self._accumulated(index, x.device), features, keep, prefix, self.importance)
         look = Look(x, inputs, prefix, self.spec.readout)
+        features = look.features(cast(Any, block))
+        weights = foresight_of(cast(Any, block))
+        g: Tensor | None
+        if weights is not None:
+            g = foreseen(features, given(weights, features))
+            return select_matched(g, features, keep, prefix, self.importance)
         g = look.ahead(self._looked_at(index), cast(Any, block))
         if g is None:
             g = self._accumulated(index, x.device)
         elif self.look_ahead < 1.0:
             g = accumulate(self._accumulated(index, x.device), g, self.look_ahead)
-        return select_matched(g, look.features(cast(Any, block)), keep, prefix, self.importance)
+        return select_matched(g, features, keep, prefix, self.importance)
 
     def _looked_at(self, index: int) -> list[Any]:
         return [self.modules[i] for i in self.plans[index].looks_at if i < len(self.modules)]
@@ -191,8 +203,15 @@ class TokenPass(ForwardPass):
             return False
         if self._foreseen is None:
             selecting = [i for i, plan in enumerate(self.plans[: self.depth]) if plan.selects]
-            self._foreseen = self.look_ahead == 1.0 and all(can_look_ahead(self._looked_at(i)) for i in selecting)
+            self._foreseen = bool(selecting) and all(self._needs_no_past(i) for i in selecting)
         return not self._foreseen
+
+    def _needs_no_past(self, index: int) -> bool:
+        """Whether a selection ranks tokens by nothing that earlier blocks attended to."""
+        block = unwrapped(self.modules[index], SlowFastBlock)
+        if self.representative == "matched" and block is not None and foresight_of(cast(Any, block)) is not None:
+            return True
+        return self.look_ahead == 1.0 and can_look_ahead(self._looked_at(index))
 
     def _accumulated(self, index: int, device: torch.device) -> Tensor:
         """`g` before a block that selects; the first block never does."""

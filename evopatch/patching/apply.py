@@ -9,21 +9,29 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import EvoConfig
-from ..errors import AlreadyPatchedError, ConfigError, SpeedWarning, UnsupportedModelError
+from ..errors import AlreadyPatchedError, ConfigError, DataError, SpeedWarning, UnsupportedModelError
 from ..forward.host_state import HostState
 from . import changes, registry
 from .adapter import Adapter, walks_by_itself
 from .changes import Change
+from .foresight import LEAST_IMAGES, fit_foresight
 from .handle import Patched, unpatch
 from .versions import versions_of
 
 Model = TypeVar("Model", bound=nn.Module)
+_AT_ONCE = 16
+"""Images of one forward."""
 
 
-def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, config: EvoConfig | None = None) -> Model:
+def apply(
+    model: Model,
+    keep_ratio: float | Sequence[float] | None = None,
+    config: EvoConfig | None = None,
+    images: Tensor | None = None,
+) -> Model:
     """Rewrite a model's blocks into slow-fast two-stream blocks, in place.
 
     State-dict keys, parameters and `isinstance` stay as they are; `remove` undoes it.
@@ -32,6 +40,9 @@ def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, confi
         model: A supported model, or one that holds supported ones as submodules: each of them is patched.
         keep_ratio: Share of the patch tokens that are slow, in (0, 1]; overrides the one in `config`. Default 0.5.
         config: All other settings.
+        images: `(B, 3, height, width)`, 16 or more, as the model expects them and on its device: what tokens are
+            ranked by is learned from the model's own attention on them, in a second or two and without labels (see
+            `docs/concepts.md`, foresight). For flat models with matched representatives.
 
     Returns:
         The model itself.
@@ -40,6 +51,7 @@ def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, confi
         ConfigError: If a setting is outside its range or doesn't fit the model's depth.
         UnsupportedModelError: If nothing in the model can be patched, or a variant is refused; says why.
         AlreadyPatchedError: If the model, or a part of it, is patched already.
+        DataError: If `images` are fewer than 8, or no such tensor, or what the model makes of them isn't finite.
 
     In every case of an error the model is left untouched. For an architecture that doesn't get faster in some setting
     (LeViT at batch 1) there is a `SpeedWarning`, once in a program.
@@ -51,8 +63,29 @@ def apply(model: Model, keep_ratio: float | Sequence[float] | None = None, confi
     if keep_ratio is not None:
         config = dataclasses.replace(config, keep_ratio=keep_ratio)
     hosts = _hosts(model)
+    if images is not None:
+        _check_images(images, config)
     _patch(model, hosts, dict.fromkeys((name for name, _, _ in hosts), config))
+    if images is not None:
+        try:
+            fit_foresight(model, images.split(_AT_ONCE))
+        except BaseException:
+            unpatch(model)
+            raise
     return model
+
+
+def _check_images(images: Tensor, config: EvoConfig) -> None:
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+        found = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise DataError(f"images are {found}: expected a tensor (B, 3, height, width) of floating-point numbers")
+    if len(images) < LEAST_IMAGES:
+        raise DataError(f"{len(images)} image(s): expected at least {LEAST_IMAGES}, better 16 or more")
+    if config.representative != "matched":
+        raise ConfigError(
+            f"images were given, and representative={config.representative!r}: what they are for, foresight, ranks "
+            "tokens for matched representatives only. Leave them out"
+        )
 
 
 def apply_again(model: Model, configs: Mapping[str, EvoConfig]) -> Model:

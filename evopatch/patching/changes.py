@@ -87,6 +87,8 @@ def undo(module: nn.Module) -> None:
     _remove_pre_hook(module, module.__dict__.get("_evo_pre_hook"))
     for key in [key for key in module.__dict__ if key.startswith("_evo_")]:
         del module.__dict__[key]
+    for key in [key for key in module._buffers if key.startswith("_evo_")]:
+        delattr(module, key)
     if isinstance(module, Swapped):
         restore(module)
 

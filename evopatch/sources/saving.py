@@ -11,17 +11,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..config import EvoConfig
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..patching.apply import apply_again
+from ..patching.foresight import foresight, set_foresight
 from ..patching.handle import Patched
 from ..patching.library import Library
 from ..version import VERSION
 from . import card
 
 FILE_NAME = "evopatch.json"
+FORESIGHT_FILE = "evopatch.safetensors"
+"""What tokens are ranked by, where that was learned; by path of the block."""
 FORMAT = 1
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _LIBRARIES = {"transformers": "evopatch_transformers.checkpoint", "timm": "evopatch_timm.checkpoint"}
@@ -53,6 +58,10 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".evopatch-", dir=folder) as temporary:
         library.save(patched.model, Path(temporary))
+        if learned := foresight(patched.model):
+            save_file(
+                {name: weights.contiguous() for name, weights in learned.items()}, Path(temporary, FORESIGHT_FILE)
+            )
         files = sorted(file.name for file in Path(temporary).iterdir())
         stale = _listed(folder) - set(files)
         _refuse_other_weights(folder, files, stale)
@@ -118,8 +127,11 @@ def load_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     library = cast(Library, importlib.import_module(_LIBRARIES[name]))
     model = library.load(folder, **kwargs).eval()
     try:
-        return apply_again(model, hosts)
-    except (UnsupportedModelError, ConfigError) as error:
+        apply_again(model, hosts)
+        if (folder / FORESIGHT_FILE).exists():
+            set_foresight(model, load_file(folder / FORESIGHT_FILE))
+        return model
+    except (UnsupportedModelError, ConfigError, SafetensorError) as error:
         raise CheckpointError(f"{file} doesn't fit the model in this folder: {error}") from error
 
 

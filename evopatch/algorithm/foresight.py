@@ -1,0 +1,73 @@
+"""Foresight: a linear guess, from the tokens as they are, of the class attention that is still to come.
+
+What a selection should rank by is the mean class attention of all blocks from the selecting one on. On the unpatched
+model it can be observed; over patch tokens its logarithm is nearly linear in the normed token. So ridge regression on a
+few images without labels gives `C` numbers per block, and a selection needs one product in place of look-ahead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+
+# Added to what a logarithm is taken of.
+_TINY = 1e-6
+# Of the mean of the diagonal.
+_RIDGE = 1e-3
+
+
+def foreseen(tokens: Tensor, weights: Tensor) -> Tensor:
+    """Class attention still to come.
+
+    Args:
+        tokens: `(B, N, C)`, normed without weights.
+        weights: `(C,)`, see `Regression.weights`.
+
+    Returns:
+        `(B, N)` float32, sums to 1 over each image.
+    """
+    return (tokens @ weights).softmax(dim=-1, dtype=torch.float32)
+
+
+class Regression:
+    """Of the logarithm of the class attention still to come on the token: sums over batches, then one solution.
+
+    Over each image both are centred: a selection compares tokens of one image.
+
+    Args:
+        channels: `C`.
+        device: Of the tokens.
+    """
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self._square = torch.zeros(channels, channels, device=device)
+        self._product = torch.zeros(channels, device=device)
+
+    def add(self, tokens: Tensor, attention: Tensor) -> None:
+        """One batch.
+
+        Args:
+            tokens: `(B, N, C)`, normed without weights.
+            attention: `(B, N)`, the mean class attention of the block and all after it.
+
+        Raises:
+            DataError: If either isn't finite.
+        """
+        target = (attention.float() + _TINY).log()
+        target = target - target.mean(1, keepdim=True)
+        centred = (tokens.float() - tokens.float().mean(1, keepdim=True)).flatten(0, 1)
+        square, product = centred.T @ centred, centred.T @ target.flatten()
+        if not (square.isfinite().all() and product.isfinite().all()):
+            raise DataError("tokens or class attention aren't finite on the images given: expected finite ones")
+        self._square += square
+        self._product += product
+
+    def weights(self) -> Tensor:
+        """`(C,)` float32."""
+        square = self._square.double()
+        ridge = _RIDGE * square.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        identity = torch.eye(len(square), dtype=square.dtype, device=square.device)
+        solution: Tensor = torch.linalg.solve(square + ridge * identity, self._product.double())
+        return solution.float()
