@@ -9,6 +9,8 @@ per model in --results (a finished one is not run again), and draws docs/accurac
 With settings of one's own as JSON it prints their table alone, and keeps and draws nothing:
 
     python benchmarks/accuracy_curve.py --data ../shared/data --rows :650 --config '{"look_ahead": 0.5}'
+
+With --images the first so many images are what foresight is fitted on.
 """
 
 import argparse
@@ -43,15 +45,16 @@ BASES = {
 COLOURS = {"matched": "tab:green", "single": "tab:orange", "none": "tab:grey"}
 
 
-def run(folder: Path, weights: str, configs: list[EvoConfig], rows: str, device: str) -> list[dict]:
+def run(folder: Path, weights: str, configs: list[EvoConfig], rows: str, device: str, images: int = 0) -> list[dict]:
     name, preprocessing = MODELS[weights]
     options = Preprocessing(crop_pct=1.0, **preprocessing)
     classifier = open_classifier(name, folder / weights / "model.safetensors", preprocessing=options)
-    model = evopatch.apply(classifier.model.to(device))
     whole = open_images(folder / "imagenet_val_1300.parquet", classifier.transform)
-    images = Subset(whole, parse_rows(rows, len(whole)))
-    with progress_bar(f"{name}, {len(configs)} settings", len(images)) as advance:
-        results = evaluate(model, DataLoader(images, batch_size=50), configs, (3, 224, 224), on_batch=advance)
+    fitted = torch.stack([whole[i][0] for i in range(images)]).to(device) if images else None
+    model = evopatch.apply(classifier.model.to(device), images=fitted)
+    chosen = Subset(whole, parse_rows(rows, len(whole)))
+    with progress_bar(f"{name}, {len(configs)} settings", len(chosen)) as advance:
+        results = evaluate(model, DataLoader(chosen, batch_size=50), configs, (3, 224, 224), on_batch=advance)
     return [result.to_dict() for result in results]
 
 
@@ -94,13 +97,17 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--rows", default="650:", help="which images, as in 650: or 0:200")
     parser.add_argument("--config", action="append", help="an EvoConfig as JSON, in place of the page's settings")
+    parser.add_argument("--images", type=int, default=0, help="how many to fit foresight on; needs --config")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.config:
         configs = [EvoConfig.from_json(text) for text in args.config]
         for key in MODELS:
-            print(f"\n{MODELS[key][0]}\n\n{table(run(args.data, key, configs, args.rows, args.device))}")
+            found = run(args.data, key, configs, args.rows, args.device, args.images)
+            print(f"\n{MODELS[key][0]}\n\n{table(found)}")
         return
+    if args.images:
+        parser.error("--images needs --config")
     configs = [EvoConfig.exact()]
     configs += [dataclasses.replace(base, keep_ratio=ratio) for base in BASES.values() for ratio in RATIOS]
     args.results.mkdir(exist_ok=True)

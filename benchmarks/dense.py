@@ -41,7 +41,7 @@ CONFIGS = {
     "default, keep_ratio=0.5": EvoConfig(),
     "EvoConfig.dense()": EvoConfig.dense(),
     "EvoConfig.dense() with the default importance": dataclasses.replace(EvoConfig.dense(), importance=0.7),
-    "EvoConfig.dense() that looks ahead": dataclasses.replace(EvoConfig.dense(), look_ahead=0.5),
+    "EvoConfig.dense() that looks ahead by half": dataclasses.replace(EvoConfig.dense(), look_ahead=0.5),
     "the paper": EvoConfig.paper(),
 }
 
