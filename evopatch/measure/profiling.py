@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,8 +104,8 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     )
 
 
-def count_flops(call: Callable[[], object]) -> tuple[int, dict[str, int]]:
-    """FLOPs of a call, two per multiply-add: in all, and by module with its path below the root module's class name."""
+def count_flops(call: Callable[[], object], parts: Mapping[str, nn.Module] | None = None) -> tuple[int, dict[str, int]]:
+    """FLOPs of a call, two per multiply-add: in all, and those inside the forward of each of some modules, by name."""
     # Imports triton, a quarter of a second.
     from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -118,9 +118,31 @@ def count_flops(call: Callable[[], object]) -> tuple[int, dict[str, int]]:
     }
     # torch before 2.15 doesn't count them.
     missing = {operator: formula for operator, formula in on_cpu.items() if operator not in flop_registry}
-    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
+    counter: Any = FlopCounterMode(display=False, custom_mapping=missing)
+    counter.mod_tracker = _Inside(parts or {})
+    with counter:
         call()
-    return counter.get_total_flops(), {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    counts = counter.get_flop_counts()
+    return counter.get_total_flops(), {name: sum(counts.get(name, {}).values()) for name in parts or {}}
+
+
+class _Inside:
+    """Which of some modules runs. In place of torch's own tracker, whose hooks are on all modules of the process, so
+    that another thread's forward would be taken for this one's."""
+
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        self._parts = parts
+        self._handles: list[Any] = []
+        self.parents = {"Global"}
+
+    def __enter__(self) -> None:
+        for name, module in self._parts.items():
+            self._handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.parents.add(name)))
+            self._handles.append(module.register_forward_hook(lambda *_, name=name: self.parents.discard(name)))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -134,16 +156,16 @@ class _Measured:
 
 def _measure(model: nn.Module, image: Tensor, blocks: list[list[str]]) -> _Measured:
     with torch.no_grad():
-        flops, by_module = count_flops(lambda: model(image))
+        parts = {path: model.get_submodule(path) for block in blocks for path in block}
+        flops, by_module = count_flops(lambda: model(image), parts)
         memory = peak_memory(lambda: model(image), image.device)
-    root = type(model).__name__
     # All weights take gradients: a frozen layer would keep nothing.
     paths = [path for block in blocks for path in block]
     activations, kept = saved_for_backward(shared_copy(model, requires_grad=True), image, paths)
     kept_by = dict(zip(paths, kept, strict=True))
     return _Measured(
         flops,
-        [sum(by_module[f"{root}.{path}"] for path in block) for block in blocks],
+        [sum(by_module[path] for path in block) for block in blocks],
         activations,
         [sum(kept_by[path] for path in block) for block in blocks],
         memory,

@@ -17,7 +17,7 @@ from ..forward.host_state import HostState
 from . import changes, registry
 from .adapter import Adapter, walks_by_itself
 from .changes import Change
-from .foresight import LEAST_IMAGES, fit_foresight
+from .fitting import LEAST_IMAGES, fit_foresight
 from .handle import Patched, unpatch
 from .versions import versions_of
 

@@ -18,7 +18,7 @@ from torch import nn
 from ..config import EvoConfig
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..patching.apply import apply_again
-from ..patching.foresight import foresight, set_foresight
+from ..patching.fitting import foresight, set_foresight
 from ..patching.handle import Patched
 from ..patching.library import Library
 from ..version import VERSION

@@ -13,7 +13,7 @@ from variants import FLAT, PYRAMIDS, build, call, images_for
 import evopatch
 from evopatch import ConfigError, DataError, EvoConfig, UnsupportedModelError
 from evopatch.forward.look_ahead import Look
-from evopatch.patching.foresight import fit_foresight, foresight
+from evopatch.patching.fitting import fit_foresight, foresight
 from evopatch.patching.handle import Patched
 
 
