@@ -134,7 +134,7 @@ def unwrapped(module: nn.Module, mixin: type[Patch]) -> Patch | None:
     return next((inner for inner in (module, *module.children()) if isinstance(inner, mixin)), None)
 
 
-def foresight_of(module: nn.Module) -> Tensor | None:
+def foresight_of(module: Any) -> Tensor | None:
     """The weights that a block ranks tokens by, `(C,)`, where it was given some (see `algorithm.foresight`)."""
     weights: Tensor | None = module._buffers.get(FORESIGHT)
     return weights

@@ -39,7 +39,7 @@ class HostState:
         self.passes: list[Any] | None = None
         """Where the owner of a copy of a model collects the state of every forward, to look at it."""
         self.generated: dict[Any, Any] = {}
-        """Code by the structure of the block that it is for; empty but while the host is patched."""
+        """Code by the structure of the block that it is for; empty but while the host is being patched."""
         self.set_config(config)
 
     def set_config(self, config: EvoConfig) -> None:

@@ -128,11 +128,10 @@ class Look:
         looked = [(torch.cat(queries, dim=1), tokens, len(queries)) for tokens, queries in self._met if queries]
         if not looked:
             return None
-        looks = sum(count for _, _, count in looked)
-        means = [folded_attention(folded, tokens) * (count / looks) for folded, tokens, count in looked[1:]]
-        first, tokens, count = looked[0]
-        total = folded_attention(first, tokens)
-        if means:
-            total = sum(means, start=total * (count / looks))
+        means = [folded_attention(folded, tokens) for folded, tokens, _ in looked]
+        total: Any = means[0]
+        if len(means) > 1:
+            looks = sum(count for _, _, count in looked)
+            total = sum(mean * (count / looks) for mean, (_, _, count) in zip(means, looked, strict=True))
         patches: Tensor = total[:, self._prefix :]
         return patches

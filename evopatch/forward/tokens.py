@@ -178,21 +178,29 @@ class TokenPass(ForwardPass):
             return select_top(self._accumulated(index, x.device), keep, prefix, self.representative == "single")
         if self.spec.pyramid is not None:
             seen = self._token_layout(seen_tokens(block, self._block_layout(index, x), inputs))
-            features = F.normalize(seen[:, prefix:], dim=-1)
-            return select_matched(self._accumulated(index, x.device), features, keep, prefix, self.importance)
-        look = Look(x, inputs, prefix, self.spec.readout)
-        features = look.features(cast(Any, block))
-        weights = foresight_of(cast(Any, block))
-        g: Tensor | None
-        if weights is not None:
-            g = foreseen(features, given(weights, features))
-            return select_matched(g, features, keep, prefix, self.importance)
-        g = look.ahead(self._looked_at(index), cast(Any, block))
-        if g is None:
-            g = self._accumulated(index, x.device)
-        elif self.look_ahead < 1.0:
-            g = accumulate(self._accumulated(index, x.device), g, self.look_ahead)
+            features, g = F.normalize(seen[:, prefix:], dim=-1), self._accumulated(index, x.device)
+        else:
+            look, running = Look(x, inputs, prefix, self.spec.readout), cast(Any, block)
+            features = look.features(running)
+            weights = foresight_of(running)
+            if weights is None:
+                g = self._importance(index, look.ahead(self._looked_at(index), running), x.device)
+            else:
+                g = foreseen(features, given(weights, features))
         return select_matched(g, features, keep, prefix, self.importance)
+
+    def _importance(self, index: int, ahead: Tensor | None, device: torch.device) -> Tensor:
+        """What tokens are ranked by without foresight.
+
+        Args:
+            index: Of the block that selects.
+            ahead: What later blocks would attend to, where any can be looked at.
+            device: Of the tokens.
+        """
+        if ahead is not None and self.look_ahead == 1.0:
+            return ahead
+        g = self._accumulated(index, device)
+        return g if ahead is None else accumulate(g, ahead, self.look_ahead)
 
     def _looked_at(self, index: int) -> list[Any]:
         return [self.modules[i] for i in self.plans[index].looks_at if i < len(self.modules)]
@@ -209,7 +217,7 @@ class TokenPass(ForwardPass):
     def _needs_no_past(self, index: int) -> bool:
         """Whether a selection ranks tokens by nothing that earlier blocks attended to."""
         block = unwrapped(self.modules[index], SlowFastBlock)
-        if self.representative == "matched" and block is not None and foresight_of(cast(Any, block)) is not None:
+        if self.representative == "matched" and block is not None and foresight_of(block) is not None:
             return True
         return self.look_ahead == 1.0 and can_look_ahead(self._looked_at(index))
 

@@ -155,17 +155,16 @@ class _Measured:
 
 
 def _measure(model: nn.Module, image: Tensor, blocks: list[list[str]]) -> _Measured:
+    paths = [path for block in blocks for path in block]
     with torch.no_grad():
-        parts = {path: model.get_submodule(path) for block in blocks for path in block}
-        flops, by_module = count_flops(lambda: model(image), parts)
+        flops, inside = count_flops(lambda: model(image), {path: model.get_submodule(path) for path in paths})
         memory = peak_memory(lambda: model(image), image.device)
     # All weights take gradients: a frozen layer would keep nothing.
-    paths = [path for block in blocks for path in block]
     activations, kept = saved_for_backward(shared_copy(model, requires_grad=True), image, paths)
     kept_by = dict(zip(paths, kept, strict=True))
     return _Measured(
         flops,
-        [sum(by_module[path] for path in block) for block in blocks],
+        [sum(inside[path] for path in block) for block in blocks],
         activations,
         [sum(kept_by[path] for path in block) for block in blocks],
         memory,

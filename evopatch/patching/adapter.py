@@ -118,13 +118,9 @@ def _generate(
     codes = block_codes(mixin, block, name, trace)
     attentions = {}
     for core in filter(None, codes["_evo_cores"]):
-        attention, attention_name = block.get_submodule(core), f"{name}.{core}"
-        check_forward(attention, attention_name)
         own_trace = dataclasses.replace(trace, inputs=codes["_evo_metric"].given.get(core, ()))
-        attentions[core] = (
-            own_trace,
-            generate_core(attention_mixin._evo_traceable(attention), attention_name, own_trace),
-        )
+        traced = attention_mixin._evo_traceable(block.get_submodule(core))
+        attentions[core] = own_trace, generate_core(traced, f"{name}.{core}", own_trace)
     return codes, attentions
 
 

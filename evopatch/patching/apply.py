@@ -12,18 +12,16 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ..config import EvoConfig
-from ..errors import AlreadyPatchedError, ConfigError, DataError, SpeedWarning, UnsupportedModelError
+from ..errors import AlreadyPatchedError, ConfigError, SpeedWarning, UnsupportedModelError
 from ..forward.host_state import HostState
 from . import changes, registry
 from .adapter import Adapter, walks_by_itself
 from .changes import Change
-from .fitting import LEAST_IMAGES, fit_foresight
+from .fitting import check_images, fit_foresight
 from .handle import Patched, unpatch
 from .versions import versions_of
 
 Model = TypeVar("Model", bound=nn.Module)
-_AT_ONCE = 16
-"""Images of one forward."""
 
 
 def apply(
@@ -64,28 +62,15 @@ def apply(
         config = dataclasses.replace(config, keep_ratio=keep_ratio)
     hosts = _hosts(model)
     if images is not None:
-        _check_images(images, config)
+        check_images(images, config)
     _patch(model, hosts, dict.fromkeys((name for name, _, _ in hosts), config))
     if images is not None:
         try:
-            fit_foresight(model, images.split(_AT_ONCE))
+            fit_foresight(model, images)
         except BaseException:
             unpatch(model)
             raise
     return model
-
-
-def _check_images(images: Tensor, config: EvoConfig) -> None:
-    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
-        found = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-        raise DataError(f"images are {found}: expected a tensor (B, 3, height, width) of floating-point numbers")
-    if len(images) < LEAST_IMAGES:
-        raise DataError(f"{len(images)} image(s): expected at least {LEAST_IMAGES}, better 16 or more")
-    if config.representative != "matched":
-        raise ConfigError(
-            f"images were given, and representative={config.representative!r}: what they are for, foresight, ranks "
-            "tokens for matched representatives only. Leave them out"
-        )
 
 
 def apply_again(model: Model, configs: Mapping[str, EvoConfig]) -> Model:

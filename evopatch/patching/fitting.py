@@ -10,31 +10,50 @@ from torch import Tensor, nn
 
 from ..algorithm.foresight import Regression
 from ..config import EvoConfig
-from ..errors import DataError, UnsupportedModelError
+from ..errors import ConfigError, DataError, UnsupportedModelError
 from ..forward.block import FORESIGHT, SlowFastBlock, foresight_of, layer_norm_of, unwrapped
 from ..forward.host_state import HostState
 from ..forward.look_ahead import Look
 from ..plan import BlockPlan
 from .handle import Host, Patched
 
-LEAST_IMAGES = 8
-"""Fewer say too little."""
+_LEAST_IMAGES = 8
+# Of one forward.
+_AT_ONCE = 16
 _WATCHED = BlockPlan(keep_ratio=1.0, selects=False, ends=False, tradeoff=1.0)
 """All tokens, and the block's own class attention."""
 
 
+def check_images(images: Tensor, config: EvoConfig) -> None:
+    """
+    Raises:
+        DataError: If these aren't images to fit foresight on.
+        ConfigError: If nothing would use it.
+    """
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+        found = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise DataError(f"images are {found}: expected a tensor (B, 3, height, width) of floating-point numbers")
+    if len(images) < _LEAST_IMAGES:
+        raise DataError(f"{len(images)} image(s): expected at least {_LEAST_IMAGES}, better 16 or more")
+    if config.representative != "matched":
+        raise ConfigError(
+            f"images were given, and representative={config.representative!r}: what they are for, foresight, ranks "
+            "tokens for matched representatives only. Leave them out"
+        )
+
+
 @torch.no_grad()
-def fit_foresight(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def fit_foresight(model: nn.Module, images: Tensor) -> None:
     """Give every block of a patched flat model its foresight, by the unpatched model's forwards.
 
     Args:
         model: A patched model; what its blocks had before is replaced.
-        batches: `(B, 3, height, width)` images as the model expects them, on its device; no labels.
+        images: `(B, 3, height, width)` as the model expects them, on its device; see `check_images`.
 
     Raises:
         NotPatchedError: If nothing in the model is patched.
         UnsupportedModelError: If nothing flat is patched in it.
-        DataError: If there are fewer than 8 images, or what the model makes of them isn't finite.
+        DataError: If what the model makes of the images isn't finite.
     """
     patched = Patched(model)
     hosts = {name: host for name, host in patched.hosts.items() if _is_flat(host)}
@@ -45,14 +64,10 @@ def fit_foresight(model: nn.Module, batches: Iterable[Tensor]) -> None:
         )
     watched = _watched(patched, hosts)
     sums: dict[str, dict[int, Regression]] = {name: {} for name in hosts}
-    count = 0
-    for images in batches:
-        watched.model(images)
-        count += len(images)
+    for batch in images.split(_AT_ONCE):
+        watched.model(batch)
         for name in hosts:
             _add(_blocks(watched, watched.hosts[name]), watched.hosts[name].state, sums[name])
-    if count < LEAST_IMAGES:
-        raise DataError(f"{count} image(s) to fit foresight on: expected at least {LEAST_IMAGES}, better 16 or more")
     for name, host in hosts.items():
         for index, block in enumerate(_blocks(patched, host)):
             if index in sums[name]:
@@ -88,14 +103,15 @@ def set_foresight(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def give_foresight(block: nn.Module, weights: Tensor) -> None:
     """Let a patched block rank tokens by these weights, `(C,)`."""
-    parameter = next(block.parameters())
-    block.register_buffer(FORESIGHT, weights.to(parameter.device, parameter.dtype), persistent=False)
+    # On the device of an offloaded block, and in the type of a quantised one, nothing would be left of them.
+    device = next(block.parameters()).device
+    block.register_buffer(FORESIGHT, weights if device.type == "meta" else weights.to(device), persistent=False)
 
 
 def _blocks(patched: Patched[Any], host: Host) -> list[nn.Module]:
     """A host's patched blocks, also those that a wrapper holds."""
     found: list[Any] = [unwrapped(patched.model.get_submodule(first), SlowFastBlock) for first, *_ in host.blocks()]
-    return [block for block in found if block is not None]
+    return found
 
 
 def _is_flat(host: Host) -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..algorithm.rows import exporting
+
 
 def at_hand(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
     """Bring the weights of modules here that torch's `fully_shard` or accelerate keeps elsewhere.
@@ -44,7 +46,7 @@ def along(module: nn.Module, path: str) -> Iterator[nn.Module]:
     """The modules on the way from one, which counts, to one inside it, which does, too."""
     yield module
     for name in path.split(".") if path else ():
-        module = module._modules[name]  # type: ignore[assignment]
+        module = getattr(module, name)
         yield module
 
 
@@ -92,7 +94,7 @@ def given(parameter: Tensor, like: Tensor) -> Tensor:
     """A parameter without a gradient, of the type and on the device of `like`: itself where it is so, as at batch 1
     every operator counts."""
     # A trace is checked by another one, made without gradients: both have to record the same.
-    if parameter.requires_grad and (torch.is_grad_enabled() or torch.jit.is_tracing()):  # type: ignore[attr-defined]
+    if parameter.requires_grad and (torch.is_grad_enabled() or exporting()):
         parameter = parameter.detach()
     same = parameter.dtype == like.dtype and parameter.device == like.device
     return parameter if same else parameter.to(like)

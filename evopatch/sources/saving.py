@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..config import EvoConfig
@@ -59,9 +57,9 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
     with tempfile.TemporaryDirectory(prefix=".evopatch-", dir=folder) as temporary:
         library.save(patched.model, Path(temporary))
         if learned := foresight(patched.model):
-            save_file(
-                {name: weights.contiguous() for name, weights in learned.items()}, Path(temporary, FORESIGHT_FILE)
-            )
+            from safetensors.torch import save_file  # which both libraries bring
+
+            save_file(learned, Path(temporary, FORESIGHT_FILE))
         files = sorted(file.name for file in Path(temporary).iterdir())
         stale = _listed(folder) - set(files)
         _refuse_other_weights(folder, files, stale)
@@ -126,6 +124,9 @@ def load_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     name, hosts = _read(file)
     library = cast(Library, importlib.import_module(_LIBRARIES[name]))
     model = library.load(folder, **kwargs).eval()
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         apply_again(model, hosts)
         if (folder / FORESIGHT_FILE).exists():
