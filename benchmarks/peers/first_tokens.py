@@ -1,8 +1,9 @@
-"""The first tokens go on, the others are dropped: what is left of the FLOPs' promise where selecting costs nothing.
+r"""The first tokens go on, the others are dropped: what is left of the FLOPs' promise where selecting costs nothing.
 
 No way to classify images. Given to the benchmark command as
 
-    evopatch benchmark --model deit_small_patch16_224 --batch-size 1 --peer benchmarks/peers/first_tokens.py
+    PYTHONPATH=benchmarks evopatch benchmark --model deit_small_patch16_224 --batch-size 1 \
+        --peer benchmarks/peers/first_tokens.py
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ import alternatives
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import mctf, pitome, token_merging
+from peers import first_tokens, mctf, pitome, token_merging
 from timm.models.vision_transformer import VisionTransformer
+
+from evopatch.algorithm.selection import num_slow
 
 SMALL = {"patch_size": 8, "num_classes": 7, "embed_dim": 48, "depth": 6, "num_heads": 4, "dynamic_img_size": True}
 
@@ -76,6 +78,18 @@ def test_peers_keep_as_many_tokens_as_promised(model, peer, tokens):
     assert size.shape == (2, tokens, 1)
     torch.testing.assert_close(size.sum(1), torch.full((2, 1), 65.0))
     assert (size[:, 0] == 1).all(), "the class token was merged"
+
+
+@torch.no_grad()
+def test_first_tokens_are_as_many_as_evopatch_keeps(model):
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    plans = first_tokens.FirstTokens(model, 50).plans
+    dropping = first_tokens.FirstTokens(model, 50).eval()
+    assert dropping.features(x)[0].shape == (2, 1 + num_slow(64, plans[-1].keep_ratio), 48)
+    whole = alternatives.side("whole", model, 64).flops
+    cheaper = first_tokens.at_flops(model, x[:1], int(0.7 * whole))
+    assert 0.6 * whole < alternatives.side("cheaper", cheaper, 64).flops <= 0.7 * whole
+    torch.testing.assert_close(first_tokens.FirstTokens(model, 100).eval()(x), model(x))
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
