@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import flat_rows, row_vector_sums
+from .rows import flat_rows, weighted_row_sums
 
 
 class Partition(NamedTuple):
@@ -70,8 +70,7 @@ def with_prefix(group: Tensor, prefix: int) -> Tensor:
 
 def merge(x: Tensor, partition: Partition) -> Tensor:
     """`(B, T, C)` tokens to the `(B, M, C)` compact set: each row the weighted mean of its tokens (equation 5)."""
-    weighted = x * partition.weight.unsqueeze(-1)
-    compact = row_vector_sums(weighted, partition.group, partition.rows_there).to(x.dtype)
+    compact = weighted_row_sums(x, partition.weight, partition.group, partition.rows_there)
     return compact if partition.complete else compact[:, :-1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,13 +12,21 @@ _SCALE = 10**9
 
 
 def exporting() -> bool:
-    """Whether the operators are recorded for another runtime: `torch.export`, `torch.jit.trace`, both ONNX exporters.
+    """Whether the operators are recorded for another runtime: `torch.export`, `torch.jit.trace`, both ONNX exporters."""
+    # By its flag, as torch.compile takes `torch.compiler.is_exporting()` for true before torch 2.13.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
-    Sums into repeated rows are wrong or unknown in several of those (TorchScript's ONNX exporter, OpenVINO, Core ML,
-    TensorRT); a product with a matrix of ones and zeros is known to all. Eager mode keeps the sums, which take less
-    time than the product.
+
+def by_product(values: Tensor) -> bool:
+    """Whether sums into repeated rows are taken as a product with a matrix of ones and zeros.
+
+    Recorded for another runtime, as several don't know such sums, or take them wrongly (TorchScript's ONNX exporter,
+    OpenVINO, Core ML, TensorRT). On accelerators and compiled, as the sums are atomic additions there: slower, and not
+    the same to the bit in two runs. In half precision, as the product sums in float32. In eager mode on the CPU the sums
+    take less time.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return recorded or values.device.type != "cpu" or values.element_size() < 4
 
 
 def members(group: Tensor, rows: int) -> Tensor:
@@ -25,20 +34,41 @@ def members(group: Tensor, rows: int) -> Tensor:
     return group.unsqueeze(-2) == torch.arange(rows, device=group.device).unsqueeze(-1)
 
 
-def row_sums(values: Tensor, group: Tensor, rows: int) -> Tensor:
-    """Sums of one number per token: `(B, T)` values and row numbers to `(B, rows)`."""
-    if exporting():
-        return (members(group, rows).to(values.dtype) * values.unsqueeze(-2)).sum(-1)
-    return values.new_zeros(values.shape[0], rows).scatter_add(1, group, values)
+def row_sums(values: Tensor, group: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Sums of one number per token: `(B, T)` values and row numbers to `(B, rows)` sums, and how many tokens each row
+    has."""
+    if by_product(values):
+        own = members(group, rows)
+        return torch.where(own, values.unsqueeze(-2), 0.0).sum(-1), own.sum(-1).to(values.dtype)
+    empty = values.new_zeros(values.shape[0], rows)
+    return empty.scatter_add(1, group, values), empty.scatter_add(1, group, torch.ones_like(values))
 
 
-def row_vector_sums(values: Tensor, group: Tensor, rows: int) -> Tensor:
-    """Sums of one vector per token: `(B, T, C)` values and `(B, T)` row numbers to `(B, rows, C)`."""
-    if exporting():
-        return members(group, rows).to(values.dtype) @ values
-    batch, _, channels = values.shape
-    sums = values.new_zeros(batch * rows, channels)
-    return sums.index_add(0, flat_rows(group, rows), values.reshape(-1, channels)).view(batch, rows, channels)
+def weighted_row_sums(values: Tensor, weight: Tensor, group: Tensor, rows: int) -> Tensor:
+    """Weighted sums of one vector per token.
+
+    Args:
+        values: `(B, T, C)`.
+        weight: `(B, T)`.
+        group: `(B, T)` row numbers.
+        rows: How many there are.
+
+    Returns:
+        `(B, rows, C)`.
+    """
+    batch, tokens, channels = values.shape
+    if not by_product(values):
+        sums = values.new_zeros(batch * rows, channels)
+        weighted = (values * weight.unsqueeze(-1)).reshape(-1, channels)
+        return sums.index_add(0, flat_rows(group, rows), weighted).view(batch, rows, channels)
+    device = values.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        if exporting():
+            return torch.where(members(group, rows), weight.to(values.dtype).unsqueeze(1), 0.0) @ values
+        # Matrix units are at their best where the numbers side by side are a multiple of eight.
+        row = torch.arange(rows + -rows % 8, device=values.device)
+        own = torch.where(group.unsqueeze(2) == row, weight.to(values.dtype).unsqueeze(2), 0.0)
+        return (own.transpose(1, 2) @ values)[:, :rows]
 
 
 def top(values: Tensor, count: int, largest: bool = True) -> Tensor:
@@ -70,6 +100,9 @@ def limited(number: int, low: int, high: int) -> int:
     if any(isinstance(size, Tensor) for size in sizes):  # sizes under torch.jit.trace
         traced: Any = torch.minimum(torch.maximum(*map(torch.as_tensor, (number, low))), torch.as_tensor(high))
         return traced  # type: ignore[no-any-return]
+    if all(is_fixed(size) for size in sizes):
+        # torch.compile before torch 2.12 can't follow the functions below with numbers.
+        return min(max(number, low), high)
     bounded: Any = torch.sym_min(torch.sym_max(number, low), high)
     return bounded  # type: ignore[no-any-return]
 

@@ -86,6 +86,6 @@ def select_matched(g: Tensor, features: Tensor, keep: int, prefix: int, importan
     share = g.clamp_min(torch.finfo(g.dtype).tiny).sqrt()
     if prefix:
         share = F.pad(share, (prefix, 0), value=1.0)
-    size = row_sums(torch.ones_like(share), group, prefix + keep)
-    weight = share / row_sums(share, group, prefix + keep).gather(1, group)
+    total, size = row_sums(share, group, prefix + keep)
+    weight = share / total.gather(1, group)
     return Partition(group, weight, slow, size.log(), prefix + keep, index)

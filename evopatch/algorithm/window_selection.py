@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .importance import detached
 from .partition import Partition, merge
-from .rows import exporting, members, row_sums, top
+from .rows import by_product, members, row_sums, top
 from .windows import Windows, in_windows
 
 TIE = 1e-4
@@ -139,10 +139,10 @@ def match_tokens(metric: Tensor, keep: int, places: Tensor, windows: Windows, ma
     rows = keep + int(windows.padded)
     window = torch.arange(count, device=metric.device).view(count, 1)
     group = (leader + rows * window).flatten(1).index_select(1, places)
-    if exporting():
+    if by_product(metric):
         size = (members(leader, rows) & is_token.unsqueeze(1)).sum(-1).flatten(1).float()
     else:
-        size = row_sums(torch.ones(group.shape, device=metric.device), group, count * rows)
+        _, size = row_sums(torch.ones(group.shape, device=metric.device), group, count * rows)
     slow = index.gather(2, leader) == torch.arange(area, device=metric.device)
     slow = slow.flatten(1).index_select(1, places)
     partition = Partition(group, size.gather(1, group).reciprocal(), slow, size.log(), count * rows)
@@ -153,12 +153,12 @@ def match_tokens(metric: Tensor, keep: int, places: Tensor, windows: Windows, ma
 def merge_windows(x: Tensor, selected: WindowPartition, windows: Windows) -> Tensor:
     """`merge`, of `(B, N, C)` tokens to the `(B, M, C)` rows of the windows of the compact set."""
     partition = selected.partition
-    if not exporting():
+    if not by_product(x):
         return merge(x, partition)
     # One product over all tokens of the map and all rows would take longer than the blocks.
     batch, _, channels = x.shape
     tokens = windows.tokens(windows.places(x.device))
-    values = in_windows(x * partition.weight.unsqueeze(-1), tokens, windows)
+    values = in_windows(x * partition.weight.unsqueeze(-1).to(x.dtype), tokens, windows)
     if selected.window is None:
         rows = partition.rows // windows.number
         member = members(in_windows(partition.group.remainder(rows), tokens, windows), rows)
@@ -167,4 +167,4 @@ def merge_windows(x: Tensor, selected: WindowPartition, windows: Windows) -> Ten
         if selected.share is not None:
             member = torch.cat([member, ~member.any(1, keepdim=True)], dim=1)
         values = values.flatten(2)
-    return (member.to(values.dtype) @ values).view(batch, -1, channels).to(x.dtype)
+    return (member.to(x.dtype) @ values).view(batch, -1, channels)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 from torch import nn
@@ -21,7 +21,10 @@ class View:
     """Stands for a module in its own methods, with other attributes in some places: the module in everything else."""
 
     def __init__(self, module: Any, attributes: Mapping[str, Any]) -> None:
-        self.__dict__.update({"_evo_viewed": module, **attributes})
+        # One by one and past its own `__setattr__`: torch.compile before torch 2.12 follows nothing else here.
+        object.__setattr__(self, "_evo_viewed", module)
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -57,6 +60,10 @@ class ContainerView:
         container: An `nn.Sequential`, `nn.ModuleList` or `nn.ModuleDict`, or None for a part of one.
         items: By name.
     """
+
+    # torch.compile asks an instance that was never initialised.
+    _evo_viewed: Any = None
+    _evo_items: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, container: Any, items: Mapping[str, Any]) -> None:
         self._evo_viewed = container

@@ -1,0 +1,334 @@
+"""Speed of patched models on a GPU, all in one command of a few minutes: every cell a model at one batch size.
+
+    python benchmarks/gpu.py --output results
+
+Each cell has a process of its own, so that all compile side by side; after that, or after --compile-minutes, those that
+are ready take turns on the device, where nothing else runs while one is timed. Sides alternate within each round:
+unpatched, patched with the default configuration at keep_ratio=0.5 and, for flat models, patched with foresight, and
+token merging at the mildest setting that needs no more FLOPs. Ways to run: eager, compiled (fullgraph=True), and both
+of them replayed from a CUDA graph. Weights and images are random. Writes gpu.json and prints tables. Without a GPU, a
+small run shows that the script works:
+
+    python benchmarks/gpu.py deit_tiny_patch16_224:1 --device cpu --dtype float32 --no-train
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from peers import token_merging
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import evopatch
+from evopatch.measure.memory import peak_memory
+from evopatch.measure.profiling import count_flops
+from evopatch.measure.timing import alternate, forward_and_backward
+from evopatch.patching.handle import shared_copy
+
+CELLS = (
+    "deit_tiny_patch16_224:1,32,256",
+    "deit_small_patch16_224:1,32,256",
+    "deit_base_patch16_224:1,32,256",
+    "vit_large_patch16_224:1,32,256",
+    "vit_base_patch14_dinov2:1,32,256",
+    "swin_tiny_patch4_window7_224:1,32,256",
+    "swin_base_patch4_window7_224:1,32,256",
+)
+TRAINED = ("deit_base_patch16_224", 128)
+ATTENTION = {"flash": "flash", "fmha": "memory-efficient", "cudnn": "cuDNN"}
+"""What names of kernels say."""
+LONG_ENOUGH = 0.01
+"""Seconds that a timed call takes at least: it repeats forwards until then."""
+
+
+def sides_of(name: str, keep_ratio: float, device: str, dtype: torch.dtype) -> tuple[dict[str, nn.Module], Tensor]:
+    """The models to compare, sharing weights, and one image."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval().to(device, dtype)
+    image = torch.randn(1, *model.pretrained_cfg["input_size"], device=device, dtype=dtype)
+    sides: dict[str, nn.Module] = {"unpatched": model, "patched": evopatch.apply(shared_copy(model), keep_ratio)}
+    if isinstance(model, timm.models.VisionTransformer):
+        some = torch.randn(16, *image.shape[1:], device=device, dtype=dtype)
+        sides["foresight"] = evopatch.apply(shared_copy(model), keep_ratio, images=some)
+        with torch.no_grad():
+            flops, _ = count_flops(partial(sides["patched"], image))
+        sides["token merging"] = token_merging.at_flops(model, image, flops)
+    return sides, image
+
+
+def graphed(call: Callable[[], object]) -> Callable[[], object]:
+    """The same call, replayed from a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def repeated(call: Callable[[], object], times: int) -> None:
+    """Call several times."""
+    for _ in range(times):
+        call()
+
+
+def timed(calls: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of one call, one entry per round and side."""
+    first = alternate({"": calls["unpatched"]}, device, 1, 2)[""][0]
+    times = max(1, round(LONG_ENOUGH / first))
+    seconds = alternate({side: partial(repeated, call, times) for side, call in calls.items()}, device, rounds)
+    return {side: [value / times for value in values] for side, values in seconds.items()}
+
+
+def kernels(call: Callable[[], object], device: torch.device) -> tuple[int, list[str], list[tuple[str, int, float]]]:
+    """How many kernels a call launches (on the CPU: operators it calls), which attention is among them, and those that
+    take the most time: name, how often, and microseconds in all."""
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    on_gpu = device.type == "cuda"
+    events = [event for event in profiler.key_averages() if not on_gpu or event.device_type.name == "CUDA"]
+    times = [
+        (event.key, event.count, event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+        for event in events
+    ]
+    times.sort(key=lambda entry: -entry[2])
+    kinds = sorted({kind for name, _, _ in times for word, kind in ATTENTION.items() if word in name.lower()})
+    return sum(count for _, count, _ in times), kinds, times[:25]
+
+
+class Cell:
+    """One model at one batch size.
+
+    Args:
+        name: timm's.
+        batch_size: Images.
+        train: Time forward and backward instead of a forward.
+        arguments: Of the command line.
+    """
+
+    def __init__(self, name: str, batch_size: int, train: bool, arguments: argparse.Namespace) -> None:
+        self.arguments, self.train, self.device = arguments, train, torch.device(arguments.device)
+        self.record: dict[str, Any] = {"model": name, "batch_size": batch_size, "train": train}
+        dtype = getattr(torch, arguments.dtype)
+        models, image = sides_of(name, arguments.keep_ratio, arguments.device, dtype)
+        images = torch.randn(batch_size, *image.shape[1:], device=self.device, dtype=dtype)
+        self.models = {side: shared_copy(model, train).train(train) for side, model in models.items()}
+        self.images = images
+        with torch.no_grad():
+            flops = {side: count_flops(partial(model, image))[0] for side, model in models.items()}
+        self.record["flops"] = {side: count / flops["unpatched"] for side, count in flops.items()}
+        self.calls = {"eager": {side: self._step(model) for side, model in self.models.items()}}
+        if arguments.compile:
+            try:
+                self.calls["compiled"] = {side: self._compiled(model) for side, model in self.models.items()}
+            except Exception:
+                self.record["error"] = traceback.format_exc()
+
+    def _step(self, model: nn.Module) -> Callable[[], object]:
+        if self.train:
+            return forward_and_backward(model, self.images)
+        return partial(model, self.images)
+
+    def _compiled(self, model: nn.Module) -> Callable[[], object]:
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(model, fullgraph=True, dynamic=False)
+        step = self._step(compiled)
+        begin = time.perf_counter()
+        with torch.set_grad_enabled(self.train):
+            step()
+        self.record.setdefault("compile_seconds", []).append(time.perf_counter() - begin)
+        return step
+
+    def measure(self) -> None:
+        """Everything that nothing else may run beside."""
+        self.record["seconds"] = {}
+        with torch.set_grad_enabled(self.train):
+            for way, calls in self.calls.items():
+                self._measure(way, calls)
+                if self.device.type == "cuda" and not self.train:
+                    self._measure(f"{way}, CUDA graph", {side: graphed(call) for side, call in calls.items()})
+                    torch.cuda.empty_cache()
+
+    def _measure(self, way: str, calls: dict[str, Callable[[], object]]) -> None:
+        self.record["seconds"][way] = timed(calls, self.device, self.arguments.rounds)
+        if "graph" in way:
+            return
+        memory, launches, attention, slowest, repeatable = ({} for _ in range(5))
+        for side, call in calls.items():
+            # On the CPU tensors are counted, those of compiled code can't be.
+            memory[side] = peak_memory(call, self.device) if way == "eager" or self.images.is_cuda else None
+            launches[side], attention[side], slowest[side] = kernels(call, self.device)
+            repeatable[side] = self._repeatable(side, call)
+        found = {"memory": memory, "kernels": launches, "attention": attention, "slowest": slowest}
+        for key, values in {**found, "repeatable": repeatable}.items():
+            self.record.setdefault(key, {})[way] = values
+
+    def _repeatable(self, side: str, call: Callable[[], object]) -> bool | None:
+        if self.train:
+            return None
+        first: Any = call()
+        return all(torch.equal(first, again) for again in (call() for _ in range(3)) if isinstance(again, Tensor))
+
+
+def work(cell: tuple[str, int, bool], arguments: argparse.Namespace, pipe: Any) -> None:
+    """A cell's process: says when it is ready, measures when told to, and gives its record."""
+    record: dict[str, Any] = dict(zip(("model", "batch_size", "train"), cell, strict=True))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    if arguments.device == "cuda":
+        torch.set_num_threads(1)
+    made = None
+    try:
+        made = Cell(*cell, arguments)
+        record = made.record
+        if made.device.type == "cuda":
+            torch.cuda.empty_cache()
+    except Exception:
+        record["error"] = traceback.format_exc()
+    pipe.send("ready")
+    pipe.recv()
+    try:
+        if made is not None:
+            made.measure()
+    except Exception:
+        record["error"] = traceback.format_exc()
+    pipe.send(record)
+
+
+class Workers:
+    """The processes of all cells.
+
+    Args:
+        cells: Model, batch size, whether it is trained.
+        arguments: Of the command line.
+    """
+
+    def __init__(self, cells: list[tuple[str, int, bool]], arguments: argparse.Namespace) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        self._pipes: dict[tuple[str, int, bool], Any] = {}
+        self._processes: dict[tuple[str, int, bool], Any] = {}
+        self._ready: set[tuple[str, int, bool]] = set()
+        for cell in cells:
+            self._pipes[cell], end = context.Pipe()
+            self._processes[cell] = context.Process(target=work, args=(cell, arguments, end), daemon=True)
+            self._processes[cell].start()
+            end.close()
+        self._deadline = time.monotonic() + 60 * arguments.compile_minutes
+
+    def wait(self, on_ready: Callable[[], object]) -> None:
+        """Until all are ready, have died, or ran out of time."""
+        for cell, pipe in self._pipes.items():
+            if pipe.poll(max(0.0, self._deadline - time.monotonic())) and _received(pipe) == "ready":
+                self._ready.add(cell)
+            else:
+                self._processes[cell].kill()
+            on_ready()
+
+    def measure(self, cell: tuple[str, int, bool]) -> dict[str, Any]:
+        """One cell's record."""
+        failed = dict(zip(("model", "batch_size", "train"), cell, strict=True))
+        if cell not in self._ready:
+            return {**failed, "error": "not ready in time, see --compile-minutes, or killed"}
+        self._pipes[cell].send("go")
+        return _received(self._pipes[cell]) or {**failed, "error": "died while it was measured"}
+
+
+def _received(pipe: Any) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None
+
+
+def table_of(records: list[dict[str, Any]], way: str) -> Table:
+    """Speed-ups of one way to run: the median of the rounds' ratios."""
+    table = Table(title=way)
+    for column in ("model", "batch", "side", "images/s", "FLOPs", "speed-up", "efficiency", "peak MB", "kernels"):
+        table.add_column(column, justify="left" if column in ("model", "side") else "right")
+    for record in records:
+        seconds = record.get("seconds", {}).get(way)
+        if seconds is None:
+            continue
+        what = f"{record['batch_size']}{', training' if record['train'] else ''}"
+        for side, values in seconds.items():
+            ratio = statistics.median(slow / fast for slow, fast in zip(seconds["unpatched"], values, strict=True))
+            flops = record["flops"][side]
+            memory, launches = (record[key].get(way, {}).get(side) for key in ("memory", "kernels"))
+            table.add_row(
+                record["model"],
+                what,
+                side,
+                f"{record['batch_size'] / statistics.median(values):.1f}",
+                f"{flops:.3f}",
+                f"{ratio:.3f}",
+                f"{ratio * flops:.3f}",
+                "" if memory is None else f"{memory / 1e6:.1f}",
+                "" if launches is None else str(launches),
+            )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", nargs="*", default=list(CELLS), help="a timm model and its batch sizes: NAME:1,32")
+    parser.add_argument("--keep-ratio", type=float, default=0.5)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--compile-minutes", type=float, default=5.0, help="cells that aren't ready then are left out")
+    parser.add_argument("--output", type=Path, default=Path("results"))
+    arguments = parser.parse_args()
+    named = [cell.partition(":")[::2] for cell in arguments.cells]
+    cells = [(name, int(size), False) for name, sizes in named for size in sizes.split(",")]
+    if arguments.train:
+        cells.append((*TRAINED, True))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    records: list[dict[str, Any]] = []
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device
+    versions = {"torch": torch.__version__, "timm": timm.__version__, "evopatch": evopatch.__version__}
+    workers = Workers(cells, arguments)
+    with Progress(console=Console(stderr=True)) as progress:
+        compiling = progress.add_task("compiling", total=len(cells))
+        workers.wait(partial(progress.advance, compiling))
+        timing = progress.add_task("timing", total=len(cells))
+        for cell in cells:
+            records.append(workers.measure(cell))
+            progress.advance(timing)
+            content = {"device": device, "dtype": arguments.dtype, "versions": versions, "cells": records}
+            (arguments.output / "gpu.json").write_text(json.dumps(content, indent=1))
+    console = Console(width=140)
+    for way in dict.fromkeys(way for record in records for way in record.get("seconds", {})):
+        console.print(table_of(records, way))
+    console.print(f"{device}, {arguments.dtype}, {arguments.rounds} rounds, torch {torch.__version__}")
+    for record in records:
+        for way, kinds in record.get("attention", {}).items():
+            console.print(record["model"], record["batch_size"], way, kinds, record["repeatable"][way])
+        if "error" in record:
+            console.print(f"{record['model']}, batch {record['batch_size']}: {record['error']}", markup=False)
+
+
+if __name__ == "__main__":
+    main()
