@@ -12,7 +12,7 @@ _SCALE = 10**9
 
 
 def exporting() -> bool:
-    """Whether the operators are recorded for another runtime: `torch.export`, `torch.jit.trace`, both ONNX exporters."""
+    """Whether operators are recorded for another runtime: by `torch.export`, `torch.jit.trace`, either ONNX exporter."""
     # By its flag, as torch.compile takes `torch.compiler.is_exporting()` for true before torch 2.13.
     return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
@@ -22,8 +22,8 @@ def by_product(values: Tensor) -> bool:
 
     Recorded for another runtime, as several don't know such sums, or take them wrongly (TorchScript's ONNX exporter,
     OpenVINO, Core ML, TensorRT). On accelerators and compiled, as the sums are atomic additions there: slower, and not
-    the same to the bit in two runs. In half precision, as the product sums in float32. In eager mode on the CPU the sums
-    take less time.
+    the same to the bit in two runs. In half precision, as the product sums in float32. In eager mode on the CPU the
+    sums take less time.
     """
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
     return recorded or values.device.type != "cpu" or values.element_size() < 4
@@ -56,19 +56,22 @@ def weighted_row_sums(values: Tensor, weight: Tensor, group: Tensor, rows: int) 
     Returns:
         `(B, rows, C)`.
     """
-    batch, tokens, channels = values.shape
+    batch, _, channels = values.shape
     if not by_product(values):
         sums = values.new_zeros(batch * rows, channels)
         weighted = (values * weight.unsqueeze(-1)).reshape(-1, channels)
         return sums.index_add(0, flat_rows(group, rows), weighted).view(batch, rows, channels)
-    device = values.device.type
+    weight, device = weight.to(values.dtype), values.device.type
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         if exporting():
-            return torch.where(members(group, rows), weight.to(values.dtype).unsqueeze(1), 0.0) @ values
-        # Matrix units are at their best where the numbers side by side are a multiple of eight.
+            return torch.where(members(group, rows), weight.unsqueeze(1), 0.0) @ values
+        # Matrix units are at their best where the numbers side by side are a multiple of eight. In pieces that need
+        # less memory than a block's MLP, however many tokens there are.
         row = torch.arange(rows + -rows % 8, device=values.device)
-        own = torch.where(group.unsqueeze(2) == row, weight.to(values.dtype).unsqueeze(2), 0.0)
-        return (own.transpose(1, 2) @ values)[:, :rows]
+        pieces = row.split(2 * channels) if is_fixed(rows) and rows > 2 * channels else (row,)
+        shares = (torch.where(group.unsqueeze(2) == piece, weight.unsqueeze(2), 0.0) for piece in pieces)
+        products = [share.transpose(1, 2) @ values for share in shares]
+        return (torch.cat(products, dim=1) if len(products) > 1 else products[0])[:, :rows]
 
 
 def top(values: Tensor, count: int, largest: bool = True) -> Tensor:

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from loop_reference import matched_reference, top
 
 from evopatch import UnsupportedInputError
+from evopatch.algorithm import rows as algorithm_rows
 from evopatch.algorithm.bias import merge_bias
 from evopatch.algorithm.importance import accumulate, accumulate_compact, class_attention, coarsen
 from evopatch.algorithm.partition import distribute, merge, merge_positions, spread_attention
+from evopatch.algorithm.rows import row_sums, weighted_row_sums
 from evopatch.algorithm.selection import num_slow, select_matched, select_top
 
 B, P, N, C, H, D = 3, 2, 11, 8, 4, 6
@@ -259,3 +261,23 @@ def test_spread_attention(tensors, representative):
     stands = partition.group < rows
     torch.testing.assert_close(spread.sum(-1), stands.float()[:, None].expand(-1, H, -1))
     assert stands.all() == (representative != "none")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sums_are_the_same_as_products(tensors, monkeypatch, autocast):
+    """On accelerators and in compiled code they are products, which autocast must not round."""
+    x, _, _ = tensors
+    # More rows than are taken at once.
+    rows = 2 * C + 3
+    group = torch.randint(rows, (B, P + N), generator=torch.Generator().manual_seed(1))
+    weight = torch.rand(B, P + N, generator=torch.Generator().manual_seed(2))
+    sums = row_sums(weight, group, rows)
+    expected = weighted_row_sums(x, weight, group, rows)
+    monkeypatch.setattr(algorithm_rows, "by_product", lambda values: True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for product, one_by_one in zip(row_sums(weight, group, rows), sums, strict=True):
+            torch.testing.assert_close(product, one_by_one, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(weighted_row_sums(x, weight, group, rows), expected, atol=1e-6, rtol=1e-6)
+    half = weighted_row_sums(x.bfloat16(), weight, group, rows)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, atol=0.05, rtol=0.05)

@@ -31,6 +31,23 @@ def test_compiles_to_one_graph_without_recompiling(name, representative):
     assert moved(changed, expected) > 1e-5
 
 
+@cases("name", ["vit", "hf_vit", "levit", "swin"], fast=["vit", "swin"])
+@torch.no_grad()
+def test_compiled_sums_are_in_the_same_order_in_every_run(name):
+    """Sums into repeated rows are atomic additions in compiled code, on accelerators in eager mode, too."""
+    torch._dynamo.reset()
+    called = set()
+
+    def record(graph, _):
+        called.update(str(getattr(node.target, "__name__", node.target)) for node in graph.graph.nodes)
+        return graph.forward
+
+    model, x = evopatch.apply(build(name)), images_for(name)
+    call(torch.compile(model, fullgraph=True, backend=record), x)
+    assert "topk" in called
+    assert not called & {"index_add", "index_add_", "scatter_add", "scatter_add_"}
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_compiles_with_inductor():
