@@ -98,8 +98,6 @@ class TappedAttention(GeneratesCode, Steered):
             self._evo_generate()
 
 
-FORESIGHT = "_evo_foresight"
-"""A buffer of a block, which goes where the block goes, and into no state dict."""
 Patch = TypeVar("Patch", SlowFastBlock, TappedAttention)
 _MISSING = object()
 _PLAIN = (bool, int, float, str, type(None))
@@ -132,12 +130,6 @@ def attention_of(block: SlowFastBlock) -> TappedAttention | None:
 def unwrapped(module: nn.Module, mixin: type[Patch]) -> Patch | None:
     """A patched module, or the one that a wrapper holds."""
     return next((inner for inner in (module, *module.children()) if isinstance(inner, mixin)), None)
-
-
-def foresight_of(module: Any) -> Tensor | None:
-    """The weights that a block ranks tokens by, `(C,)`, where it was given some (see `algorithm.foresight`)."""
-    weights: Tensor | None = module._buffers.get(FORESIGHT)
-    return weights
 
 
 def layer_norm_of(block: Any) -> nn.LayerNorm | None:

@@ -9,21 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..algorithm.correction import Correction, missed
 from ..algorithm.foresight import foreseen
 from ..algorithm.importance import accumulate, accumulate_compact, coarsen
 from ..algorithm.partition import Partition, distribute, merge, merge_positions
-from ..algorithm.rows import is_fixed
 from ..algorithm.selection import num_slow, select_matched, select_top
-from ..errors import BypassError, UnsupportedInputError
+from ..errors import BypassError
 from ..rewrite.classes import host_class
 from ..rewrite.linear_map import given
-from .block import SlowFastBlock, answering_tokens, can_read_out, foresight_of, run_tapped, seen_tokens, unwrapped
+from .block import SlowFastBlock, answering_tokens, can_read_out, run_tapped, seen_tokens, unwrapped
 from .forward_pass import ForwardPass
 from .hooks import FullGrid
 from .host_state import HostState
+from .learned import correction_of, foresight_of
 from .look_ahead import Look, can_look_ahead
 from .protocols import PatchedBlock
 from .tap import AttentionTap
+from .token_counts import check_stage, check_tokens
 
 Run = Callable[[Tensor, dict[str, Any], AttentionTap | None], Tensor]
 """Runs one block on `(B, M, C)` tokens with its other inputs; without a tap as unpatched."""
@@ -41,7 +43,7 @@ class TokenPass(ForwardPass):
         self._first: dict[int, int] = {}
         self._foreseen: bool | None = None
         self.entered: dict[int, Tensor] | None = None if state.passes is None else {}
-        """Where somebody collects the passes, the tokens before each block."""
+        """Where somebody collects the passes, the tokens before each block, and after the last."""
 
     def run(self, index: int, block: PatchedBlock, *args: Any, **kwargs: Any) -> Tensor:
         """One block that takes `(B, M, C)`, or `(B, C, h, w)`, and the inputs that its adapter names."""
@@ -77,13 +79,21 @@ class TokenPass(ForwardPass):
             The same as `x`; of a block of several modules the compact set, until `leave`. Of the last block the prefix
             tokens `(B, P, C)` where nothing else is read.
         """
+        if self.entered is None:
+            return self._advance(index, block, x, inputs, run)
+        self.entered[index] = x
+        out = self.entered[index + 1] = self._advance(index, block, x, inputs, run)
+        return out
+
+    def _advance(self, index: int, block: PatchedBlock, x: Tensor, inputs: Mapping[str, Any], run: Run) -> Tensor:
         reads_out = self._reads_out(index, block)
         if not self.active and not reads_out:
             return run(x, dict(inputs), None)
         block._evo_refresh()
-        self._check_grid(index, x)
-        if self.entered is not None:
-            self.entered[index] = x
+        if index == 0 and self.grid is not None:
+            check_tokens(x.shape[1], self.spec.prefix, self.grid, self.name)
+        if self.spec.pyramid is not None and (index == 0 or self.stage_of[index - 1] != self.stage_of[index]):
+            check_stage(x.shape[1], self.spec.pyramid.grids, self.stage_of[index], self.name)
         plan = self.plans[index]
         named = dict(inputs) | {name: inputs.get(name) for name in self.spec.trace.inputs}
         if plan.keep_ratio == 1.0:
@@ -125,7 +135,19 @@ class TokenPass(ForwardPass):
                 "blocks had ended: something computes single blocks anew. Use the library's own gradient checkpointing"
             )
         full, entry = (tokens.to(x.device) for tokens in kept)
-        return distribute(full, x - entry, self.partitions[index])
+        partition = self.partitions[index]
+        out = distribute(full, x - entry, partition)
+        correction = self._correction(index)
+        # Where blocks take and return the full grid, tokens are still as far from their rows as before the first.
+        return out if correction is None else out + missed(full, entry, partition, correction)
+
+    def _correction(self, index: int) -> Correction | None:
+        """What corrects the restored change at the end of a run, where that was learned."""
+        block = unwrapped(self.modules[index], SlowFastBlock) if self.plans[index].ends else None
+        if block is None or self.representative != "matched":
+            return None
+        first = max(i for i, plan in enumerate(self.plans[: index + 1]) if plan.selects)
+        return correction_of(block, first)
 
     def _reads_out(self, index: int, block: PatchedBlock) -> bool:
         """Whether only the prefix tokens go through a block, all others are no more than looked at."""
@@ -140,29 +162,6 @@ class TokenPass(ForwardPass):
             assert self.spec.pyramid is not None
             grid = self.spec.pyramid.grids[self.stage_of[index]]
         return FullGrid(self.everything_seen, partition, grid)
-
-    def _check_grid(self, index: int, x: Tensor) -> None:
-        if index == 0 and self.grid is not None:
-            self._check_tokens(x.shape[1], *self.grid)
-        pyramid, stage = self.spec.pyramid, self.stage_of[index]
-        if pyramid is None or (index and self.stage_of[index - 1] == stage):
-            return
-        rows, columns = pyramid.grids[stage]
-        if x.shape[1] != rows * columns:
-            raise UnsupportedInputError(
-                f"{x.shape[1]} patch tokens reached stage {stage + 1} of '{self.name or 'model'}', whose position "
-                f"biases are for {rows * columns} ({rows}x{columns}): give images of the model's own size"
-            )
-
-    def _check_tokens(self, found: int, rows: int, columns: int) -> None:
-        prefix = self.spec.prefix
-        if is_fixed(found) and found > prefix + rows * columns:
-            raise UnsupportedInputError(
-                f"{found} tokens reached the first block of '{self.name or 'model'}': expected {prefix} prefix tokens "
-                f"and {rows}x{columns} patch tokens. The other {found - prefix - rows * columns}, such as prompts, "
-                "would be taken for patch tokens, and for those of another place. Put them first and count them before "
-                "evopatch.apply (num_prefix_tokens in timm), or leave the model unpatched"
-            )
 
     def _carried(self, index: int, g: Tensor) -> Tensor:
         """`g` after a block, on the grid of the block after it."""

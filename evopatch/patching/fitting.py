@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..algorithm.foresight import Regression
 from ..config import EvoConfig
 from ..errors import ConfigError, DataError, UnsupportedModelError
-from ..forward.block import FORESIGHT, SlowFastBlock, foresight_of, layer_norm_of, unwrapped
+from ..forward.block import SlowFastBlock, unwrapped
 from ..forward.host_state import HostState
+from ..forward.learned import FORESIGHT, give
 from ..forward.look_ahead import Look
 from ..plan import BlockPlan
 from .handle import Host, Patched
@@ -71,41 +72,7 @@ def fit_foresight(model: nn.Module, images: Tensor) -> None:
     for name, host in hosts.items():
         for index, block in enumerate(_blocks(patched, host)):
             if index in sums[name]:
-                give_foresight(block, sums[name][index].weights())
-
-
-def foresight(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that a patched model's blocks rank tokens by, by path in the model; empty without foresight."""
-    weights = ((name, foresight_of(module)) for name, module in model.named_modules())
-    return {name: found for name, found in weights if found is not None}
-
-
-def set_foresight(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give blocks the foresight that those of another model of the same structure had.
-
-    Raises:
-        UnsupportedModelError: If a path isn't a patched block's, or its tokens have other channels; nothing is changed.
-    """
-    modules = dict(model.named_modules())
-    for name, own in weights.items():
-        block = modules.get(name)
-        if not isinstance(block, SlowFastBlock):
-            raise UnsupportedModelError(f"foresight for '{name}', which is no patched block of {type(model).__name__}")
-        norm = layer_norm_of(block)
-        expected = own.shape if norm is None else tuple(norm.normalized_shape)
-        if own.dim() != 1 or tuple(own.shape) != tuple(expected) or not own.isfinite().all():
-            raise UnsupportedModelError(
-                f"foresight for '{name}' has the shape {tuple(own.shape)}: expected {tuple(expected)}, finite numbers"
-            )
-    for name, own in weights.items():
-        give_foresight(modules[name], own)
-
-
-def give_foresight(block: nn.Module, weights: Tensor) -> None:
-    """Let a patched block rank tokens by these weights, `(C,)`."""
-    # On the device of an offloaded block, and in the type of a quantised one, nothing would be left of them.
-    device = next(block.parameters()).device
-    block.register_buffer(FORESIGHT, weights if device.type == "meta" else weights.to(device), persistent=False)
+                give(block, FORESIGHT, sums[name][index].weights())
 
 
 def _blocks(patched: Patched[Any], host: Host) -> list[nn.Module]:

@@ -16,15 +16,15 @@ from torch import nn
 from ..config import EvoConfig
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..patching.apply import apply_again
-from ..patching.fitting import foresight, set_foresight
 from ..patching.handle import Patched
+from ..patching.learning import learned, set_learned
 from ..patching.library import Library
 from ..version import VERSION
 from . import card
 
 FILE_NAME = "evopatch.json"
-FORESIGHT_FILE = "evopatch.safetensors"
-"""What tokens are ranked by, where that was learned; by path of the block."""
+LEARNED_FILE = "evopatch.safetensors"
+"""What blocks learned from images, where they did."""
 FORMAT = 1
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _LIBRARIES = {"transformers": "evopatch_transformers.checkpoint", "timm": "evopatch_timm.checkpoint"}
@@ -56,10 +56,10 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".evopatch-", dir=folder) as temporary:
         library.save(patched.model, Path(temporary))
-        if learned := foresight(patched.model):
+        if tensors := learned(patched.model):
             from safetensors.torch import save_file  # which both libraries bring
 
-            save_file(learned, Path(temporary, FORESIGHT_FILE))
+            save_file(tensors, Path(temporary, LEARNED_FILE))
         files = sorted(file.name for file in Path(temporary).iterdir())
         stale = _listed(folder) - set(files)
         _refuse_other_weights(folder, files, stale)
@@ -129,8 +129,8 @@ def load_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
 
     try:
         apply_again(model, hosts)
-        if (folder / FORESIGHT_FILE).exists():
-            set_foresight(model, load_file(folder / FORESIGHT_FILE))
+        if (folder / LEARNED_FILE).exists():
+            set_learned(model, load_file(folder / LEARNED_FILE))
         return model
     except (UnsupportedModelError, ConfigError, SafetensorError) as error:
         raise CheckpointError(f"{file} doesn't fit the model in this folder: {error}") from error

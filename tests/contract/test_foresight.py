@@ -13,8 +13,9 @@ from variants import FLAT, PYRAMIDS, build, call, images_for
 import evopatch
 from evopatch import ConfigError, DataError, EvoConfig, UnsupportedModelError
 from evopatch.forward.look_ahead import Look
-from evopatch.patching.fitting import fit_foresight, foresight
+from evopatch.patching.fitting import fit_foresight
 from evopatch.patching.handle import Patched
+from evopatch.patching.learning import learned as foresight
 
 
 def applied(name, **kwargs):
