@@ -62,7 +62,8 @@ def weighted_row_sums(values: Tensor, weight: Tensor, group: Tensor, rows: int) 
         weighted = (values * weight.unsqueeze(-1)).reshape(-1, channels)
         return sums.index_add(0, flat_rows(group, rows), weighted).view(batch, rows, channels)
     weight, device = weight.to(values.dtype), values.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         if exporting():
             return torch.where(members(group, rows), weight.unsqueeze(1), 0.0) @ values
         # Matrix units are at their best where the numbers side by side are a multiple of eight. In pieces that need
