@@ -25,6 +25,8 @@ from .errors import (
 from .version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
+    from .calibration.calibrating import calibrate
+    from .calibration.outcome import Calibration
     from .measure.comparison import Benchmark, benchmark
     from .measure.pictures import visualize, visualize_training
     from .measure.profiling import Profile, profile
@@ -37,12 +39,14 @@ if TYPE_CHECKING:
 # Loaded when they are first asked for (PEP 562): `evopatch --help` needs none of them, patching a model few.
 _LAZY = {
     "Benchmark": "measure.comparison",
+    "Calibration": "calibration.outcome",
     "FinetuneConfig": "training.finetuning",
     "FinetuneResult": "training.finetuning",
     "Profile": "measure.profiling",
     "apply": "patching.apply",
     "autopatch": "patching.autopatch",
     "benchmark": "measure.comparison",
+    "calibrate": "calibration.calibrating",
     "config_of": "patching.apply",
     "finetune": "training.finetuning",
     "full_grid": "patching.inspect",
@@ -66,6 +70,7 @@ __all__ = [
     "AttentionNotFoundError",
     "Benchmark",
     "BypassError",
+    "Calibration",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -85,6 +90,7 @@ __all__ = [
     "apply",
     "autopatch",
     "benchmark",
+    "calibrate",
     "config_of",
     "finetune",
     "full_grid",

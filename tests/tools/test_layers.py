@@ -18,6 +18,7 @@ LAYERS = (
     ("measure",),
     ("sources",),
     ("training",),
+    ("calibration",),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -1,0 +1,62 @@
+"""The images of a calibration, from what users have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from ..training.items import Items, parts
+
+LEAST = 8
+
+
+def images_of(data: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """
+    Args:
+        data: `(B, 3, height, width)`; a data set as for `evopatch.finetune`; or an iterable of batches, such as a
+            loader: tensors, `(images, labels)`, or mappings with `pixel_values`. Labels are ignored.
+        device: Where they are to be.
+        dtype: Of what type.
+
+    Returns:
+        `(B, 3, height, width)`.
+
+    Raises:
+        DataError: If they are fewer than 8, of different sizes, or nothing of that kind.
+    """
+    found = [data] if isinstance(data, Tensor) else list(_tensors(data))
+    sizes = sorted({tuple(images.shape[1:]) for images in found})
+    if len(sizes) > 1 or (sizes and len(sizes[0]) != 3):
+        raise DataError(f"images are of the sizes {sizes}: expected one (3, height, width), as the model takes them")
+    images = torch.cat(found) if found else torch.empty(0)
+    if len(images) < LEAST:
+        raise DataError(f"{len(images)} image(s): expected at least {LEAST}, better 100: half of them are searched on")
+    if not images.is_floating_point():
+        raise DataError(f"images are {images.dtype}: expected floating-point numbers, normalised for the model")
+    return images.to(device, dtype)
+
+
+def _tensors(data: Any) -> Iterator[Tensor]:
+    # A loader has a length, too, but no items by position.
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        items: Iterable[Any] = (Items(data)[index] for index in range(len(data)))
+        yield from (item.image.unsqueeze(0) for item in items if item.image is not None)
+        return
+    if not isinstance(data, Iterable):
+        raise DataError(f"images are {type(data).__name__}: expected a tensor, a data set, or a loader of batches")
+    for batch in data:
+        images = getattr(batch, "images", None)  # of `training.items.Batch`
+        yield images if isinstance(images, Tensor) else _batch(batch)
+
+
+def _batch(batch: Any) -> Tensor:
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    image, _ = parts(batch)
+    if image.dim() != 4:
+        raise DataError(f"a batch has the shape {tuple(image.shape)}: expected (B, 3, height, width)")
+    return image

@@ -1,0 +1,310 @@
+"""Find the best settings for one model and one target, from a few images without labels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import EvoConfig
+from ..errors import ConfigError
+from ..forward.learned import give_correction
+from ..patching.apply import apply, is_patched
+from ..patching.correcting import block_at, fit_corrections
+from ..patching.fitting import fit_foresight
+from ..patching.handle import Patched, unpatch
+from ..patching.learning import learned, set_learned
+from ..progress import progress_bar
+from ..version import VERSION
+from .batches import images_of
+from .judge import Judge
+from .outcome import Calibration, Point
+from .schedule import Schedule, schedule_of
+from .search import Record, Search
+from .target import Target
+from .trials import Trials
+
+SEARCH_FILE = "search.json"
+_AROUND = (-0.12, -0.06, 0.06, 0.12)
+"""FLOPs of the curve beside the chosen ones."""
+_WORTH = 0.99
+"""A correction is kept where it leaves less of the error than this."""
+
+
+def calibrate(
+    model: nn.Module,
+    images: Any,
+    *,
+    target_flops: float | None = None,
+    target_speedup: float | None = None,
+    target_kl: float | None = None,
+    target_agreement: float | None = None,
+    config: EvoConfig | None = None,
+    batch_size: int = 16,
+    budget: float = 300.0,
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Find where runs of blocks begin and what they keep, learn foresight and corrections, and leave the model so.
+
+    Half of the images (the even ones) are searched on, the other half is reported on. What is compared is what comes
+    out: KL to the unpatched model where there are logits, else one minus the cosine of class and patch features.
+
+    Args:
+        model: A supported model, patched or not, with one host. In eval mode afterwards as before, or in train mode.
+        images: 100 or so, normalised as the model expects: what `finetune` takes, `(B, 3, height, width)`, or a
+            loader. Labels are ignored.
+        target_flops: Share of the unpatched model's FLOPs; exactly one target is given.
+        target_speedup: Times as fast as unpatched, measured at `batch_size` on the model's device, in its type.
+        target_kl: Mean KL(unpatched || patched) in nats of a classifier; of other models one minus the cosine.
+        target_agreement: Share of the images whose predicted class stays.
+        config: Settings that the search begins with. None: those of a patched model, else the default.
+        batch_size: Of the forwards, also of those that are timed.
+        budget: Seconds of search; learning and the report come on top.
+        output: A folder for what was tried: an interrupted search that is begun again there goes on.
+        progress: Show a progress bar.
+
+    Returns:
+        The settings that the model has now, what they are worth, and the curve.
+
+    Raises:
+        ConfigError: If not exactly one target is given, or a value is outside its range.
+        UnsupportedModelError: If nothing in the model can be patched, several parts of it can, or its output is of no
+            known kind.
+        DataError: If the images are fewer than 8, of different sizes, or outputs aren't finite.
+        CheckpointError: If the output folder's record is damaged.
+
+    After an error, or Ctrl-C, the model is as it was before.
+    """
+    target = Target.of(flops=target_flops, speedup=target_speedup, kl=target_kl, agreement=target_agreement)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size!r}: expected a whole number, at least 1")
+    if not budget > 0:
+        raise ConfigError(f"budget={budget!r}: expected seconds, more than 0")
+    parameter = next(model.parameters())
+    tensor = images_of(images, parameter.device, parameter.dtype)
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    fresh = not is_patched(model)
+    if fresh:
+        apply(model, config=config)
+    try:
+        patched = Patched(model)
+        base = patched.host.state.config if fresh or config is None else config
+        with progress_bar(f"calibrate for {target}", round(budget), disable=not progress) as advance:
+            run = _Run(patched, base, tensor, target, batch_size, budget, folder, advance)
+            found, schedule = run.result()
+        set_learned(patched.model, learned(run.trials.patched.model))
+        patched.set_config(schedule.config(base))
+        return found
+    except BaseException:
+        if fresh:
+            unpatch(model)
+        raise
+
+
+class _Run:
+    """One calibration."""
+
+    def __init__(
+        self,
+        patched: Patched[Any],
+        base: EvoConfig,
+        images: Tensor,
+        target: Target,
+        batch_size: int,
+        budget: float,
+        folder: Path | None,
+        advance: Callable[..., object],
+    ) -> None:
+        self._began, self._budget, self._told = time.monotonic(), budget, 0
+        self._base, self._target, self._batch_size, self._advance = base, target, batch_size, advance
+        self._images = images
+        copy = Patched(patched.copy().eval())
+        set_learned(copy.model, {})
+        spec, depths = copy.host.state.spec, copy.host.state.depths
+        begins = [sum(depths[:stage]) for stage in range(len(depths))]
+        self._flat = spec.pyramid is None and len(depths) == 1
+        self._matched = base.representative == "matched"
+        original = unpatch(copy.copy())
+        self._search_on, self._report_on = images[::2].split(batch_size), images[1::2].split(batch_size)
+        self._judge = Judge(original, self._search_on, spec.prefix)
+        self._reporter = Judge(original, self._report_on, spec.prefix)
+        if target.kind == "agreement" and not self._judge.is_classifier:
+            raise ConfigError("target_agreement was given, and the model predicts no class: give target_kl, a distance")
+        self.trials = Trials(copy, base, images[:batch_size])
+        copy.set_config(base)
+        state = copy.host.state
+        self._fixed = [begin for begin in begins[1:] if begin > begins[0]]
+        self._start = schedule_of(state.plans, self._fixed, base.importance)
+        self._depth = state.depth
+        what = f"{type(copy.model).__name__} {tuple(images.shape)} {float(images.double().sum()):.6e} {target} {base}"
+        self._record = Record(None if folder is None else folder / SEARCH_FILE, what)
+        self._search = Search(self.trials, self._judge, self._record, self._began + budget, self._tell)
+
+    def result(self) -> tuple[Calibration, Schedule]:
+        """What was found, and the setting; what was learned is in the trials' model."""
+        if not self._start.firsts:
+            raise ConfigError("the settings to begin with keep all tokens: expected a keep ratio below 1")
+        flops = self._first_level()
+        default = self._level(self._start, flops)
+        before = self._point("default", default)
+        defaults = [before, *self._around("default", default, flops)]
+        foresight = self._flat and self._matched
+        if foresight:
+            fit_foresight(self.trials.patched.model, torch.cat(self._search_on))
+            self.trials.forget_flops()
+        weighs = self._matched and self._flat
+        best = self._search.best(self._level(self._start, flops), flops, self._depth, self._fixed, weighs)
+        best, flops = self._at_target(best, flops)
+        best, corrected = self._corrected(best, flops)
+        after = self._point("calibrated", best)
+        curve = [*defaults, after, *self._around("calibrated", best, after.flops)]
+        parameter = next(self.trials.patched.model.parameters())
+        found = Calibration(
+            target=self._target,
+            reached=self._is_reached(after),
+            before=before,
+            after=after,
+            curve=tuple(curve),
+            foresight=foresight,
+            corrected=corrected,
+            classifier=self._judge.is_classifier,
+            searched=sum(map(len, self._search_on)),
+            reported=sum(map(len, self._report_on)),
+            tried=len(self._record),
+            seconds=time.monotonic() - self._began,
+            batch_size=self._batch_size,
+            device=torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else str(parameter.device),
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            versions={"evopatch": VERSION, "torch": torch.__version__},
+        )
+        return found, best
+
+    def _level(self, schedule: Schedule, flops: float) -> Schedule:
+        found = self.trials.level(schedule, flops)
+        if found is None:
+            least = self.trials.flops(schedule.shifted(-8.0).config(self._base))
+            raise ConfigError(
+                f"target {self._target}: this model needs at least {least:.3f} of its FLOPs with runs from block "
+                f"{schedule.firsts[0]} on. Begin with a configuration that starts earlier"
+            )
+        return found
+
+    def _first_level(self) -> float:
+        """The FLOPs at which the settings to begin with are at the target, about."""
+        if self._target.kind == "flops":
+            return self._target.value
+        if self._target.kind == "speedup":
+            _, flops = self._at_speed(self._start, 1.0 / self._target.value)
+            return flops
+        _, flops = self._at_loss(self._start)
+        return flops
+
+    def _at_target(self, best: Schedule, flops: float) -> tuple[Schedule, float]:
+        """What was found, at the target."""
+        if self._target.kind == "speedup":
+            return self._at_speed(best, flops)
+        return (best, flops) if self._target.bounds_cost else self._at_loss(best)
+
+    def _at_speed(self, schedule: Schedule, flops: float) -> tuple[Schedule, float]:
+        """Where the measured speed-up is the target, or a little more; the fastest where it isn't reached."""
+        wanted, found = self._target.value * 1.01, schedule
+        for _ in range(6):
+            level = self.trials.level(schedule, flops)
+            if level is None:
+                break
+            found = level
+            speed = self.trials.speed_up(found.config(self._base), rounds=9)
+            if wanted * 0.99 <= speed <= wanted * 1.02:
+                break
+            # A speed-up is nearly proportional to what is left out.
+            flops = min(0.97, 1.0 - (1.0 - flops) * (1.0 - 1.0 / wanted) / max(1e-2, 1.0 - 1.0 / speed))
+        return found, flops
+
+    def _at_loss(self, schedule: Schedule) -> tuple[Schedule, float]:
+        """The fewest FLOPs at which the images to search on lose no more than the target."""
+        low, high, found = 0.2, 0.97, schedule.shifted(8.0)
+        while high - low > 0.01:
+            middle = (low + high) / 2
+            level = self.trials.level(schedule, middle)
+            if level is not None and self._holds(level):
+                found, high = level, middle
+            else:
+                low = middle
+        return found, high
+
+    def _holds(self, schedule: Schedule) -> bool:
+        errors = self._judge.all_errors(self.trials.at(schedule.config(self._base)))
+        if self._target.kind == "kl":
+            return float(errors.error.mean()) <= self._target.value
+        assert errors.agrees is not None
+        return float(errors.agrees.double().mean()) >= self._target.value
+
+    def _corrected(self, best: Schedule, flops: float) -> tuple[Schedule, tuple[tuple[int, int], ...]]:
+        """Corrections where the images to report on lose less with them, at the same FLOPs."""
+        if not (self._flat and self._matched and self._base.selection == "stage"):
+            return best, ()
+        patched = self.trials.patched
+        self.trials.at(best.config(self._base))
+        plain = self._loss(best)
+        kept, loss = [], plain
+        for first, last, correction in fit_corrections(patched.model, torch.cat(self._search_on)):
+            give_correction(block_at(patched, last), first, correction)
+            with_it = self._loss(best)
+            if with_it < _WORTH * loss:
+                loss = with_it
+                kept.append((first, last))
+            else:
+                give_correction(block_at(patched, last), first, None)
+        self.trials.forget_flops()
+        level = self.trials.level(best, flops) if kept else None
+        if level is not None and self._loss(level) < _WORTH * plain:
+            return level, tuple(kept)
+        for _, last in kept:
+            give_correction(block_at(patched, last), 0, None)
+        self.trials.forget_flops()
+        return best, ()
+
+    def _loss(self, schedule: Schedule) -> float:
+        model = self.trials.at(schedule.config(self._base))
+        return float(self._reporter.all_errors(model).error.mean())
+
+    def _around(self, name: str, schedule: Schedule, flops: float) -> list[Point]:
+        levels = [self.trials.level(schedule, flops + by) for by in _AROUND if 0.2 < flops + by < 0.97]
+        return [self._point(name, level) for level in levels if level is not None]
+
+    def _point(self, name: str, schedule: Schedule) -> Point:
+        config = schedule.config(self._base)
+        errors = self._reporter.all_errors(self.trials.at(config))
+        return Point(
+            name=name,
+            config=config,
+            flops=self.trials.flops(config),
+            speed_up=self.trials.speed_up(config),
+            error=float(errors.error.mean()),
+            agreement=None if errors.agrees is None else float(errors.agrees.double().mean()),
+        )
+
+    def _is_reached(self, after: Point) -> bool:
+        value = self._target.value
+        if self._target.kind == "agreement":
+            assert after.agreement is not None
+            return after.agreement >= value
+        reached = {
+            "flops": after.flops <= value,
+            "speedup": after.speed_up >= 0.97 * value,
+            "kl": after.error <= value,
+        }
+        return reached[self._target.kind]
+
+    def _tell(self, error: float) -> None:
+        done = min(self._budget, time.monotonic() - self._began)
+        text = f"calibrate for {self._target}: error {error:.4f}, {len(self._record)} settings tried"
+        self._advance(round(done) - self._told, text)
+        self._told = round(done)

@@ -1,0 +1,118 @@
+"""How far a patched model's outputs are from the unpatched one's, image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DataError, UnsupportedModelError
+
+
+class Errors(NamedTuple):
+    """Of some images."""
+
+    error: Tensor
+    """`(B,)` float64: KL(unpatched || patched) of classifiers in nats; else one minus the cosine of features."""
+    agrees: Tensor | None
+    """`(B,)` bool: the predicted class is the same; None of features."""
+
+
+class Judge:
+    """Compares on fixed images.
+
+    Args:
+        unpatched: The model without the patch.
+        batches: Images `(B, 3, height, width)`, on its device and in its type.
+        prefix: How many of the first tokens are no patch tokens, where it returns tokens.
+    """
+
+    def __init__(self, unpatched: nn.Module, batches: Sequence[Tensor], prefix: int) -> None:
+        self.batches = batches
+        self._prefix = prefix
+        with torch.no_grad():
+            self._outputs = [compared(unpatched(batch), unpatched) for batch in batches]
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether classes are compared."""
+        return self._outputs[0].classes
+
+    @torch.no_grad()
+    def errors(self, model: nn.Module) -> Iterator[Errors]:
+        """Batch by batch.
+
+        Raises:
+            DataError: If an output isn't finite.
+        """
+        for batch, whole in zip(self.batches, self._outputs, strict=True):
+            found = self._errors(compared(model(batch), model), whole)
+            if not found.error.isfinite().all():
+                raise DataError("what the model makes of the images isn't finite: expected finite outputs")
+            yield found
+
+    def all_errors(self, model: nn.Module) -> Errors:
+        """Of all images."""
+        found = list(self.errors(model))
+        agrees = [batch.agrees for batch in found if batch.agrees is not None]
+        return Errors(torch.cat([batch.error for batch in found]), torch.cat(agrees) if agrees else None)
+
+    def _errors(self, own: Outputs, whole: Outputs) -> Errors:
+        if whole.classes:
+            logits, expected = own.values[0].log_softmax(1), whole.values[0].log_softmax(1)
+            kl = F.kl_div(logits, expected, reduction="none", log_target=True).sum(1)
+            return Errors(kl.double().cpu(), (logits.argmax(1) == expected.argmax(1)).cpu())
+        distances = []
+        for features, expected in zip(own.values, whole.values, strict=True):
+            if features.dim() == 4:  # (B, C, h, w)
+                features, expected = (values.flatten(2).transpose(1, 2) for values in (features, expected))
+            distance = 1.0 - F.cosine_similarity(features, expected, dim=-1)
+            if distance.dim() == 1:
+                distances.append(distance)
+            else:  # class and patch features count alike
+                split = self._prefix if features is own.values[0] and self._prefix < distance.shape[1] else 0
+                distances += [part.mean(1) for part in (distance[:, :split], distance[:, split:]) if part.shape[1]]
+        return Errors(torch.stack(distances).mean(0).double().cpu(), None)
+
+
+class Outputs(NamedTuple):
+    """What of a model's outputs is compared."""
+
+    classes: bool
+    values: tuple[Tensor, ...]
+    """Logits `(B, classes)`; or features `(B, C)`, `(B, T, C)` or `(B, C, h, w)`; float32."""
+
+
+def compared(output: Any, model: nn.Module) -> Outputs:
+    """
+    Args:
+        output: What a model of timm or transformers returned.
+        model: The model.
+
+    Raises:
+        UnsupportedModelError: If there is nothing known in it to compare.
+    """
+    logits = output if isinstance(output, Tensor) and output.dim() == 2 else getattr(output, "logits", None)
+    if isinstance(logits, Tensor) and logits.dim() == 2 and _classifies(output, model):
+        return Outputs(True, (logits.float(),))
+    found: Any = output
+    for name in ("feature_maps", "last_hidden_state", "image_embeds", "predicted_depth", "logits"):
+        if getattr(output, name, None) is not None:
+            found = getattr(output, name)
+            break
+    values = (found,) if isinstance(found, Tensor) else found
+    kinds = isinstance(values, (tuple, list)) and all(isinstance(value, Tensor) for value in values)
+    if not kinds or not values or any(value.dim() not in (2, 3, 4) for value in values):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} returns a {type(output).__name__}: expected logits, or features (B, C), "
+            "(B, T, C) or (B, C, height, width). Give the part of the model that makes them"
+        )
+    return Outputs(False, tuple(value.float() for value in values))
+
+
+def _classifies(output: Any, model: nn.Module) -> bool:
+    # timm's models without a head return pooled features of the same shape.
+    return not isinstance(output, Tensor) or getattr(model, "num_classes", 1) != 0

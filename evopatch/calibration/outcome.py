@@ -1,0 +1,88 @@
+"""What a calibration found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import EvoConfig
+from .target import Target
+
+FILE_NAME, PICTURE = "calibration.json", "calibration.png"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting on the images to report on, which the search never saw."""
+
+    name: str
+    """`"default"` for the settings that the search began with, `"calibrated"` for those that it found, and what of
+    both at other costs."""
+    config: EvoConfig
+    flops: float
+    """Whole model, relative to unpatched."""
+    speed_up: float
+    """Times as fast as unpatched, measured."""
+    error: float
+    """Mean: KL(unpatched || patched) in nats of classifiers, else one minus the cosine of features."""
+    agreement: float | None
+    """Share of the images whose predicted class is the unpatched model's; None of features."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was asked for, what was found, and how good it is."""
+
+    target: Target
+    reached: bool
+    """By the measure of the target: FLOPs and speed of the model, loss on the images to report on."""
+    before: Point
+    """The settings that the search began with, at the same FLOPs."""
+    after: Point
+    """Those that the model has now."""
+    curve: tuple[Point, ...]
+    """Both at more and fewer FLOPs, these two included."""
+    foresight: bool
+    """Whether tokens are ranked by foresight."""
+    corrected: tuple[tuple[int, int], ...]
+    """First and last block of the runs whose restored change is corrected."""
+    classifier: bool
+    """Whether `error` is a KL divergence."""
+    searched: int
+    """Images that were searched on."""
+    reported: int
+    """Images that were reported on."""
+    tried: int
+    """Settings."""
+    seconds: float
+    batch_size: int
+    """Of the forwards that were timed."""
+    device: str
+    dtype: str
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        values = dataclasses.asdict(self)
+        values["curve"] = [_plain(point) for point in self.curve]
+        return values | {"before": _plain(self.before), "after": _plain(self.after)}
+
+    def save(self, folder: str | Path) -> None:
+        """Write `calibration.json` and the picture `calibration.png`, such as beside the model that
+        `evopatch.save_pretrained` writes.
+
+        Args:
+            folder: Made if missing.
+        """
+        from .picture import draw
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, FILE_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        draw(self).savefig(Path(folder, PICTURE), bbox_inches="tight")
+
+
+def _plain(point: Point) -> dict[str, Any]:
+    return dataclasses.asdict(point) | {"config": point.config.to_dict()}

@@ -1,0 +1,135 @@
+"""Coordinate search over schedules that all cost the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .judge import Judge
+from .schedule import Schedule
+from .trials import Trials
+
+STEPS = (0.6, 0.3)
+"""Of the logarithm of a keep ratio's odds, one after the other."""
+_RACED = 16
+"""After so many images a setting that is worse than the best by one standard error is given up."""
+_SURE = 0.5
+"""A setting is taken for better where it is so by so many standard errors: of dozens that are tried on a few images,
+one is better by chance."""
+
+
+class Record:
+    """What was tried, in a file: an interrupted search that is begun again knows it.
+
+    Args:
+        file: JSON, written after every trial; None: nowhere.
+        what: Tells searches apart: another one starts anew.
+    """
+
+    def __init__(self, file: Path | None, what: str) -> None:
+        self._file, self._what = file, what
+        self._errors: dict[str, list[float]] = {}
+        if file is not None and file.exists():
+            try:
+                content = json.loads(file.read_text())
+                self._errors = content["errors"] if content["search"] == what else {}
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                raise CheckpointError(f"{file} is damaged: {error!r}. Remove it to begin anew") from error
+
+    def __len__(self) -> int:
+        return len(self._errors)
+
+    def get(self, key: str) -> Tensor | None:
+        """Errors of the images that were looked at, in order."""
+        found = self._errors.get(key)
+        return None if found is None else torch.tensor(found, dtype=torch.float64)
+
+    def put(self, key: str, errors: Tensor) -> None:
+        """Keep them."""
+        self._errors[key] = errors.tolist()
+        if self._file is not None:
+            part = self._file.with_name(f".{self._file.name}.part")
+            part.write_text(json.dumps({"search": self._what, "errors": self._errors}))
+            os.replace(part, self._file)
+
+
+class Search:
+    """
+    Args:
+        trials: The model.
+        judge: On the images to search on.
+        record: What is known.
+        deadline: In seconds of `time.monotonic`; nothing new is tried after it.
+        on_trial: Called after each with the best mean error.
+    """
+
+    def __init__(
+        self, trials: Trials, judge: Judge, record: Record, deadline: float, on_trial: Callable[[float], object]
+    ) -> None:
+        self._trials, self._judge, self._record = trials, judge, record
+        self._deadline, self._on_trial = deadline, on_trial
+
+    def error(self, schedule: Schedule) -> float:
+        """Mean error of one setting."""
+        errors = self._errors(schedule, None)
+        return float(errors.mean())
+
+    def best(self, start: Schedule, flops: float, depth: int, fixed: Sequence[int], weighs: bool) -> Schedule:
+        """The best setting found that costs no more FLOPs; arguments as for `Schedule.neighbours`.
+
+        Args:
+            start: At that cost.
+            flops: Relative to unpatched.
+            depth: How many blocks there are.
+            fixed: Blocks that have to begin a run.
+            weighs: Whether `importance` matters.
+        """
+        best, errors = start, self._errors(start, None)
+        self._on_trial(float(errors.mean()))
+        for step in STEPS:
+            improved = True
+            while improved:
+                improved = False
+                for neighbour in best.neighbours(step, depth, fixed, weighs):
+                    if time.monotonic() > self._deadline:
+                        return best
+                    candidate = self._trials.level(neighbour, flops)
+                    if candidate is None or candidate == best:
+                        continue
+                    own = self._errors(candidate, errors)
+                    if len(own) == len(errors) and _clearly(errors, own, by=_SURE):
+                        best, errors, improved = candidate, own, True
+                    self._on_trial(float(errors.mean()))
+                    if improved:
+                        break
+        return best
+
+    def _errors(self, schedule: Schedule, rival: Tensor | None) -> Tensor:
+        """Error of every image, or of the first ones where the setting is clearly worse than a rival."""
+        config = schedule.config(self._trials.base)
+        key = config.to_json()
+        known = self._record.get(key)
+        if known is not None and (rival is not None or len(known) == sum(map(len, self._judge.batches))):
+            return known
+        parts: list[Tensor] = []
+        for batch in self._judge.errors(self._trials.at(config)):
+            parts.append(batch.error)
+            errors = torch.cat(parts)
+            if rival is not None and len(errors) >= _RACED and _clearly(errors, rival[: len(errors)], by=1.0):
+                break
+        self._record.put(key, errors)
+        return errors
+
+
+def _clearly(worse: Tensor, better: Tensor, by: float) -> bool:
+    """Whether errors of the same images are worse by so many standard errors of their mean difference."""
+    difference = worse - better
+    return bool(difference.mean() > by * difference.std() / math.sqrt(len(difference)))

@@ -1,0 +1,133 @@
+"""`evopatch calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..config import EvoConfig
+from ..errors import DataError
+from ..progress import errors
+from ..sources.preprocessing import Preprocessing
+from . import options
+from .options import Precision
+from .patch_options import one_config
+from .preprocessing_options import with_preprocessing
+from .tables import console, percent, table_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..calibration.outcome import Calibration, Point
+
+_TARGET = "Target: exactly one"
+
+
+@one_config
+@with_preprocessing
+def calibrate(
+    model: options.Model,
+    data: Annotated[str, typer.Option(help="Images, as for evaluate; labels are ignored.")],
+    *,
+    config: options.ConfigFile = None,
+    checkpoint: options.Checkpoint = None,
+    num_classes: options.NumClasses = None,
+    target_flops: Annotated[
+        float | None, typer.Option(help="Share of the unpatched FLOPs.", rich_help_panel=_TARGET)
+    ] = None,
+    target_speedup: Annotated[
+        float | None, typer.Option(help="Times as fast as unpatched, measured.", rich_help_panel=_TARGET)
+    ] = None,
+    target_kl: Annotated[
+        float | None, typer.Option(help="Mean KL to unpatched, in nats.", rich_help_panel=_TARGET)
+    ] = None,
+    target_agreement: Annotated[
+        float | None, typer.Option(help="Share of images whose class stays.", rich_help_panel=_TARGET)
+    ] = None,
+    images: Annotated[int, typer.Option(min=8, help="At most so many of the data, evenly spread.")] = 128,
+    rows: Annotated[str | None, typer.Option(help="Only of these images, as in :650.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of the forwards, also of those that are timed.")] = 16,
+    budget: Annotated[float, typer.Option(min=1, help="Minutes of search.")] = 5.0,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the model, its card, table and picture, and what was tried.")
+    ] = Path("evopatch-calibrated"),
+    device: options.Device = "cpu",
+    dtype: Annotated[Precision, typer.Option()] = Precision.float32,
+    preprocessing: Preprocessing,
+    patch_config: EvoConfig,
+) -> None:
+    """The best settings for this model under a target, found on a few images without labels.
+
+    Half of the images are searched on, half are reported on. Ctrl-C keeps what was tried: the same command goes on.
+
+        evopatch calibrate --model deit_tiny_patch16_224 --data photos/ --target-flops 0.65 --output tuned
+    """
+    from ..calibration.calibrating import calibrate as run
+    from ..calibration.target import Target
+    from ..sources.images import open_evaluation
+    from ..sources.models import open_classifier
+    from ..sources.saving import save_pretrained
+
+    # Before the work that they are for.
+    Target.of(flops=target_flops, speedup=target_speedup, kl=target_kl, agreement=target_agreement)
+    classifier = open_classifier(model, checkpoint, num_classes, preprocessing)
+    network = options.place(classifier.model, device, dtype)
+    dataset = open_evaluation(data, classifier.transform)
+    chosen = range(len(dataset)) if rows is None else options.parse_rows(rows, len(dataset))
+    if not len(chosen):
+        raise DataError(f"--rows {rows}: none of the {len(dataset)} images of {data}")
+    few = sorted({round(place * (len(chosen) - 1) / max(1, images - 1)) for place in range(min(images, len(chosen)))})
+    from torch.utils.data import Subset
+
+    try:
+        result = run(
+            network,
+            Subset(dataset, [chosen[place] for place in few]),
+            target_flops=target_flops,
+            target_speedup=target_speedup,
+            target_kl=target_kl,
+            target_agreement=target_agreement,
+            config=patch_config,
+            batch_size=batch_size,
+            budget=60 * budget,
+            output=output,
+        )
+    except KeyboardInterrupt:
+        errors.print(f"interrupted: what was tried is kept in {output}, the same command goes on", highlight=False)
+        raise SystemExit(130) from None
+    save_pretrained(network, output)
+    result.save(output)
+    console.print(_table(model, result))
+    console.print(_summary(result, output), highlight=False)
+
+
+def _table(model: str, result: Calibration) -> Table:
+    loss = "KL" if result.classifier else "1 - cosine"
+    table = table_of(f"{model}, {result.target}", ("", "runs"), ("keeping", "FLOPs", "speed\n-up", loss, "agree\n%"))
+    for point in (result.before, result.after):
+        table.add_row(point.name, *_settings(point), f"{point.flops:.3f}", f"{point.speed_up:.2f}", *_loss(point))
+    return table
+
+
+def _settings(point: Point) -> tuple[str, str]:
+    firsts, ratios = point.config.stages, point.config.keep_ratio
+    assert isinstance(firsts, tuple)
+    assert isinstance(ratios, tuple)
+    return " ".join(map(str, firsts)), " ".join(f"{ratio:.2f}" for ratio in ratios)
+
+
+def _loss(point: Point) -> tuple[str, str]:
+    return f"{point.error:.4f}", percent(None if point.agreement is None else 100 * point.agreement)
+
+
+def _summary(result: Calibration, folder: Path) -> str:
+    learned = ["foresight"] if result.foresight else []
+    learned += [f"corrections of runs {', '.join(f'{a} to {b}' for a, b in result.corrected)}"] * bool(result.corrected)
+    reached = "Reached" if result.reached else "NOT reached; this is the best that was found"
+    return (
+        f"{reached}. {result.tried} settings on {result.searched} images in {result.seconds / 60:.1f} minutes, figures "
+        f"on {result.reported} others; {result.device}, {result.dtype}, batch {result.batch_size}. Learned: "
+        f"{' and '.join(learned) or 'nothing'}. Saved to {folder}: evopatch.load_pretrained('{folder}')"
+    )
