@@ -87,4 +87,4 @@ class Regression:
         explained = torch.linalg.solve_triangular(root, product, upper=False)
         directions = torch.linalg.svd(explained, full_matrices=False).Vh[: min(rank, len(square))]
         down = torch.linalg.solve_triangular(root.T, explained @ directions.T, upper=True)
-        return Correction(down.float(), directions.float())
+        return Correction(down.float().contiguous(), directions.float().contiguous())

@@ -22,6 +22,7 @@ from ..progress import progress_bar
 from ..version import VERSION
 from .batches import images_of
 from .judge import Judge
+from .levels import Levels, is_reached, level_of
 from .outcome import Calibration, Point
 from .schedule import Schedule, schedule_of
 from .search import Record, Search
@@ -123,6 +124,7 @@ class _Run:
         advance: Callable[..., object],
     ) -> None:
         self._began, self._budget, self._told = time.monotonic(), budget, 0
+        self._search_began = self._began
         self._base, self._target, self._batch_size, self._advance = base, target, batch_size, advance
         self._images = images
         copy = Patched(patched.copy().eval())
@@ -138,6 +140,9 @@ class _Run:
         if target.kind == "agreement" and not self._judge.is_classifier:
             raise ConfigError("target_agreement was given, and the model predicts no class: give target_kl, a distance")
         self.trials = Trials(copy, base, images[:batch_size])
+        # For the settings to begin with, which know nothing of what is learned.
+        self._plain = Trials(Patched(copy.copy().eval()), base, images[:batch_size])
+        self._levels = Levels(self.trials, self._judge, target)
         copy.set_config(base)
         state = copy.host.state
         self._fixed = [begin for begin in begins[1:] if begin > begins[0]]
@@ -145,30 +150,32 @@ class _Run:
         self._depth = state.depth
         what = f"{type(copy.model).__name__} {tuple(images.shape)} {float(images.double().sum()):.6e} {target} {base}"
         self._record = Record(None if folder is None else folder / SEARCH_FILE, what)
-        self._search = Search(self.trials, self._judge, self._record, self._began + budget, self._tell)
+        self._search = Search(self.trials, self._judge, self._record, budget, self._tell)
 
     def result(self) -> tuple[Calibration, Schedule]:
         """What was found, and the setting; what was learned is in the trials' model."""
         if not self._start.firsts:
             raise ConfigError("the settings to begin with keep all tokens: expected a keep ratio below 1")
-        flops = self._first_level()
-        default = self._level(self._start, flops)
-        before = self._point("default", default)
-        defaults = [before, *self._around("default", default, flops)]
+        flops = self._levels.first(self._start)
         foresight = self._flat and self._matched
         if foresight:
             fit_foresight(self.trials.patched.model, torch.cat(self._search_on))
             self.trials.forget_flops()
         weighs = self._matched and self._flat
-        best = self._search.best(self._level(self._start, flops), flops, self._depth, self._fixed, weighs)
-        best, flops = self._at_target(best, flops)
+        self._search_began = time.monotonic()
+        best = self._search.best(level_of(self.trials, self._start, flops), flops, self._depth, self._fixed, weighs)
+        best, flops = self._levels.reached(best, flops)
         best, corrected = self._corrected(best, flops)
-        after = self._point("calibrated", best)
-        curve = [*defaults, after, *self._around("calibrated", best, after.flops)]
+        after = self._point("calibrated", self.trials, best)
+        before = self._point("default", self._plain, level_of(self._plain, self._start, after.flops))
+        curve = [before, after]
+        for name, trials, schedule in (("default", self._plain, self._start), ("calibrated", self.trials, best)):
+            levels = [trials.level(schedule, after.flops + by) for by in _AROUND if 0.2 < after.flops + by < 0.97]
+            curve += [self._point(name, trials, level) for level in levels if level is not None]
         parameter = next(self.trials.patched.model.parameters())
         found = Calibration(
             target=self._target,
-            reached=self._is_reached(after),
+            reached=is_reached(self._target, after),
             before=before,
             after=after,
             curve=tuple(curve),
@@ -185,66 +192,6 @@ class _Run:
             versions={"evopatch": VERSION, "torch": torch.__version__},
         )
         return found, best
-
-    def _level(self, schedule: Schedule, flops: float) -> Schedule:
-        found = self.trials.level(schedule, flops)
-        if found is None:
-            least = self.trials.flops(schedule.shifted(-8.0).config(self._base))
-            raise ConfigError(
-                f"target {self._target}: this model needs at least {least:.3f} of its FLOPs with runs from block "
-                f"{schedule.firsts[0]} on. Begin with a configuration that starts earlier"
-            )
-        return found
-
-    def _first_level(self) -> float:
-        """The FLOPs at which the settings to begin with are at the target, about."""
-        if self._target.kind == "flops":
-            return self._target.value
-        if self._target.kind == "speedup":
-            _, flops = self._at_speed(self._start, 1.0 / self._target.value)
-            return flops
-        _, flops = self._at_loss(self._start)
-        return flops
-
-    def _at_target(self, best: Schedule, flops: float) -> tuple[Schedule, float]:
-        """What was found, at the target."""
-        if self._target.kind == "speedup":
-            return self._at_speed(best, flops)
-        return (best, flops) if self._target.bounds_cost else self._at_loss(best)
-
-    def _at_speed(self, schedule: Schedule, flops: float) -> tuple[Schedule, float]:
-        """Where the measured speed-up is the target, or a little more; the fastest where it isn't reached."""
-        wanted, found = self._target.value * 1.01, schedule
-        for _ in range(6):
-            level = self.trials.level(schedule, flops)
-            if level is None:
-                break
-            found = level
-            speed = self.trials.speed_up(found.config(self._base), rounds=9)
-            if wanted * 0.99 <= speed <= wanted * 1.02:
-                break
-            # A speed-up is nearly proportional to what is left out.
-            flops = min(0.97, 1.0 - (1.0 - flops) * (1.0 - 1.0 / wanted) / max(1e-2, 1.0 - 1.0 / speed))
-        return found, flops
-
-    def _at_loss(self, schedule: Schedule) -> tuple[Schedule, float]:
-        """The fewest FLOPs at which the images to search on lose no more than the target."""
-        low, high, found = 0.2, 0.97, schedule.shifted(8.0)
-        while high - low > 0.01:
-            middle = (low + high) / 2
-            level = self.trials.level(schedule, middle)
-            if level is not None and self._holds(level):
-                found, high = level, middle
-            else:
-                low = middle
-        return found, high
-
-    def _holds(self, schedule: Schedule) -> bool:
-        errors = self._judge.all_errors(self.trials.at(schedule.config(self._base)))
-        if self._target.kind == "kl":
-            return float(errors.error.mean()) <= self._target.value
-        assert errors.agrees is not None
-        return float(errors.agrees.double().mean()) >= self._target.value
 
     def _corrected(self, best: Schedule, flops: float) -> tuple[Schedule, tuple[tuple[int, int], ...]]:
         """Corrections where the images to report on lose less with them, at the same FLOPs."""
@@ -275,36 +222,20 @@ class _Run:
         model = self.trials.at(schedule.config(self._base))
         return float(self._reporter.all_errors(model).error.mean())
 
-    def _around(self, name: str, schedule: Schedule, flops: float) -> list[Point]:
-        levels = [self.trials.level(schedule, flops + by) for by in _AROUND if 0.2 < flops + by < 0.97]
-        return [self._point(name, level) for level in levels if level is not None]
-
-    def _point(self, name: str, schedule: Schedule) -> Point:
+    def _point(self, name: str, trials: Trials, schedule: Schedule) -> Point:
         config = schedule.config(self._base)
-        errors = self._reporter.all_errors(self.trials.at(config))
+        errors = self._reporter.all_errors(trials.at(config))
         return Point(
             name=name,
             config=config,
-            flops=self.trials.flops(config),
-            speed_up=self.trials.speed_up(config),
+            flops=trials.flops(config),
+            speed_up=trials.speed_up(config),
             error=float(errors.error.mean()),
             agreement=None if errors.agrees is None else float(errors.agrees.double().mean()),
         )
 
-    def _is_reached(self, after: Point) -> bool:
-        value = self._target.value
-        if self._target.kind == "agreement":
-            assert after.agreement is not None
-            return after.agreement >= value
-        reached = {
-            "flops": after.flops <= value,
-            "speedup": after.speed_up >= 0.97 * value,
-            "kl": after.error <= value,
-        }
-        return reached[self._target.kind]
-
     def _tell(self, error: float) -> None:
-        done = min(self._budget, time.monotonic() - self._began)
+        done = min(self._budget, time.monotonic() - self._search_began)
         text = f"calibrate for {self._target}: error {error:.4f}, {len(self._record)} settings tried"
         self._advance(round(done) - self._told, text)
         self._told = round(done)

@@ -67,20 +67,15 @@ class Search:
         trials: The model.
         judge: On the images to search on.
         record: What is known.
-        deadline: In seconds of `time.monotonic`; nothing new is tried after it.
+        budget: Seconds; nothing new is tried after them.
         on_trial: Called after each with the best mean error.
     """
 
     def __init__(
-        self, trials: Trials, judge: Judge, record: Record, deadline: float, on_trial: Callable[[float], object]
+        self, trials: Trials, judge: Judge, record: Record, budget: float, on_trial: Callable[[float], object]
     ) -> None:
         self._trials, self._judge, self._record = trials, judge, record
-        self._deadline, self._on_trial = deadline, on_trial
-
-    def error(self, schedule: Schedule) -> float:
-        """Mean error of one setting."""
-        errors = self._errors(schedule, None)
-        return float(errors.mean())
+        self._budget, self._on_trial = budget, on_trial
 
     def best(self, start: Schedule, flops: float, depth: int, fixed: Sequence[int], weighs: bool) -> Schedule:
         """The best setting found that costs no more FLOPs; arguments as for `Schedule.neighbours`.
@@ -92,6 +87,7 @@ class Search:
             fixed: Blocks that have to begin a run.
             weighs: Whether `importance` matters.
         """
+        deadline = time.monotonic() + self._budget
         best, errors = start, self._errors(start, None)
         self._on_trial(float(errors.mean()))
         for step in STEPS:
@@ -99,7 +95,7 @@ class Search:
             while improved:
                 improved = False
                 for neighbour in best.neighbours(step, depth, fixed, weighs):
-                    if time.monotonic() > self._deadline:
+                    if time.monotonic() > deadline:
                         return best
                     candidate = self._trials.level(neighbour, flops)
                     if candidate is None or candidate == best:

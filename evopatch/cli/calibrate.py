@@ -13,7 +13,7 @@ from ..progress import errors
 from ..sources.preprocessing import Preprocessing
 from . import options
 from .options import Precision
-from .patch_options import one_config
+from .patch_options import one_config, patch
 from .preprocessing_options import with_preprocessing
 from .tables import console, percent, table_of
 
@@ -81,6 +81,7 @@ def calibrate(
     few = sorted({round(place * (len(chosen) - 1) / max(1, images - 1)) for place in range(min(images, len(chosen)))})
     from torch.utils.data import Subset
 
+    patch(network, model, patch_config)
     try:
         result = run(
             network,
@@ -89,7 +90,6 @@ def calibrate(
             target_speedup=target_speedup,
             target_kl=target_kl,
             target_agreement=target_agreement,
-            config=patch_config,
             batch_size=batch_size,
             budget=60 * budget,
             output=output,

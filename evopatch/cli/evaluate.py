@@ -12,7 +12,7 @@ from ..progress import errors, progress_bar
 from ..sources.preprocessing import Preprocessing
 from . import options
 from .options import Precision
-from .patch_options import several_configs
+from .patch_options import patch, several_configs
 from .preprocessing_options import with_preprocessing
 from .tables import QUALITY, console, quality, table_of, write_json
 
@@ -56,7 +56,6 @@ def evaluate(
 
     from ..measure.accuracy import evaluate as run
     from ..measure.comparison import ratio_text
-    from ..patching.apply import apply
     from ..sources.images import open_evaluation
     from ..sources.models import open_classifier
     from ..training.items import Items, collate
@@ -64,7 +63,7 @@ def evaluate(
     options.check_folder_of(json_out, "--json")
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing)
     network = options.place(classifier.model, device, dtype)
-    apply(network, config=patch_configs[0])
+    patch_configs = [patch(network, model, patch_configs[0]), *patch_configs[1:]]
     dataset: Images | Subset[Any] = open_evaluation(data, classifier.transform)
     if rows is not None:
         dataset = Subset(dataset, options.parse_rows(rows, len(dataset)))

@@ -15,7 +15,7 @@ from ..sources.preprocessing import Preprocessing
 from ..training.settings import FinetuneConfig
 from . import options, settings_file
 from .finetune_report import report
-from .patch_options import one_config
+from .patch_options import one_config, patch
 from .preprocessing_options import with_preprocessing
 from .training_options import with_training
 
@@ -102,7 +102,6 @@ def finetune(
 
         evopatch finetune --config evopatch-finetune-deit_tiny_patch16_224/config.toml --resume
     """
-    from ..patching.apply import apply
     from ..sources.augment import Augmentation, training_transform
     from ..sources.models import count_classes, open_classifier, reset_head
     from ..sources.saving import save_pretrained
@@ -130,7 +129,7 @@ def finetune(
     splits.train.transform = training_transform(classifier, augmentation)
     if not labels:
         splits.train.labels = None
-    apply(classifier.model, config=patch_config)
+    patch(classifier.model, model, patch_config)
     settings_file.save(folder, ctx)
     try:
         result = run(

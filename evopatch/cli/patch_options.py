@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..config import EvoConfig
+from ..progress import errors
 from .expansion import Option, expanded
 from .options import parse_ratios, whole_numbers
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class RepresentativeName(str, Enum):
@@ -79,3 +84,26 @@ one_config = expanded("patch_config", _ONE, _config)
 
 several_configs = expanded("patch_configs", _SEVERAL, _configs)
 """For a command with a parameter `patch_configs: list[EvoConfig]`: every representative with every keep ratio."""
+
+
+def patch(network: nn.Module, model: str, config: EvoConfig) -> EvoConfig:
+    """Patch a model of the command line: as it was saved, where `--model` is a folder of `evopatch.save_pretrained` and
+    none of the options above says something else.
+
+    Args:
+        network: The unpatched model.
+        model: What `--model` was given.
+        config: Of the options.
+
+    Returns:
+        The configuration that it has now.
+    """
+    from ..patching.apply import apply, config_of
+    from ..sources.saving import is_saved, patch_as_saved
+
+    if config != EvoConfig() or not is_saved(Path(model)):
+        apply(network, config=config)
+        return config
+    patch_as_saved(network, Path(model))
+    errors.print(f"patched as {model} was saved; --keep-ratio and the like change that", highlight=False)
+    return config_of(network)

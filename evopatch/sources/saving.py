@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -22,6 +22,7 @@ from ..patching.library import Library
 from ..version import VERSION
 from . import card
 
+Model = TypeVar("Model", bound=nn.Module)
 FILE_NAME = "evopatch.json"
 LEARNED_FILE = "evopatch.safetensors"
 """What blocks learned from images, where they did."""
@@ -120,13 +121,31 @@ def load_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     if Path(path).is_file():
         raise CheckpointError(f"{path} is a file: expected a folder written by evopatch.save_pretrained")
     folder = Path(path) if Path(path).is_dir() else _download(str(path))
-    file = folder / FILE_NAME
-    name, hosts = _read(file)
+    name, _ = _read(folder / FILE_NAME)
     library = cast(Library, importlib.import_module(_LIBRARIES[name]))
-    model = library.load(folder, **kwargs).eval()
+    return patch_as_saved(library.load(folder, **kwargs).eval(), folder)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder was written by `save_pretrained`."""
+    return (folder / FILE_NAME).is_file()
+
+
+def patch_as_saved(model: Model, folder: Path) -> Model:
+    """Patch a model as the one was that `save_pretrained` wrote, with what its blocks learned.
+
+    Args:
+        model: An unpatched one of the same structure.
+        folder: Where that one is.
+
+    Raises:
+        CheckpointError: As for `load_pretrained`.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    file = folder / FILE_NAME
+    _, hosts = _read(file)
     try:
         apply_again(model, hosts)
         if (folder / LEARNED_FILE).exists():

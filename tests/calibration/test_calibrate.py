@@ -1,0 +1,211 @@
+"""The whole of `evopatch.calibrate`, on small random models."""
+
+import json
+
+import pytest
+import torch
+from comparing import Snapshot
+from torch.utils.data import DataLoader, TensorDataset
+from variants import build, call, images_for
+
+import evopatch
+from evopatch import ConfigError, DataError, EvoConfig, UnsupportedModelError
+from evopatch.calibration import calibrating
+from evopatch.calibration.judge import Judge
+from evopatch.calibration.search import Record, Search
+from evopatch.patching.handle import Patched
+from evopatch.patching.learning import learned
+
+QUICK = {"budget": 600.0, "batch_size": 8, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def one_step(monkeypatch):
+    """The search's last step alone, and a curve of few points: models are small, but not that small."""
+    monkeypatch.setattr("evopatch.calibration.search.STEPS", (0.6,))
+    monkeypatch.setattr("evopatch.calibration.calibrating._AROUND", (0.1,))
+
+
+def deterministic(result):
+    values = result.to_dict()
+    for point in (values["before"], values["after"], *values["curve"]):
+        del point["speed_up"]
+    del values["seconds"]
+    return values
+
+
+@pytest.mark.parametrize("name", ["vit", "hf_vit", "levit", "swin", "hf_dinov2"])
+def test_the_model_is_left_with_what_was_found(name, tmp_path):
+    target = {"levit": 0.9, "swin": 0.8}.get(name, 0.7)
+    model, x = build(name), images_for(name, 24)
+    result = evopatch.calibrate(model, x, target_flops=target, output=tmp_path, **QUICK)
+    assert result.reached
+    assert target - 0.02 < result.after.flops <= target
+    assert result.before.flops <= target
+    assert evopatch.config_of(model) == result.after.config
+    assert result.searched == result.reported == 12
+    assert result.classifier == (name != "hf_dinov2")
+    assert result.foresight == bool([path for path in learned(model) if "|" not in path])
+    assert len(result.corrected) * 2 == len([path for path in learned(model) if "|" in path])
+    # What it says of the images to report on is what the model does now.
+    judge = Judge(Patched(model).original(), x[1::2].split(8), Patched(model).host.state.spec.prefix)
+    own = judge.all_errors(model)
+    assert float(own.error.mean()) == pytest.approx(result.after.error, rel=1e-3, abs=1e-6)
+    assert result.tried == len(json.loads((tmp_path / "search.json").read_text())["errors"]) > 5
+    result.save(tmp_path)
+    assert json.loads((tmp_path / "calibration.json").read_text())["after"]["flops"] == result.after.flops
+    assert (tmp_path / "calibration.png").stat().st_size > 5000
+
+
+def test_the_search_finds_what_is_better():
+    model = build("vit")
+    result = evopatch.calibrate(model, images_for("vit", 64), target_flops=0.6, **QUICK)
+    assert result.after.error < result.before.error
+
+
+def test_repeated_and_resumed_runs_find_the_same(tmp_path, monkeypatch):
+    images = images_for("vit", 16)
+    first = evopatch.calibrate(build("vit"), images, target_flops=0.7, output=tmp_path / "a", **QUICK)
+    put, times = Record.put, []
+
+    def interrupted(record, key, errors):
+        put(record, key, errors)
+        times.append(key)
+        if len(times) == 4:
+            raise KeyboardInterrupt
+
+    model = build("vit")
+    before = Snapshot(model)
+    monkeypatch.setattr(Record, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evopatch.calibrate(model, images, target_flops=0.7, output=tmp_path / "b", **QUICK)
+    before.assert_untouched(model)
+    assert len(json.loads((tmp_path / "b" / "search.json").read_text())["errors"]) == 4
+    second = evopatch.calibrate(model, images, target_flops=0.7, output=tmp_path / "b", **QUICK)
+    assert not set(times[:4]) & set(times[4:])  # nothing is tried twice
+    assert deterministic(second) == deterministic(first)
+    # Another search in the same folder begins anew.
+    evopatch.calibrate(build("vit"), images, target_flops=0.75, output=tmp_path / "b", **QUICK)
+    (tmp_path / "b" / "search.json").write_text("{")
+    with pytest.raises(evopatch.CheckpointError, match="damaged"):
+        evopatch.calibrate(build("vit"), images, target_flops=0.7, output=tmp_path / "b", **QUICK)
+
+
+def test_losses_as_targets():
+    images = images_for("vit", 32)
+    result = evopatch.calibrate(build("vit"), images, target_kl=0.002, **QUICK)
+    assert result.after.error < 0.01
+    strict = evopatch.calibrate(build("vit"), images, target_kl=0.0005, **QUICK)
+    assert strict.after.flops > result.after.flops
+    result = evopatch.calibrate(build("vit"), images, target_agreement=0.9, **QUICK)
+    assert result.after.agreement >= 0.7
+    assert result.reached == (result.after.agreement >= 0.9)
+
+
+def test_a_speed_up_as_target(monkeypatch):
+    """The clock is a formula here, as a real one says another thing each time."""
+
+    def speed_up(trials, config, rounds=5):
+        return 1.0 / (0.1 + 0.9 * trials.flops(config))
+
+    monkeypatch.setattr("evopatch.calibration.trials.Trials.speed_up", speed_up)
+    result = evopatch.calibrate(build("vit"), images_for("vit", 16), target_speedup=1.3, **QUICK)
+    assert result.reached
+    assert 1.29 <= result.after.speed_up <= 1.35
+    beyond = evopatch.calibrate(build("vit"), images_for("vit", 16), target_speedup=8.0, **QUICK)
+    assert not beyond.reached
+    assert beyond.after.flops < result.after.flops
+
+
+@pytest.mark.parametrize("kind", ["tensor", "data set", "loader", "mappings"])
+def test_images_in_every_form(kind):
+    images = images_for("vit", 16)
+    labels = torch.zeros(16).long()
+    given = {
+        "tensor": images,
+        "data set": TensorDataset(images, labels),
+        "loader": DataLoader(TensorDataset(images, labels), batch_size=5),
+        "mappings": [{"pixel_values": image, "labels": 0} for image in images],
+    }[kind]
+    model = build("vit")
+    result = evopatch.calibrate(model, given, target_flops=0.7, **QUICK)
+    expected = evopatch.calibrate(build("vit"), images, target_flops=0.7, **QUICK)
+    assert deterministic(result) == deterministic(expected)
+
+
+def test_a_patched_model_begins_with_its_own_settings():
+    config = EvoConfig(stages=(2, 3, 4), keep_ratio=(0.8, 0.6, 0.5), importance=0.1)
+    model = evopatch.apply(build("vit"), config=config)
+    result = evopatch.calibrate(model, images_for("vit", 16), target_flops=0.75, budget=1e-9, progress=False)
+    assert result.after.config.stages == (2, 3, 4)
+    assert result.tried == 1
+    with torch.no_grad():
+        assert not torch.equal(call(model, images_for("vit")), call(build("vit"), images_for("vit")))
+
+
+@pytest.mark.parametrize(
+    ("images", "kwargs", "error", "message"),
+    [
+        (7, {}, DataError, "7 image.* at least 8"),
+        ("nan", {}, DataError, "isn't finite"),
+        ("ints", {}, DataError, "torch.int64"),
+        ("sizes", {}, DataError, "of the sizes"),
+        ("number", {}, DataError, "images are int"),
+        (16, {"target_kl": 0.1}, ConfigError, "target_flops and target_kl given"),
+        (16, {"target_flops": 1.5}, ConfigError, "target_flops=1.5"),
+        (16, {"target_flops": 0.05}, ConfigError, r"0.050 of the FLOPs can't be reached"),
+        (16, {"budget": 0}, ConfigError, "budget=0"),
+        (16, {"batch_size": 0}, ConfigError, "batch_size=0"),
+        (16, {"config": EvoConfig(keep_ratio=1.0)}, ConfigError, "keep all tokens"),
+    ],
+)
+@pytest.mark.parametrize("patched", [False, True])
+def test_bad_input_leaves_the_model_as_it_was(images, kwargs, error, message, patched):
+    model, x = build("vit"), images_for("vit", 16)
+    given = {
+        "nan": x * float("nan"),
+        "ints": torch.ones(16, 3, 8, 8).long(),
+        "sizes": [x[:8], x[8:, :, :32]],
+        "number": 3,
+    }
+    if patched:
+        evopatch.apply(model, images=x)
+    before, own = Snapshot(model), learned(model)
+    config = evopatch.config_of(model) if patched else None
+    data = given[images] if isinstance(images, str) else x[:images]
+    with pytest.raises(error, match=message):
+        evopatch.calibrate(model, data, **({"target_flops": 0.7, **QUICK} | kwargs))
+    if patched:
+        assert evopatch.config_of(model) == config
+        assert learned(model).keys() == own.keys()
+        assert all(torch.equal(learned(model)[name], tensor) for name, tensor in own.items())
+    else:
+        before.assert_untouched(model)
+
+
+def test_a_model_that_cannot_be_patched():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))
+    with pytest.raises(UnsupportedModelError, match="nothing to patch"):
+        evopatch.calibrate(model, images_for("vit", 16), target_flops=0.7, **QUICK)
+
+
+def test_worse_settings_are_given_up_early(monkeypatch):
+    seen = []
+    errors = Judge.errors
+
+    def counted(judge, model):
+        count = 0
+        for batch in errors(judge, model):
+            count += len(batch.error)
+            yield batch
+        seen.append(count)
+
+    monkeypatch.setattr(Judge, "errors", counted)
+    lengths = []
+    put = Record.put
+    monkeypatch.setattr(Record, "put", lambda record, key, own: (lengths.append(len(own)), put(record, key, own)))
+    evopatch.calibrate(build("vit"), images_for("vit", 128), target_flops=0.6, **QUICK)
+    assert max(lengths) == 64
+    assert min(lengths) < 64
+    assert isinstance(Search, type)
+    assert calibrating.SEARCH_FILE == "search.json"
