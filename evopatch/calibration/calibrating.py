@@ -22,7 +22,7 @@ from ..progress import progress_bar
 from ..version import VERSION
 from .batches import images_of
 from .judge import Judge
-from .levels import Levels, is_reached, level_of
+from .levels import Levels, is_reached, level_of, nearest
 from .outcome import Calibration, Point
 from .schedule import Schedule, schedule_of
 from .search import Record, Search
@@ -30,7 +30,7 @@ from .target import Target
 from .trials import Trials
 
 SEARCH_FILE = "search.json"
-_AROUND = (-0.12, -0.06, 0.06, 0.12)
+_AROUND = (-0.1, 0.1)
 """FLOPs of the curve beside the chosen ones."""
 _WORTH = 0.99
 """A correction is kept where it leaves less of the error than this."""
@@ -167,7 +167,7 @@ class _Run:
         best, flops = self._levels.reached(best, flops)
         best, corrected = self._corrected(best, flops)
         after = self._point("calibrated", self.trials, best)
-        before = self._point("default", self._plain, level_of(self._plain, self._start, after.flops))
+        before = self._point("default", self._plain, nearest(self._plain, self._start, after.flops))
         curve = [before, after]
         for name, trials, schedule in (("default", self._plain, self._start), ("calibrated", self.trials, best)):
             levels = [trials.level(schedule, after.flops + by) for by in _AROUND if 0.2 < after.flops + by < 0.97]

@@ -64,7 +64,7 @@ class Judge:
         if whole.classes:
             logits, expected = own.values[0].log_softmax(1), whole.values[0].log_softmax(1)
             kl = F.kl_div(logits, expected, reduction="none", log_target=True).sum(1)
-            return Errors(kl.double().cpu(), (logits.argmax(1) == expected.argmax(1)).cpu())
+            return Errors(kl.double().clamp_min(0.0).cpu(), (logits.argmax(1) == expected.argmax(1)).cpu())
         distances = []
         for features, expected in zip(own.values, whole.values, strict=True):
             if features.dim() == 4:  # (B, C, h, w)
@@ -75,7 +75,7 @@ class Judge:
             else:  # class and patch features count alike
                 split = self._prefix if features is own.values[0] and self._prefix < distance.shape[1] else 0
                 distances += [part.mean(1) for part in (distance[:, :split], distance[:, split:]) if part.shape[1]]
-        return Errors(torch.stack(distances).mean(0).double().cpu(), None)
+        return Errors(torch.stack(distances).mean(0).double().clamp_min(0.0).cpu(), None)
 
 
 class Outputs(NamedTuple):

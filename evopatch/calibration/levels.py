@@ -10,6 +10,8 @@ from .target import Target
 from .trials import Trials
 
 _LEAST, _MOST = 0.2, 0.97
+_WHOLE = 8.0
+"""Odds shifted by so much are those of next to no slow tokens, or of all."""
 _SPEED_MARGIN = 0.01
 """A speed-up is aimed at by so much more, as another process measures another one."""
 
@@ -22,12 +24,17 @@ def level_of(trials: Trials, schedule: Schedule, flops: float) -> Schedule:
     """
     found = trials.level(schedule, flops)
     if found is None:
-        least = trials.flops(schedule.shifted(-8.0).config(trials.base))
+        least = trials.flops(schedule.shifted(-_WHOLE).config(trials.base))
         raise ConfigError(
             f"{flops:.3f} of the FLOPs can't be reached: at least {least:.3f} are needed with runs from block "
             f"{schedule.firsts[0]} on. Begin with a configuration that starts earlier"
         )
     return found
+
+
+def nearest(trials: Trials, schedule: Schedule, flops: float) -> Schedule:
+    """`Trials.level`, or what needs the fewest FLOPs of that shape."""
+    return trials.level(schedule, flops) or schedule.shifted(-_WHOLE)
 
 
 def is_reached(target: Target, after: Point) -> bool:
@@ -72,7 +79,8 @@ class Levels:
         for _ in range(6):
             level = self._trials.level(schedule, flops)
             if level is None:
-                break
+                found = schedule.shifted(-_WHOLE)
+                return found, self._trials.flops(found.config(self._trials.base))
             found = level
             speed = self._trials.speed_up(found.config(self._trials.base), rounds=9)
             if self._target.value <= speed <= wanted * (1.0 + _SPEED_MARGIN):
@@ -84,7 +92,7 @@ class Levels:
 
     def _at_loss(self, schedule: Schedule) -> tuple[Schedule, float]:
         """The fewest FLOPs at which the images to search on lose no more than the target."""
-        low, high, found = _LEAST, _MOST, schedule.shifted(8.0)
+        low, high, found = _LEAST, _MOST, schedule.shifted(_WHOLE)
         while high - low > 0.01:
             middle = (low + high) / 2
             level = self._trials.level(schedule, middle)

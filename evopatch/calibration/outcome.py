@@ -40,7 +40,7 @@ class Calibration:
     reached: bool
     """By the measure of the target: FLOPs and speed of the model, loss on the images to report on."""
     before: Point
-    """The settings that the search began with, at the same FLOPs."""
+    """The settings that the search began with, at the same FLOPs, or as near as they come."""
     after: Point
     """Those that the model has now."""
     curve: tuple[Point, ...]

@@ -21,8 +21,8 @@ STEPS = (0.6, 0.3)
 """Of the logarithm of a keep ratio's odds, one after the other."""
 _RACED = 16
 """After so many images a setting that is worse than the best by one standard error is given up."""
-_SURE = 0.5
-"""A setting is taken for better where it is so by so many standard errors: of dozens that are tried on a few images,
+_SURE = 1.0
+"""A setting is taken for better where it is so by as many standard errors: of dozens that are tried on a few images,
 one is better by chance."""
 
 
@@ -101,7 +101,8 @@ class Search:
                     if candidate is None or candidate == best:
                         continue
                     own = self._errors(candidate, errors)
-                    if len(own) == len(errors) and _clearly(errors, own, by=_SURE):
+                    all_seen = len(own) == len(errors)
+                    if all_seen and own.mean() < errors.mean() and _clearly(errors, own, by=_SURE):
                         best, errors, improved = candidate, own, True
                     self._on_trial(float(errors.mean()))
                     if improved:
@@ -126,6 +127,9 @@ class Search:
 
 
 def _clearly(worse: Tensor, better: Tensor, by: float) -> bool:
-    """Whether errors of the same images are worse by so many standard errors of their mean difference."""
-    difference = worse - better
+    """Whether errors of the same images are worse by so many standard errors of their mean difference.
+
+    Roots are compared: of KL a few images have the most, and of what they say little can be learned for others.
+    """
+    difference = worse.sqrt() - better.sqrt()
     return bool(difference.mean() > by * difference.std() / math.sqrt(len(difference)))

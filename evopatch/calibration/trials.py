@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..algorithm.rows import rounded_share
 from ..config import EvoConfig
 from ..measure.profiling import UNPATCHED, count_flops
 from ..measure.timing import compare_speed
@@ -28,7 +29,8 @@ class Trials:
 
     def __init__(self, patched: Patched[Any], base: EvoConfig, batch: Tensor) -> None:
         self.patched, self.base, self._batch = patched, base, batch
-        self._flops: dict[EvoConfig, float] = {}
+        self._flops: dict[object, float] = {}
+        self._grids = patched.host.grids((batch.shape[2], batch.shape[3]))
         self._whole = self._count(UNPATCHED)
 
     def at(self, config: EvoConfig) -> nn.Module:
@@ -39,9 +41,22 @@ class Trials:
 
     def flops(self, config: EvoConfig) -> float:
         """Of the whole model, relative to unpatched."""
-        if config not in self._flops:
-            self._flops[config] = self._count(config) / self._whole
-        return self._flops[config]
+        key = self._key(config)
+        if key not in self._flops:
+            self._flops[key] = self._count(config) / self._whole
+        return self._flops[key]
+
+    def _key(self, config: EvoConfig) -> tuple[object, ...]:
+        """The same for settings of the same FLOPs: those that keep as many tokens in every block."""
+        host = self.patched.host
+        plans = host.state.plan(config)
+        if len(host.state.depths) > 1 and host.state.spec.pyramid is None:
+            return plans  # how many tokens a window has is known while it runs
+        sizes = (rows * columns for rows, columns in self._grids)
+        return tuple(
+            (plan.selects, plan.keep_ratio == 1.0 or rounded_share(size, plan.keep_ratio))
+            for plan, size in zip(plans, sizes, strict=True)
+        )
 
     def forget_flops(self) -> None:
         """After something else in the model changed than its settings."""
@@ -55,7 +70,8 @@ class Trials:
         """The setting of the same shape that needs so many FLOPs, or a little less; None: there is none."""
         low, high, shift = -8.0, 8.0, 0.0
         best = None
-        for _ in range(12):
+        # On a small grid FLOPs go by leaps: the last one below has to do.
+        while high - low > 0.03:
             found = schedule.shifted(shift)
             needed = self.flops(found.config(self.base))
             if needed <= flops:

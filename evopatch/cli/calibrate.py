@@ -49,7 +49,7 @@ def calibrate(
     images: Annotated[int, typer.Option(min=8, help="At most so many of the data, evenly spread.")] = 128,
     rows: Annotated[str | None, typer.Option(help="Only of these images, as in :650.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Of the forwards, also of those that are timed.")] = 16,
-    budget: Annotated[float, typer.Option(min=1, help="Minutes of search.")] = 5.0,
+    budget: Annotated[float, typer.Option(min=0.01, help="Minutes of search.")] = 5.0,
     output: Annotated[
         Path, typer.Option(help="Folder for the model, its card, table and picture, and what was tried.")
     ] = Path("evopatch-calibrated"),

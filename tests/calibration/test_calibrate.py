@@ -1,6 +1,7 @@
 """The whole of `evopatch.calibrate`, on small random models."""
 
 import json
+from itertools import islice
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from variants import build, call, images_for
 
 import evopatch
 from evopatch import ConfigError, DataError, EvoConfig, UnsupportedModelError
-from evopatch.calibration import calibrating
 from evopatch.calibration.judge import Judge
-from evopatch.calibration.search import Record, Search
+from evopatch.calibration.schedule import Schedule
+from evopatch.calibration.search import Record
 from evopatch.patching.handle import Patched
 from evopatch.patching.learning import learned
 
@@ -20,10 +21,12 @@ QUICK = {"budget": 600.0, "batch_size": 8, "progress": False}
 
 
 @pytest.fixture(autouse=True)
-def one_step(monkeypatch):
-    """The search's last step alone, and a curve of few points: models are small, but not that small."""
+def few_steps(monkeypatch):
+    """A short search: some neighbours of one size, and few points of the curve."""
+    neighbours = Schedule.neighbours
     monkeypatch.setattr("evopatch.calibration.search.STEPS", (0.6,))
     monkeypatch.setattr("evopatch.calibration.calibrating._AROUND", (0.1,))
+    monkeypatch.setattr(Schedule, "neighbours", lambda *args, **kwargs: islice(neighbours(*args, **kwargs), 0, None, 3))
 
 
 def deterministic(result):
@@ -34,7 +37,7 @@ def deterministic(result):
     return values
 
 
-@pytest.mark.parametrize("name", ["vit", "hf_vit", "levit", "swin", "hf_dinov2"])
+@pytest.mark.parametrize("name", ["vit", "hf_vit", "levit", "swin", "hf_dinov2_swiglu", "hf_dinov2_backbone"])
 def test_the_model_is_left_with_what_was_found(name, tmp_path):
     target = {"levit": 0.9, "swin": 0.8}.get(name, 0.7)
     model, x = build(name), images_for(name, 24)
@@ -44,14 +47,14 @@ def test_the_model_is_left_with_what_was_found(name, tmp_path):
     assert result.before.flops <= target
     assert evopatch.config_of(model) == result.after.config
     assert result.searched == result.reported == 12
-    assert result.classifier == (name != "hf_dinov2")
+    assert result.classifier == ("dinov2" not in name)
     assert result.foresight == bool([path for path in learned(model) if "|" not in path])
     assert len(result.corrected) * 2 == len([path for path in learned(model) if "|" in path])
     # What it says of the images to report on is what the model does now.
     judge = Judge(Patched(model).original(), x[1::2].split(8), Patched(model).host.state.spec.prefix)
     own = judge.all_errors(model)
     assert float(own.error.mean()) == pytest.approx(result.after.error, rel=1e-3, abs=1e-6)
-    assert result.tried == len(json.loads((tmp_path / "search.json").read_text())["errors"]) > 5
+    assert result.tried == len(json.loads((tmp_path / "search.json").read_text())["errors"]) >= 5
     result.save(tmp_path)
     assert json.loads((tmp_path / "calibration.json").read_text())["after"]["flops"] == result.after.flops
     assert (tmp_path / "calibration.png").stat().st_size > 5000
@@ -147,7 +150,7 @@ def test_a_patched_model_begins_with_its_own_settings():
     ("images", "kwargs", "error", "message"),
     [
         (7, {}, DataError, "7 image.* at least 8"),
-        ("nan", {}, DataError, "isn't finite"),
+        ("nan", {}, DataError, "finite"),
         ("ints", {}, DataError, "torch.int64"),
         ("sizes", {}, DataError, "of the sizes"),
         ("number", {}, DataError, "images are int"),
@@ -207,5 +210,3 @@ def test_worse_settings_are_given_up_early(monkeypatch):
     evopatch.calibrate(build("vit"), images_for("vit", 128), target_flops=0.6, **QUICK)
     assert max(lengths) == 64
     assert min(lengths) < 64
-    assert isinstance(Search, type)
-    assert calibrating.SEARCH_FILE == "search.json"
