@@ -129,7 +129,9 @@ def attention_of(block: SlowFastBlock) -> TappedAttention | None:
 
 def unwrapped(module: nn.Module, mixin: type[Patch]) -> Patch | None:
     """A patched module, or the one that a wrapper holds."""
-    return next((inner for inner in (module, *module.children()) if isinstance(inner, mixin)), None)
+    if isinstance(module, mixin):
+        return module
+    return next((inner for inner in module.children() if isinstance(inner, mixin)), None)
 
 
 def layer_norm_of(block: Any) -> nn.LayerNorm | None:

@@ -31,6 +31,7 @@ class ForwardPass(ABC):
     def __init__(self, state: HostState, compact: bool = True) -> None:
         # Taken once: a checkpointed block is recomputed in backward, maybe after the settings changed.
         self.name, self.spec, self.plans, self.active = state.name, state.spec, state.plans, state.active
+        self._keep_ratios = state.keep_ratios
         self.modules: list[nn.Module] = []
         """What the host will call, in order."""
         self.representative, self.importance = state.config.representative, state.config.importance
@@ -68,6 +69,10 @@ class ForwardPass(ABC):
             self.compact = False
         if self.reads_prefix and blocks and wants_tokens(blocks[-1]):
             self.reads_prefix = False
+
+    def keep_ratio(self, index: int) -> float:
+        """Of a block's plan."""
+        return float(self._keep_ratios[index])
 
     @abstractmethod
     def run(self, index: int, block: Any, *args: Any, **kwargs: Any) -> Any:

@@ -49,6 +49,9 @@ class HostState:
             ConfigError: If it doesn't fit the model; the old one stays then.
         """
         self.plans: tuple[BlockPlan, ...] = self.plan(config)
+        # As text, which is a constant to torch.compile: a number that has changed becomes a symbol there, and with it
+        # all sizes that follow from it.
+        self.keep_ratios = tuple(repr(plan.keep_ratio) for plan in self.plans)
         self.config = config
         self.active = any(plan.keep_ratio < 1.0 for plan in self.plans)
         self.reads_out = self.spec.head_reads > 0 and (self.active if config.readout is None else config.readout)

@@ -96,7 +96,7 @@ class TokenPass(ForwardPass):
             check_stage(x.shape[1], self.spec.pyramid.grids, self.stage_of[index], self.name)
         plan = self.plans[index]
         named = dict(inputs) | {name: inputs.get(name) for name in self.spec.trace.inputs}
-        if plan.keep_ratio == 1.0:
+        if self.keep_ratio(index) == 1.0:
             if not reads_out and not self._accumulates(index):
                 return run(x, named, None)
             return self._tapped(index, block, x, named, None, run, reads_out)
@@ -121,7 +121,7 @@ class TokenPass(ForwardPass):
         """Put the full grid back where a run ends, or somebody looks."""
         plan = self.plans[index]
         # Pruned models (timm's prune_intermediate_layers) end before their last run does.
-        if plan.keep_ratio == 1.0 or (self.compact and not plan.ends and index + 1 < self.depth):
+        if self.keep_ratio(index) == 1.0 or (self.compact and not plan.ends and index + 1 < self.depth):
             return x
         full_grid = self._full_grid(index, self.partitions[index])
         if full_grid is not None and len(self.blocks[index]) > 1:
@@ -172,7 +172,7 @@ class TokenPass(ForwardPass):
 
     def _select(self, index: int, block: PatchedBlock, x: Tensor, inputs: dict[str, Any]) -> Partition:
         prefix = self.spec.prefix
-        keep = num_slow(x.shape[1] - prefix, self.plans[index].keep_ratio)
+        keep = num_slow(x.shape[1] - prefix, self.keep_ratio(index))
         if self.representative != "matched":
             return select_top(self._accumulated(index, x.device), keep, prefix, self.representative == "single")
         if self.spec.pyramid is not None:

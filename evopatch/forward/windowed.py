@@ -55,14 +55,14 @@ class WindowedPass(ForwardPass):
             What the block returns.
         """
         x, *inputs = args
-        own, plan, blocks = block._evo_host_class.forward, self.plans[index], block._evo_blocks
-        observes = plan.tradeoff is not None and self.representative != "matched"
-        if not self.active or (plan.keep_ratio == 1.0 and not observes):
+        own, blocks, keeps_all = block._evo_host_class.forward, block._evo_blocks, self.keep_ratio(index) == 1.0
+        observes = self.plans[index].tradeoff is not None and self.representative != "matched"
+        if not self.active or (keeps_all and not observes):
             return own(block, x, *inputs, **options)
         cut: Cut = blocks.cut(block, x, tuple(inputs), options)
         tokens = x.flatten(1, 2) if x.dim() == 4 else x
         with torch.no_grad():
-            selected = None if plan.keep_ratio == 1.0 else self._selection(index, block, tokens, cut)
+            selected = None if keeps_all else self._selection(index, block, tokens, cut)
             if observes and index not in self.g:
                 self.g[index] = self._observe(index, block, tokens, cut.windows)
                 self._grids[index] = cut.windows.grid
@@ -133,7 +133,7 @@ class WindowedPass(ForwardPass):
         return selected
 
     def _match(self, index: int, block: Any, tokens: Tensor, cut: Cut) -> WindowPartition | None:
-        keep = num_slow(cut.windows.area, self.plans[index].keep_ratio)
+        keep = num_slow(cut.windows.area, self.keep_ratio(index))
         if cut.mask is not None:
             keep = max(keep, REGIONS)
         if keep >= cut.windows.area:
@@ -149,7 +149,7 @@ class WindowedPass(ForwardPass):
         seen = block._evo_blocks.seen(block, tokens)
         novelty = window_novelty(seen, cut.windows.tokens(places), cut.windows)
         loss = importance.pow(self.importance) * novelty
-        keep = num_slow(cut.windows.number, self.plans[index].keep_ratio)
+        keep = num_slow(cut.windows.number, self.keep_ratio(index))
         return select_windows(loss, importance, keep, places, cut.windows, self.representative == "single")
 
 
