@@ -149,7 +149,7 @@ def test_a_file_of_settings_for_evaluate(command, photos, tmp_path):
 @pytest.mark.slow
 def test_interrupt_and_go_on(tmp_path):
     command = [sys.executable, "-m", "evopatch", "finetune"]
-    options = [*SMALL, "--epochs", "40", "--rows", ":256", "--eval-rows", ":16", "--output", "run", "--log-every", "1"]
+    options = [*SMALL, "--epochs", "12", "--rows", ":256", "--eval-rows", ":16", "--output", "run", "--log-every", "1"]
     process = subprocess.Popen([*command, *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "log.jsonl"
     deadline = time.monotonic() + 240
@@ -162,18 +162,18 @@ def test_interrupt_and_go_on(tmp_path):
     assert "Traceback" not in errors
     assert "To go on: evopatch finetune --config run/config.toml --resume" in unboxed(errors)
     resumed = subprocess.run(
-        [*command, "--config", "run/config.toml", "--resume", "--epochs", "39"],
+        [*command, "--config", "run/config.toml", "--resume", "--epochs", "11"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert resumed.returncode == 2
-    assert "epochs was 40 and is 39 now" in unboxed(resumed.stderr)
+    assert "epochs was 12 and is 11 now" in unboxed(resumed.stderr)
     resumed = subprocess.run(
         [*command, "--config", "run/config.toml", "--resume"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert "160 steps" in unboxed(resumed.stdout)
+    assert "48 steps" in unboxed(resumed.stdout)
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if "loss" in json.loads(line)]
-    assert steps == list(range(1, 161))
+    assert steps == list(range(1, 49))
 
 
 @pytest.mark.slow

@@ -16,20 +16,21 @@ HALF = (0.5, 0.5, 0.5)
 LOW = EvoConfig(keep_ratio=(0.58, 0.4, 0.22), stages=(3, 5, 8))
 
 
-def run(folder, classifier, configs):
-    images = open_images(folder / "imagenet_val_1300.parquet", classifier.transform)
+def run(folder, classifier, configs, rows=range(1300)):
+    images = Subset(open_images(folder / "imagenet_val_1300.parquet", classifier.transform), rows)
     return evaluate(evopatch.apply(classifier.model), DataLoader(images, batch_size=50), configs, classifier.input_size)
 
 
-def run_timm(folder, name, weights, configs, **preprocessing):
+def open_timm(folder, name, weights, **preprocessing):
     options = Preprocessing(crop_pct=1.0, **preprocessing)
-    return run(folder, open_classifier(name, folder / weights / "model.safetensors", preprocessing=options), configs)
+    return open_classifier(name, folder / weights / "model.safetensors", preprocessing=options)
 
 
 @pytest.mark.slow
 def test_deit(real_data, tmp_path):
     configs = [EvoConfig(), EvoConfig.paper(), LOW]
-    unpatched, default, paper, low = run_timm(real_data, "deit_tiny_patch16_224", "deit_tiny", configs)
+    model = open_timm(real_data, "deit_tiny_patch16_224", "deit_tiny")
+    unpatched, default, paper, low = run(real_data, model, configs)
     assert unpatched.top1 == pytest.approx(80.15, abs=0.1)
     assert unpatched.top5 == pytest.approx(94.62, abs=0.1)
     assert unpatched.kl == 0.0
@@ -42,8 +43,11 @@ def test_deit(real_data, tmp_path):
     assert low.kl <= 0.085
     # The same figures through transformers.
     transformers_weights.main(real_data / "deit_tiny" / "model.safetensors", tmp_path)
-    results = run(real_data, open_classifier(str(tmp_path)), configs[:2])
-    for ours, theirs in zip(results, (unpatched, default, paper), strict=True):
+    some = range(0, 1300, 6)
+    through_timm, through_transformers = (
+        run(real_data, each, configs[:2], some) for each in (model, open_classifier(str(tmp_path)))
+    )
+    for ours, theirs in zip(through_transformers, through_timm, strict=True):
         assert ours.top1 == pytest.approx(theirs.top1, abs=0.1)
         assert ours.flops == pytest.approx(theirs.flops, abs=0.001)
         assert ours.kl == pytest.approx(theirs.kl, abs=0.001)
@@ -52,7 +56,8 @@ def test_deit(real_data, tmp_path):
 @pytest.mark.slow
 def test_vit(real_data):
     configs = [EvoConfig(), LOW]
-    unpatched, default, low = run_timm(real_data, "vit_tiny_patch16_224", "vit_tiny", configs, mean=HALF, std=HALF)
+    model = open_timm(real_data, "vit_tiny_patch16_224", "vit_tiny", mean=HALF, std=HALF)
+    unpatched, default, low = run(real_data, model, configs)
     assert unpatched.top1 == pytest.approx(82.46, abs=0.1)
     assert unpatched.kl == 0.0
     assert default.flops <= 0.65
@@ -71,8 +76,7 @@ def test_vit(real_data):
     ],
 )
 def test_foresight_of_sixteen_images(name, weights, preprocessing, most, real_data):
-    options = Preprocessing(crop_pct=1.0, **preprocessing)
-    classifier = open_classifier(name, real_data / weights / "model.safetensors", preprocessing=options)
+    classifier = open_timm(real_data, name, weights, **preprocessing)
     images = open_images(real_data / "imagenet_val_1300.parquet", classifier.transform)
     evopatch.apply(classifier.model, images=torch.stack([images[i][0] for i in range(16)]))
     others = DataLoader(Subset(images, range(650, 1300)), batch_size=50)
