@@ -48,14 +48,18 @@ class HostState:
         Raises:
             ConfigError: If it doesn't fit the model; the old one stays then.
         """
-        self.plans: tuple[BlockPlan, ...] = self.plan(config)
-        # As text, which is a constant to torch.compile: a number that has changed becomes a symbol there, and with it
-        # all sizes that follow from it.
-        self.keep_ratios = tuple(repr(plan.keep_ratio) for plan in self.plans)
+        self.set_plans(self.plan(config))
         self.config = config
-        self.active = any(plan.keep_ratio < 1.0 for plan in self.plans)
         self.reads_out = self.spec.head_reads > 0 and (self.active if config.readout is None else config.readout)
         """Whether the last block is to do for the prefix tokens alone, where nothing else is read of it."""
+
+    def set_plans(self, plans: tuple[BlockPlan, ...]) -> None:
+        """Let every block do something else, whatever the configuration says."""
+        self.plans = plans
+        # As text, which is a constant to torch.compile: a number that has changed becomes a symbol there, and with it
+        # all sizes that follow from it.
+        self.keep_ratios = tuple(repr(plan.keep_ratio) for plan in plans)
+        self.active = any(plan.keep_ratio < 1.0 for plan in plans)
 
     def plan(self, config: EvoConfig) -> tuple[BlockPlan, ...]:
         """One plan per block.

@@ -42,7 +42,8 @@ def fit_corrections(model: nn.Module, images: Tensor) -> Iterator[tuple[int, int
     short, whole = Patched(Patched(model).copy().eval()), Patched(Patched(model).copy().eval())
     for first, last in runs_of(short.host.state.plans):
         plans = short.host.state.plans
-        whole.host.state.plans = tuple(_WHOLE if first <= i <= last else plan for i, plan in enumerate(plans))
+        whole.host.state.set_plans(tuple(_WHOLE if first <= i <= last else plan for i, plan in enumerate(plans)))
+        whole.host.state.active = True  # also where no other run is left
         regression = None
         for batch in images.split(_AT_ONCE):
             distance, difference = _missed(short, whole, batch, first, last)

@@ -91,7 +91,8 @@ def _watched(patched: Patched[Any], hosts: Iterable[str]) -> Patched[Any]:
     watched.set_config(EvoConfig(keep_ratio=1.0, readout=False))
     for name in hosts:
         state = watched.hosts[name].state
-        state.plans, state.active, state.passes = (_WATCHED,) * state.depth, True, []
+        state.set_plans((_WATCHED,) * state.depth)
+        state.active, state.passes = True, []
     return watched
 
 
