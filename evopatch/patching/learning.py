@@ -70,5 +70,7 @@ def _check(model: nn.Module, block: Any, path: str, what: str, tensor: Tensor, a
     channels = tensor.shape[axis] if norm is None or tensor.dim() <= axis else norm.normalized_shape[0]
     if tensor.dim() != dims or tensor.shape[axis] != channels or not tensor.isfinite().all():
         raise UnsupportedModelError(
-            f"{what} for '{path}' has the shape {tuple(tensor.shape)}: expected {channels} channels, finite numbers"
+            f"{what} for '{path}' has the shape {tuple(tensor.shape)}: expected "
+            + (f"({channels},)" if dims == 1 else f"{channels} channels")
+            + ", finite numbers"
         )

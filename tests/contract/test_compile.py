@@ -1,4 +1,4 @@
-"""torch.compile: one graph, no recompilation, and changes of the keep ratio are followed, each by a graph of its own."""
+"""torch.compile: one graph, no recompilation; changes of the keep ratio are followed, each by a graph of its own."""
 
 import pytest
 import torch
