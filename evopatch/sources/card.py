@@ -10,6 +10,7 @@ import torch
 
 from ..measure.profiling import UNPATCHED, count_flops
 from ..patching.handle import Patched
+from ..patching.learning import learned
 from ..patching.library import Origin
 from ..version import VERSION
 
@@ -42,6 +43,7 @@ def card(patched: Patched[Any], library: str, origin: Origin) -> str:
             f"A {kind} of {library}. evopatch {VERSION} made its blocks slow-fast two-stream blocks after *Evo-ViT:",
             "Slow-Fast Token Evolution for Dynamic Vision Transformer* (arXiv 2108.01390).",
             *_flops(patched, origin),
+            *_learned(patched),
             "",
             "The patched model, from this folder or the name of this repository:",
             "",
@@ -61,6 +63,12 @@ def card(patched: Patched[Any], library: str, origin: Origin) -> str:
             "",
         ]
     )
+
+
+def _learned(patched: Patched[Any]) -> list[str]:
+    if not learned(patched.model):
+        return []
+    return ["", "What its blocks learned from images without labels lies in `evopatch.safetensors`."]
 
 
 def _flops(patched: Patched[Any], origin: Origin) -> list[str]:
