@@ -32,6 +32,8 @@ from .trials import Trials
 SEARCH_FILE = "search.json"
 _AROUND = (-0.1, 0.1)
 """FLOPs of the curve beside the chosen ones."""
+_LEARNED_FROM = 128
+"""Images at most that foresight and corrections are fitted on: more bring nothing."""
 _WORTH = 0.99
 """A correction is kept where it leaves less of the error than this."""
 
@@ -159,7 +161,7 @@ class _Run:
         flops = self._levels.first(self._start)
         foresight = self._flat and self._matched
         if foresight:
-            fit_foresight(self.trials.patched.model, torch.cat(self._search_on))
+            fit_foresight(self.trials.patched.model, torch.cat(self._search_on)[:_LEARNED_FROM])
             self.trials.forget_flops()
         weighs = self._matched and self._flat
         self._search_began = time.monotonic()
@@ -201,7 +203,7 @@ class _Run:
         self.trials.at(best.config(self._base))
         plain = self._loss(best)
         kept, loss = [], plain
-        for first, last, correction in fit_corrections(patched.model, torch.cat(self._search_on)):
+        for first, last, correction in fit_corrections(patched.model, torch.cat(self._search_on)[:_LEARNED_FROM]):
             give_correction(block_at(patched, last), first, correction)
             with_it = self._loss(best)
             if with_it < _WORTH * loss:

@@ -11,6 +11,7 @@ from variants import build, call, images_for
 
 import evopatch
 from evopatch import ConfigError, DataError, EvoConfig, UnsupportedModelError
+from evopatch.calibration.batches import images_of
 from evopatch.calibration.judge import Judge
 from evopatch.calibration.schedule import Schedule
 from evopatch.calibration.search import Record
@@ -60,6 +61,7 @@ def test_the_model_is_left_with_what_was_found(name, tmp_path):
     assert (tmp_path / "calibration.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_the_search_finds_what_is_better():
     model = build("vit")
     result = evopatch.calibrate(model, images_for("vit", 64), target_flops=0.6, **QUICK)
@@ -94,6 +96,7 @@ def test_repeated_and_resumed_runs_find_the_same(tmp_path, monkeypatch):
         evopatch.calibrate(build("vit"), images, target_flops=0.7, output=tmp_path / "b", **QUICK)
 
 
+@pytest.mark.slow
 def test_losses_as_targets():
     images = images_for("vit", 32)
     result = evopatch.calibrate(build("vit"), images, target_kl=0.002, **QUICK)
@@ -120,18 +123,19 @@ def test_a_speed_up_as_target(monkeypatch):
     assert beyond.after.flops < result.after.flops
 
 
-@pytest.mark.parametrize("kind", ["tensor", "data set", "loader", "mappings"])
-def test_images_in_every_form(kind):
-    images = images_for("vit", 16)
-    labels = torch.zeros(16).long()
-    given = {
-        "tensor": images,
-        "data set": TensorDataset(images, labels),
-        "loader": DataLoader(TensorDataset(images, labels), batch_size=5),
-        "mappings": [{"pixel_values": image, "labels": 0} for image in images],
-    }[kind]
-    model = build("vit")
-    result = evopatch.calibrate(model, given, target_flops=0.7, **QUICK)
+def test_images_in_every_form():
+    images, labels = images_for("vit", 16), torch.zeros(16).long()
+    forms = (
+        images,
+        TensorDataset(images, labels),
+        DataLoader(TensorDataset(images, labels), batch_size=5),
+        [{"pixel_values": image, "labels": 0} for image in images],
+        iter([images[:9], images[9:]]),
+    )
+    for given in forms:
+        assert torch.equal(images_of(given, images.device, torch.float32), images)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=5)
+    result = evopatch.calibrate(build("vit"), loader, target_flops=0.7, **QUICK)
     expected = evopatch.calibrate(build("vit"), images, target_flops=0.7, **QUICK)
     assert deterministic(result) == deterministic(expected)
 
