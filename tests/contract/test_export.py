@@ -39,8 +39,8 @@ def build(name, resizable=False):
     if not resizable:
         return Tensors(variants.build(name)).eval()
     if not name.startswith("hf_"):
-        return Tensors(variants.build(name, dynamic_img_size=True)).eval()
-    model = variants.build(name)
+        return Tensors(variants.build(name, dynamic_img_size=True, **variants.shallow(name))).eval()
+    model = variants.build(name, **variants.shallow(name))
     interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     return Tensors(model, **{"interpolate_pos_encoding": True} if interpolates else {}).eval()
 
@@ -139,57 +139,6 @@ def test_torchscript_onnx_equals_eager(name, representative, selection, tmp_path
     result = in_onnx_runtime(path, x)
     torch.testing.assert_close(result, model(x), **TOLERANCE)
     assert moved(result, original) > 1e-3
-
-
-REVIEWED = set(
-    """
-    Add And ArgMax AveragePool BatchNormalization Cast Clip Concat ConstantOfShape Conv Div Einsum Equal Exp Expand
-    Gather GatherElements GatherND Gelu Gemm GreaterOrEqual HardSwish LayerNormalization Less LessOrEqual Log MatMul
-    Mod Mul Neg Not Pad Pow Reciprocal ReduceL2 ReduceMax ReduceMean ReduceSum Reshape ScatterElements Slice Softmax
-    Split Sqrt Squeeze Sub TopK Transpose Unsqueeze Where
-    """.split()  # noqa: SIM905
-)
-"""Operators that every runtime knows, and whose result doesn't depend on the order of anything. No control flow, no
-sizes that depend on values."""
-
-
-def unreviewed(graph):
-    """What a graph holds beside those, also in the functions that it calls."""
-    found = set()
-    for node in graph.node:
-        reduction = [a.s.decode() for a in node.attribute if a.name == "reduction"]
-        if node.op_type not in REVIEWED:
-            found.add(node.op_type)
-        elif reduction and reduction != ["none"]:
-            found.add(f"{node.op_type} with reduction {reduction[0]}")
-    return found
-
-
-@EVERY_FAMILY
-@torch.no_grad()
-def test_onnx_graphs_hold_reviewed_operators_only(name, representative, selection, tmp_path):
-    onnx = pytest.importorskip("onnx")
-    model, x, path = patch(build(name), representative, selection), images(name), tmp_path / "model.onnx"
-    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, external_data=False)
-    proto = onnx.load(path)
-    assert not proto.functions
-    assert unreviewed(proto.graph) == set()
-    assert {"TopK", "Softmax", "MatMul"} <= {node.op_type for node in proto.graph.node}
-
-
-@torch.no_grad()
-def test_unreviewed_operators_are_found(tmp_path):
-    """The control of the test above: repeated rows summed up, and a size that depends on values."""
-    onnx = pytest.importorskip("onnx")
-
-    class Sums(nn.Module):
-        def forward(self, x):
-            rows = torch.tensor([[0], [0], [2]]).expand(3, 4)
-            return x.new_zeros(3, 4).scatter_add(0, rows, x), x.nonzero()
-
-    path = tmp_path / "model.onnx"
-    torch.onnx.export(Sums().eval(), (torch.randn(3, 4),), path, dynamo=True, verbose=False, external_data=False)
-    assert unreviewed(onnx.load(path).graph) == {"NonZero", "ScatterElements with reduction add"}
 
 
 @EVERY_FAMILY
