@@ -102,6 +102,8 @@ def compared(output: Any, model: nn.Module) -> Outputs:
     for name in ("feature_maps", "last_hidden_state", "image_embeds", "predicted_depth", "logits"):
         if getattr(output, name, None) is not None:
             found = getattr(output, name)
+            if name == "predicted_depth":  # (B, height, width): one number per place
+                found = found.flatten(1)
             break
     values = (found,) if isinstance(found, Tensor) else found
     kinds = isinstance(values, (tuple, list)) and all(isinstance(value, Tensor) for value in values)

@@ -49,6 +49,7 @@ def test_notebook(path, models, tmp_path, monkeypatch):
     for name, folder in models.items():
         monkeypatch.setenv(name, folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("EVOPATCH_SECONDS", "10")  # of the search in the one that calibrates
     if "PYTEST_XDIST_WORKER" in os.environ:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
     committed = nbformat.read(path, as_version=4)
