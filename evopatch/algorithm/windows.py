@@ -53,8 +53,9 @@ class Windows(NamedTuple):
     def places(self, device: torch.device) -> Tensor:
         """`(N,)` int64: the place of every token, `window * A + place in the window`."""
         rolled = self.padded_grid if self.pads_first else self.grid
-        row = (torch.arange(self.grid[0], device=device) - self.shift[0]).remainder(rolled[0])
-        column = (torch.arange(self.grid[1], device=device) - self.shift[1]).remainder(rolled[1])
+        # Never below zero: TorchInductor (2.14) can't bound what indexes with the remainders of such numbers.
+        row = (torch.arange(self.grid[0], device=device) + (rolled[0] - self.shift[0])).remainder(rolled[0])
+        column = (torch.arange(self.grid[1], device=device) + (rolled[1] - self.shift[1])).remainder(rolled[1])
         (height, width), beside = self.window, self.across[1]
         row = row.div(height, rounding_mode="floor") * (beside * self.area) + row.remainder(height) * width
         column = column.div(width, rounding_mode="floor") * self.area + column.remainder(width)

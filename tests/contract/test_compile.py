@@ -41,9 +41,10 @@ def test_compiles_to_one_graph_without_recompiling(name, representative):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "swin"])
 @torch.no_grad()
-def test_compiles_with_inductor():
+def test_compiles_with_inductor(name):
     torch._dynamo.reset()
-    model, x = evopatch.apply(build("vit")), images_for("vit")
+    model, x = evopatch.apply(build(name)), images_for(name)
     torch.testing.assert_close(call(torch.compile(model, fullgraph=True), x), call(model, x), atol=2e-5, rtol=2e-5)
-    assert moved(call(model, x), call(build("vit"), x)) > 1e-4
+    assert moved(call(model, x), call(build(name), x)) > 1e-4
