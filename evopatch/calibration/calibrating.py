@@ -167,6 +167,7 @@ class _Run:
         self._search_began = time.monotonic()
         best = self._search.best(level_of(self.trials, self._start, flops), flops, self._depth, self._fixed, weighs)
         best, flops = self._levels.reached(best, flops)
+        best, foresight = self._no_worse(best, flops, foresight)
         best, corrected = self._corrected(best, flops)
         after = self._point("calibrated", self.trials, best)
         before = self._point("default", self._plain, nearest(self._plain, self._start, after.flops))
@@ -194,6 +195,19 @@ class _Run:
             versions={"evopatch": VERSION, "torch": torch.__version__},
         )
         return found, best
+
+    def _no_worse(self, best: Schedule, flops: float, foresight: bool) -> tuple[Schedule, bool]:
+        """What was found; or what the search began with, with foresight or without, where the images to report on lose
+        less so: a few images say little of others."""
+        start, plain = nearest(self.trials, self._start, flops), nearest(self._plain, self._start, flops)
+        if self._loss(start) < self._loss(best):
+            best = start
+        bare = float(self._reporter.all_errors(self._plain.at(plain.config(self._base))).error.mean())
+        if bare >= self._loss(best):
+            return best, foresight
+        set_learned(self.trials.patched.model, {})
+        self.trials.forget_flops()
+        return plain, False
 
     def _corrected(self, best: Schedule, flops: float) -> tuple[Schedule, tuple[tuple[int, int], ...]]:
         """Corrections where the images to report on lose less with them, at the same FLOPs."""

@@ -148,7 +148,7 @@ def side_names(configs: Sequence[EvoConfig]) -> list[str]:
 def ratio_text(config: EvoConfig) -> str:
     """The keep ratio, or one per run."""
     ratio = config.keep_ratio
-    return ", ".join(f"{r:g}" for r in ratio) if isinstance(ratio, tuple) else f"{ratio:g}"
+    return ", ".join(f"{r:.3g}" for r in ratio) if isinstance(ratio, tuple) else f"{ratio:g}"
 
 
 def _step(model: nn.Module, batch: Tensor, train: bool) -> Callable[[], object]:
