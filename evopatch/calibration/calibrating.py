@@ -25,7 +25,7 @@ from .judge import Judge
 from .levels import Levels, is_reached, level_of, nearest
 from .outcome import Calibration, Point
 from .schedule import Schedule, schedule_of
-from .search import Record, Search
+from .search import Record, Search, clearly_worse
 from .target import Target
 from .trials import Trials
 
@@ -198,12 +198,12 @@ class _Run:
 
     def _no_worse(self, best: Schedule, flops: float, foresight: bool) -> tuple[Schedule, bool]:
         """What was found; or what the search began with, with foresight or without, where the images to report on lose
-        less so: a few images say little of others."""
+        clearly less so: a few images say little of others."""
         start, plain = nearest(self.trials, self._start, flops), nearest(self._plain, self._start, flops)
-        if self._loss(start) < self._loss(best):
+        if clearly_worse(self._errors(best), self._errors(start)):
             best = start
-        bare = float(self._reporter.all_errors(self._plain.at(plain.config(self._base))).error.mean())
-        if bare >= self._loss(best):
+        bare = self._reporter.all_errors(self._plain.at(plain.config(self._base))).error
+        if not clearly_worse(self._errors(best), bare):
             return best, foresight
         set_learned(self.trials.patched.model, {})
         self.trials.forget_flops()
@@ -234,9 +234,11 @@ class _Run:
         self.trials.forget_flops()
         return best, ()
 
+    def _errors(self, schedule: Schedule) -> Tensor:
+        return self._reporter.all_errors(self.trials.at(schedule.config(self._base))).error
+
     def _loss(self, schedule: Schedule) -> float:
-        model = self.trials.at(schedule.config(self._base))
-        return float(self._reporter.all_errors(model).error.mean())
+        return float(self._errors(schedule).mean())
 
     def _point(self, name: str, trials: Trials, schedule: Schedule) -> Point:
         config = schedule.config(self._base)

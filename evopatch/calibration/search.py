@@ -102,7 +102,7 @@ class Search:
                         continue
                     own = self._errors(candidate, errors)
                     all_seen = len(own) == len(errors)
-                    if all_seen and own.mean() < errors.mean() and _clearly(errors, own, by=_SURE):
+                    if all_seen and own.mean() < errors.mean() and clearly_worse(errors, own, by=_SURE):
                         best, errors, improved = candidate, own, True
                     self._on_trial(float(errors.mean()))
                     if improved:
@@ -120,13 +120,13 @@ class Search:
         for batch in self._judge.errors(self._trials.at(config)):
             parts.append(batch.error)
             errors = torch.cat(parts)
-            if rival is not None and len(errors) >= _RACED and _clearly(errors, rival[: len(errors)], by=1.0):
+            if rival is not None and len(errors) >= _RACED and clearly_worse(errors, rival[: len(errors)]):
                 break
         self._record.put(key, errors)
         return errors
 
 
-def _clearly(worse: Tensor, better: Tensor, by: float) -> bool:
+def clearly_worse(worse: Tensor, better: Tensor, by: float = 1.0) -> bool:
     """Whether errors of the same images are worse by so many standard errors of their mean difference.
 
     Roots are compared: of KL a few images have the most, and of what they say little can be learned for others.
