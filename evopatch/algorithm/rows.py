@@ -13,7 +13,7 @@ _SCALE = 10**9
 
 def exporting() -> bool:
     """Whether operators are recorded for another runtime: by `torch.export`, `torch.jit.trace`, an ONNX exporter."""
-    # By its flag, as torch.compile takes `torch.compiler.is_exporting()` for true before torch 2.13; torch 2.6 has none.
+    # By its flag: torch.compile takes `torch.compiler.is_exporting()` for true before torch 2.13. torch 2.6 has none.
     flag: bool = getattr(torch.compiler, "_is_exporting_flag", False)
     return flag or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
