@@ -16,8 +16,8 @@ from evopatch.cli.patch_options import one_config, several_configs
 
 PATCH = ["keep_ratio", "representative", "paper", "selection", "schedule", "start", "stages"]
 COMMANDS = {
-    "finetune": True, "evaluate": True, "benchmark": True, "profile": True, "visualize": True, "run": True,
-    "list": False, "demo": False,
+    "finetune": True, "evaluate": True, "calibrate": True, "benchmark": True, "profile": True, "visualize": True,
+    "run": True, "list": False, "demo": False,
 }  # fmt: skip
 
 
