@@ -174,7 +174,7 @@ class _Run:
         curve = [before, after]
         for name, trials, schedule in (("default", self._plain, self._start), ("calibrated", self.trials, best)):
             levels = [trials.level(schedule, after.flops + by) for by in _AROUND if 0.2 < after.flops + by < 0.97]
-            curve += [self._point(name, trials, level) for level in levels if level is not None]
+            curve += [self._point(name, trials, level, rounds=3) for level in levels if level is not None]
         parameter = next(self.trials.patched.model.parameters())
         found = Calibration(
             target=self._target,
@@ -240,14 +240,14 @@ class _Run:
     def _loss(self, schedule: Schedule) -> float:
         return float(self._errors(schedule).mean())
 
-    def _point(self, name: str, trials: Trials, schedule: Schedule) -> Point:
+    def _point(self, name: str, trials: Trials, schedule: Schedule, rounds: int = 5) -> Point:
         config = schedule.config(self._base)
         errors = self._reporter.all_errors(trials.at(config))
         return Point(
             name=name,
             config=config,
             flops=trials.flops(config),
-            speed_up=trials.speed_up(config),
+            speed_up=trials.speed_up(config, rounds),
             error=float(errors.error.mean()),
             agreement=None if errors.agrees is None else float(errors.agrees.double().mean()),
         )
