@@ -16,7 +16,6 @@ from ..plan import BlockPlan
 from .handle import Patched
 
 _AT_ONCE = 16
-_WHOLE = BlockPlan(keep_ratio=1.0, selects=False, ends=False, tradeoff=None)
 
 
 def runs_of(plans: tuple[BlockPlan, ...]) -> list[tuple[int, int]]:
@@ -42,7 +41,9 @@ def fit_corrections(model: nn.Module, images: Tensor) -> Iterator[tuple[int, int
     short, whole = Patched(Patched(model).copy().eval()), Patched(Patched(model).copy().eval())
     for first, last in runs_of(short.host.state.plans):
         plans = short.host.state.plans
-        whole.host.state.set_plans(tuple(_WHOLE if first <= i <= last else plan for i, plan in enumerate(plans)))
+        whole.host.state.set_plans(
+            tuple(_all_tokens(plan) if first <= i <= last else plan for i, plan in enumerate(plans))
+        )
         whole.host.state.active = True  # also where no other run is left
         regression = None
         for batch in images.split(_AT_ONCE):
@@ -57,6 +58,11 @@ def fit_corrections(model: nn.Module, images: Tensor) -> Iterator[tuple[int, int
         for patched in (short, whole):
             give_correction(block_at(patched, last), first, correction)
         yield first, last, correction
+
+
+def _all_tokens(plan: BlockPlan) -> BlockPlan:
+    # Later runs may still rank by what these blocks attend to.
+    return plan._replace(keep_ratio=1.0, selects=False, ends=False, looks_at=())
 
 
 def block_at(patched: Patched[Any], index: int) -> nn.Module:
