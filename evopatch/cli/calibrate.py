@@ -78,7 +78,8 @@ def calibrate(
     chosen = range(len(dataset)) if rows is None else options.parse_rows(rows, len(dataset))
     if not len(chosen):
         raise DataError(f"--rows {rows}: none of the {len(dataset)} images of {data}")
-    few = sorted({round(place * (len(chosen) - 1) / max(1, images - 1)) for place in range(min(images, len(chosen)))})
+    number = min(images, len(chosen))
+    few = sorted({round(place * (len(chosen) - 1) / max(1, number - 1)) for place in range(number)})
     from torch.utils.data import Subset
 
     patch(network, model, patch_config)

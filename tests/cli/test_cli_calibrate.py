@@ -16,7 +16,7 @@ from evopatch.patching.learning import learned
 def files(tmp_path):
     """A small checkpoint and sixteen images without labels."""
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64)
+    model = timm.create_model("vit_tiny_patch16_224")
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     (tmp_path / "photos").mkdir()
     for number in range(16):
