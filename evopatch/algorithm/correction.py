@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import DataError
 from .partition import Partition
+from .regression import NormalEquations
 from .rows import flat_rows
 
 RANK = 48
@@ -57,8 +57,7 @@ class Regression:
     """
 
     def __init__(self, channels: int, device: torch.device) -> None:
-        self._square = torch.zeros(channels, channels, device=device)
-        self._product = torch.zeros(channels, channels, device=device)
+        self._equations = NormalEquations(channels, channels, device)
 
     def add(self, distance: Tensor, difference: Tensor) -> None:
         """One batch.
@@ -70,18 +69,12 @@ class Regression:
         Raises:
             DataError: If either isn't finite.
         """
-        distance, difference = distance.float().flatten(0, 1), difference.float().flatten(0, 1)
-        square, product = distance.T @ distance, distance.T @ difference
-        if not (square.isfinite().all() and product.isfinite().all()):
-            raise DataError("tokens aren't finite on the images given: expected finite ones")
-        self._square += square
-        self._product += product
+        self._equations.add(distance.float().flatten(0, 1), difference.float().flatten(0, 1))
 
     def solve(self, rank: int = RANK) -> Correction:
         """Reduced-rank ridge regression: of all maps of this rank the one that explains most."""
-        square, product = self._square.double(), self._product.double()
-        ridge = _RIDGE * square.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        root = torch.linalg.cholesky(square + ridge * torch.eye(len(square), dtype=square.dtype, device=square.device))
+        square, product = self._equations.sides(_RIDGE)
+        root = torch.linalg.cholesky(square)
         # With `S = L L^T` the full solution is `L^-T L^-1 P`; its best approximation projects what it explains,
         # `L^-1 P`, onto the directions in which that is largest.
         explained = torch.linalg.solve_triangular(root, product, upper=False)

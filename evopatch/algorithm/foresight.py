@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from .regression import NormalEquations
 
 # Added to what a logarithm is taken of.
 _TINY = 1e-6
@@ -42,8 +42,7 @@ class Regression:
     """
 
     def __init__(self, channels: int, device: torch.device) -> None:
-        self._square = torch.zeros(channels, channels, device=device)
-        self._product = torch.zeros(channels, device=device)
+        self._equations = NormalEquations(channels, 1, device)
 
     def add(self, tokens: Tensor, attention: Tensor) -> None:
         """One batch.
@@ -58,16 +57,9 @@ class Regression:
         target = (attention.float() + _TINY).log()
         target = target - target.mean(1, keepdim=True)
         centred = (tokens.float() - tokens.float().mean(1, keepdim=True)).flatten(0, 1)
-        square, product = centred.T @ centred, centred.T @ target.flatten()
-        if not (square.isfinite().all() and product.isfinite().all()):
-            raise DataError("tokens or class attention aren't finite on the images given: expected finite ones")
-        self._square += square
-        self._product += product
+        self._equations.add(centred, target.view(-1, 1))
 
     def weights(self) -> Tensor:
         """`(C,)` float32."""
-        square = self._square.double()
-        ridge = _RIDGE * square.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        identity = torch.eye(len(square), dtype=square.dtype, device=square.device)
-        solution: Tensor = torch.linalg.solve(square + ridge * identity, self._product.double())
-        return solution.float()
+        solution: Tensor = torch.linalg.solve(*self._equations.sides(_RIDGE))
+        return solution.squeeze(1).float()

@@ -26,7 +26,7 @@ def by_product(values: Tensor) -> bool:
     the same to the bit in two runs. In half precision, as the product sums in float32. In eager mode on the CPU the
     sums take less time.
     """
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    recorded = exporting() or torch.compiler.is_compiling()
     return recorded or values.device.type != "cpu" or values.element_size() < 4
 
 
@@ -35,14 +35,13 @@ def members(group: Tensor, rows: int) -> Tensor:
     return group.unsqueeze(-2) == torch.arange(rows, device=group.device).unsqueeze(-1)
 
 
-def row_sums(values: Tensor, group: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Sums of one number per token: `(B, T)` values and row numbers to `(B, rows)` sums, and how many tokens each row
-    has."""
-    if by_product(values):
+def row_sums(group: Tensor, rows: int, *values: Tensor) -> list[Tensor]:
+    """Sums of one number per token: row numbers and values `(B, T)` to one `(B, rows)` for each of the values."""
+    if by_product(values[0]):
         own = members(group, rows)
-        return torch.where(own, values.unsqueeze(-2), 0.0).sum(-1), own.sum(-1).to(values.dtype)
-    empty = values.new_zeros(values.shape[0], rows)
-    return empty.scatter_add(1, group, values), empty.scatter_add(1, group, torch.ones_like(values))
+        return [torch.where(own, value.unsqueeze(-2), 0.0).sum(-1) for value in values]
+    empty = values[0].new_zeros(group.shape[0], rows)
+    return [empty.scatter_add(1, group, value) for value in values]
 
 
 def weighted_row_sums(values: Tensor, weight: Tensor, group: Tensor, rows: int) -> Tensor:

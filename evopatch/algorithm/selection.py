@@ -86,6 +86,6 @@ def select_matched(g: Tensor, features: Tensor, keep: int, prefix: int, importan
     share = g.clamp_min(torch.finfo(g.dtype).tiny).sqrt()
     if prefix:
         share = F.pad(share, (prefix, 0), value=1.0)
-    total, size = row_sums(share, group, prefix + keep)
+    total, size = row_sums(group, prefix + keep, share, torch.ones_like(share))
     weight = share / total.gather(1, group)
     return Partition(group, weight, slow, size.log(), prefix + keep, index)

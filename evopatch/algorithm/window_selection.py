@@ -142,7 +142,7 @@ def match_tokens(metric: Tensor, keep: int, places: Tensor, windows: Windows, ma
     if by_product(metric):
         size = (members(leader, rows) & is_token.unsqueeze(1)).sum(-1).flatten(1).float()
     else:
-        _, size = row_sums(torch.ones(group.shape, device=metric.device), group, count * rows)
+        (size,) = row_sums(group, count * rows, torch.ones(group.shape, device=metric.device))
     slow = index.gather(2, leader) == torch.arange(area, device=metric.device)
     slow = slow.flatten(1).index_select(1, places)
     partition = Partition(group, size.gather(1, group).reciprocal(), slow, size.log(), count * rows)

@@ -271,11 +271,12 @@ def test_sums_are_the_same_as_products(tensors, monkeypatch, autocast):
     rows = 2 * C + 3
     group = torch.randint(rows, (B, P + N), generator=torch.Generator().manual_seed(1))
     weight = torch.rand(B, P + N, generator=torch.Generator().manual_seed(2))
-    sums = row_sums(weight, group, rows)
+    both = (weight, torch.ones_like(weight))
+    sums = row_sums(group, rows, *both)
     expected = weighted_row_sums(x, weight, group, rows)
     monkeypatch.setattr(algorithm_rows, "by_product", lambda values: True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        for product, one_by_one in zip(row_sums(weight, group, rows), sums, strict=True):
+        for product, one_by_one in zip(row_sums(group, rows, *both), sums, strict=True):
             torch.testing.assert_close(product, one_by_one, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(weighted_row_sums(x, weight, group, rows), expected, atol=1e-6, rtol=1e-6)
     half = weighted_row_sums(x.bfloat16(), weight, group, rows)
