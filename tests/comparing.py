@@ -1,5 +1,8 @@
 """What tests compare: tensors, gradients, and a model with what it was."""
 
+import copy
+import pickle
+
 import torch
 from torch import nn
 from variants import WINDOWED, call
@@ -8,6 +11,13 @@ from variants import WINDOWED, call
 def moved(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest difference between two tensors."""
     return (a - b).abs().max().item()
+
+
+def twins(model: nn.Module, name: str) -> list[nn.Module]:
+    """Copies of a model of `variants`, by copy and by pickle."""
+    # transformers' hooks that record hidden states don't pickle, unpatched either.
+    pickled = [] if "backbone" in name else [pickle.loads(pickle.dumps(model))]
+    return [copy.deepcopy(model), *pickled]
 
 
 class Snapshot:

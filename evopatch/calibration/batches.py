@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..training.items import Items, parts
+from ..progress import errors
+from ..training.items import Items, parts, refuse_unreadable
 
 LEAST = 8
 
@@ -26,7 +27,8 @@ def images_of(data: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
         `(B, 3, height, width)`.
 
     Raises:
-        DataError: If they are fewer than 8, of different sizes, or nothing of that kind.
+        DataError: If they are fewer than 8, of different sizes, or nothing of that kind, or more than 1 % of a data set
+            can't be read.
     """
     found = [data] if isinstance(data, Tensor) else list(_tensors(data))
     sizes = sorted({tuple(images.shape[1:]) for images in found})
@@ -43,8 +45,13 @@ def images_of(data: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
 def _tensors(data: Any) -> Iterator[Tensor]:
     # A loader has a length, too, but no items by position.
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        items: Iterable[Any] = (Items(data)[index] for index in range(len(data)))
-        yield from (item.image.unsqueeze(0) for item in items if item.image is not None)
+        items = Items(data)
+        found = [items[index] for index in range(len(items))]
+        unreadable = [name for item in found for name in item.unreadable]
+        refuse_unreadable(unreadable, len(items), "calibration")
+        if unreadable:
+            errors.print(f"{len(unreadable)} unreadable image(s) left out: {', '.join(unreadable)}", highlight=False)
+        yield from (item.image.unsqueeze(0) for item in found if item.image is not None)
         return
     if not isinstance(data, Iterable):
         raise DataError(f"images are {type(data).__name__}: expected a tensor, a data set, or a loader of batches")

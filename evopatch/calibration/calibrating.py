@@ -14,8 +14,8 @@ from ..config import EvoConfig
 from ..errors import ConfigError
 from ..forward.learned import give_correction
 from ..patching.apply import apply, is_patched
-from ..patching.correcting import block_at, fit_corrections
-from ..patching.fitting import fit_foresight
+from ..patching.correcting import fit_correction, runs_of
+from ..patching.fitting import blocks_of, fit_foresight
 from ..patching.handle import Patched, unpatch
 from ..patching.learning import learned, set_learned
 from ..progress import progress_bar
@@ -128,7 +128,6 @@ class _Run:
         self._began, self._budget, self._told = time.monotonic(), budget, 0
         self._search_began = self._began
         self._base, self._target, self._batch_size, self._advance = base, target, batch_size, advance
-        self._images = images
         copy = Patched(patched.copy().eval())
         set_learned(copy.model, {})
         spec, depths = copy.host.state.spec, copy.host.state.depths
@@ -159,11 +158,11 @@ class _Run:
         if not self._start.firsts:
             raise ConfigError("the settings to begin with keep all tokens: expected a keep ratio below 1")
         flops = self._levels.first(self._start)
-        foresight = self._flat and self._matched
+        # What a selection weighs, and what is learned, is for flat models with matched representatives.
+        weighs = foresight = self._flat and self._matched
         if foresight:
-            fit_foresight(self.trials.patched.model, torch.cat(self._search_on)[:_LEARNED_FROM])
+            fit_foresight(self.trials.patched.model, self._learned_from())
             self.trials.forget_flops()
-        weighs = self._matched and self._flat
         self._search_began = time.monotonic()
         best = self._search.best(level_of(self.trials, self._start, flops), flops, self._depth, self._fixed, weighs)
         best, flops = self._levels.reached(best, flops)
@@ -214,25 +213,28 @@ class _Run:
         if not (self._flat and self._matched and self._base.selection == "stage"):
             return best, ()
         patched = self.trials.patched
-        self.trials.at(best.config(self._base))
-        plain = self._loss(best)
-        kept, loss = [], plain
-        for first, last, correction in fit_corrections(patched.model, torch.cat(self._search_on)[:_LEARNED_FROM]):
-            give_correction(block_at(patched, last), first, correction)
+        blocks, images = blocks_of(patched, patched.host), self._learned_from()
+        plain = loss = self._loss(best)
+        kept = []
+        for first, last in runs_of(patched.host.state.plans):
+            give_correction(blocks[last], first, fit_correction(patched.model, images, first, last))
             with_it = self._loss(best)
             if with_it < _WORTH * loss:
                 loss = with_it
                 kept.append((first, last))
             else:
-                give_correction(block_at(patched, last), first, None)
+                give_correction(blocks[last], first, None)
         self.trials.forget_flops()
         level = self.trials.level(best, flops) if kept else None
         if level is not None and self._loss(level) < _WORTH * plain:
             return level, tuple(kept)
         for _, last in kept:
-            give_correction(block_at(patched, last), 0, None)
+            give_correction(blocks[last], 0, None)
         self.trials.forget_flops()
         return best, ()
+
+    def _learned_from(self) -> Tensor:
+        return torch.cat(self._search_on)[:_LEARNED_FROM]
 
     def _errors(self, schedule: Schedule) -> Tensor:
         return self._reporter.all_errors(self.trials.at(schedule.config(self._base))).error

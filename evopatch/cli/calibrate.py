@@ -64,13 +64,14 @@ def calibrate(
 
         evopatch calibrate --model deit_tiny_patch16_224 --data photos/ --target-flops 0.65 --output tuned
     """
+    import matplotlib  # noqa: F401, before the work that it draws
+
     from ..calibration.calibrating import calibrate as run
     from ..calibration.target import Target
     from ..sources.images import open_evaluation
     from ..sources.models import open_classifier
     from ..sources.saving import save_pretrained
 
-    # Before the work that they are for.
     Target.of(flops=target_flops, speedup=target_speedup, kl=target_kl, agreement=target_agreement)
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing)
     network = options.place(classifier.model, device, dtype)

@@ -63,7 +63,7 @@ def evaluate(
     options.check_folder_of(json_out, "--json")
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing)
     network = options.place(classifier.model, device, dtype)
-    patch_configs = [patch(network, model, patch_configs[0]), *patch_configs[1:]]
+    patch_configs = patch(network, model, *patch_configs)
     dataset: Images | Subset[Any] = open_evaluation(data, classifier.transform)
     if rows is not None:
         dataset = Subset(dataset, options.parse_rows(rows, len(dataset)))

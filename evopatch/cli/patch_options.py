@@ -86,24 +86,24 @@ several_configs = expanded("patch_configs", _SEVERAL, _configs)
 """For a command with a parameter `patch_configs: list[EvoConfig]`: every representative with every keep ratio."""
 
 
-def patch(network: nn.Module, model: str, config: EvoConfig) -> EvoConfig:
+def patch(network: nn.Module, model: str, *configs: EvoConfig) -> list[EvoConfig]:
     """Patch a model of the command line: as it was saved, where `--model` is a folder of `evopatch.save_pretrained` and
     none of the options above says something else.
 
     Args:
         network: The unpatched model.
         model: What `--model` was given.
-        config: Of the options.
+        configs: Of the options; the model gets the first.
 
     Returns:
-        The configuration that it has now.
+        What is asked for: them, or the one that was saved.
     """
     from ..patching.apply import apply, config_of
     from ..sources.saving import is_saved, patch_as_saved
 
-    if config != EvoConfig() or not is_saved(Path(model)):
-        apply(network, config=config)
-        return config
+    if configs != (EvoConfig(),) or not is_saved(Path(model)):
+        apply(network, config=configs[0])
+        return list(configs)
     patch_as_saved(network, Path(model))
     errors.print(f"patched as {model} was saved; --keep-ratio and the like change that", highlight=False)
-    return config_of(network)
+    return [config_of(network)]

@@ -1,8 +1,7 @@
-"""Fit corrections of the restored change, run by run, on the patched model's own forwards."""
+"""Fit corrections of the restored change on the patched model's own forwards, one run after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,12 +9,9 @@ from torch import Tensor, nn
 
 from ..algorithm.correction import Correction, Regression
 from ..algorithm.partition import Partition, distribute, merge
-from ..forward.block import SlowFastBlock, unwrapped
-from ..forward.learned import give_correction
 from ..plan import BlockPlan
+from .fitting import AT_ONCE
 from .handle import Patched
-
-_AT_ONCE = 16
 
 
 def runs_of(plans: tuple[BlockPlan, ...]) -> list[tuple[int, int]]:
@@ -25,51 +21,38 @@ def runs_of(plans: tuple[BlockPlan, ...]) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def fit_corrections(model: nn.Module, images: Tensor) -> Iterator[tuple[int, int, Correction]]:
-    """One correction per run of a patched flat model, each fitted with those before it in place.
+def fit_correction(model: nn.Module, images: Tensor, first: int, last: int) -> Correction | None:
+    """What corrects one run of a patched flat model, with the corrections of earlier runs that it has.
 
     Args:
         model: A patched model with one flat host and matched representatives; left as it is.
         images: `(B, 3, height, width)` as the model expects them, on its device.
+        first: The run's first block.
+        last: Its last one.
 
-    Yields:
-        First and last block of the run, and what corrects it. A run whose patch tokens nothing reads has none.
+    Returns:
+        None for a run whose patch tokens nothing reads.
 
     Raises:
         DataError: If tokens aren't finite.
     """
-    short, whole = Patched(Patched(model).copy().eval()), Patched(Patched(model).copy().eval())
-    for first, last in runs_of(short.host.state.plans):
-        plans = short.host.state.plans
-        whole.host.state.set_plans(
-            tuple(_all_tokens(plan) if first <= i <= last else plan for i, plan in enumerate(plans))
-        )
-        whole.host.state.active = True  # also where no other run is left
-        regression = None
-        for batch in images.split(_AT_ONCE):
-            distance, difference = _missed(short, whole, batch, first, last)
-            if difference is None:
-                break
-            regression = regression or Regression(distance.shape[-1], distance.device)
-            regression.add(distance, difference)
-        if regression is None:
-            continue
-        correction = regression.solve()
-        for patched in (short, whole):
-            give_correction(block_at(patched, last), first, correction)
-        yield first, last, correction
+    short, whole = (Patched(Patched(model).copy().eval()) for _ in range(2))
+    plans = enumerate(short.host.state.plans)
+    whole.host.state.set_plans(tuple(_all_tokens(plan) if first <= i <= last else plan for i, plan in plans))
+    whole.host.state.active = True  # also where no other run is left
+    regression = None
+    for batch in images.split(AT_ONCE):
+        distance, difference = _missed(short, whole, batch, first, last)
+        if difference is None:
+            return None
+        regression = regression or Regression(distance.shape[-1], distance.device)
+        regression.add(distance, difference)
+    return None if regression is None else regression.solve()
 
 
 def _all_tokens(plan: BlockPlan) -> BlockPlan:
     # Later runs may still rank by what these blocks attend to.
     return plan._replace(keep_ratio=1.0, selects=False, ends=False, looks_at=())
-
-
-def block_at(patched: Patched[Any], index: int) -> nn.Module:
-    """The patched block, also one that a wrapper holds."""
-    found: Any = unwrapped(patched.model.get_submodule(patched.host.blocks()[index][0]), SlowFastBlock)
-    block: nn.Module = found
-    return block
 
 
 def _missed(

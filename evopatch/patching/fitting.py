@@ -19,8 +19,8 @@ from ..plan import BlockPlan
 from .handle import Host, Patched
 
 _LEAST_IMAGES = 8
-# Of one forward.
-_AT_ONCE = 16
+AT_ONCE = 16
+"""Images of one forward."""
 _WATCHED = BlockPlan(keep_ratio=1.0, selects=False, ends=False, tradeoff=1.0)
 """All tokens, and the block's own class attention."""
 
@@ -65,17 +65,17 @@ def fit_foresight(model: nn.Module, images: Tensor) -> None:
         )
     watched = _watched(patched, hosts)
     sums: dict[str, dict[int, Regression]] = {name: {} for name in hosts}
-    for batch in images.split(_AT_ONCE):
+    for batch in images.split(AT_ONCE):
         watched.model(batch)
         for name in hosts:
-            _add(_blocks(watched, watched.hosts[name]), watched.hosts[name].state, sums[name])
+            _add(blocks_of(watched, watched.hosts[name]), watched.hosts[name].state, sums[name])
     for name, host in hosts.items():
-        for index, block in enumerate(_blocks(patched, host)):
+        for index, block in enumerate(blocks_of(patched, host)):
             if index in sums[name]:
                 give(block, FORESIGHT, sums[name][index].weights())
 
 
-def _blocks(patched: Patched[Any], host: Host) -> list[nn.Module]:
+def blocks_of(patched: Patched[Any], host: Host) -> list[nn.Module]:
     """A host's patched blocks, also those that a wrapper holds."""
     found: list[Any] = [unwrapped(patched.model.get_submodule(first), SlowFastBlock) for first, *_ in host.blocks()]
     return found

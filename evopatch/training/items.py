@@ -92,7 +92,7 @@ def refuse_unreadable(names: list[str], count: int, kind: str) -> None:
     Args:
         names: Of the images of a data set that could not be read.
         count: Of all its images.
-        kind: `"training"` or `"evaluation"`.
+        kind: `"training"`, `"evaluation"` or `"calibration"`.
 
     Raises:
         DataError: If they are more than `UNREADABLE_LIMIT`.

@@ -1,11 +1,8 @@
 """Corrections of the restored change: they go where the model goes, and say the same however the blocks are run."""
 
-import copy
-import pickle
-
 import pytest
 import torch
-from comparing import moved
+from comparing import moved, twins
 from matrix import every
 from variants import FLAT, build, call, images_for
 
@@ -15,7 +12,8 @@ from evopatch.algorithm.correction import Regression, missed
 from evopatch.algorithm.partition import merge
 from evopatch.algorithm.selection import select_matched
 from evopatch.forward.learned import correction_of, give_correction
-from evopatch.patching.correcting import block_at, fit_corrections, runs_of
+from evopatch.patching.correcting import fit_correction, runs_of
+from evopatch.patching.fitting import blocks_of
 from evopatch.patching.handle import Patched
 from evopatch.patching.learning import learned, set_learned
 
@@ -24,10 +22,15 @@ CONFIG = EvoConfig(stages=(2, 4), keep_ratio=(0.6, 0.4), readout=False)
 
 def corrected(name, config=CONFIG):
     model = evopatch.apply(build(name), config=config)
-    patched = Patched(model)
-    for first, last, correction in fit_corrections(model, images_for(name, 16)):
-        give_correction(block_at(patched, last), first, correction)
+    correct(model, images_for(name, 16))
     return model
+
+
+def correct(model, images):
+    patched = Patched(model)
+    blocks = blocks_of(patched, patched.host)
+    for first, last in runs_of(patched.host.state.plans):
+        give_correction(blocks[last], first, fit_correction(model, images, first, last))
 
 
 @torch.no_grad()
@@ -62,10 +65,7 @@ def test_they_count_and_go_where_the_model_goes(name):
     assert list(model.state_dict()) == keys
     # The last run's patch tokens are put back, too, as nothing is read out.
     assert len(learned(model)) == 4
-    twins = [copy.deepcopy(model)]
-    if "backbone" not in name:  # transformers' hooks that record hidden states don't pickle, unpatched either
-        twins.append(pickle.loads(pickle.dumps(model)))
-    assert all(torch.equal(call(twin, x), found) for twin in twins)
+    assert all(torch.equal(call(twin, x), found) for twin in twins(model, name))
     set_learned(plain, learned(model))
     assert torch.equal(call(plain, x), found)
     with evopatch.full_grid(model):  # every block takes and returns the full grid
@@ -85,9 +85,7 @@ def test_tokens_come_closer_to_what_they_would_have_been():
     model, x = evopatch.apply(build("vit"), config=CONFIG), images_for("vit", 64, seed=5)
     whole = Patched(model).original().forward_features(x)
     before = (model.forward_features(x) - whole).norm()
-    patched = Patched(model)
-    for first, last, correction in fit_corrections(model, images_for("vit", 256)):
-        give_correction(block_at(patched, last), first, correction)
+    correct(model, images_for("vit", 256))
     assert (model.forward_features(x) - whole).norm() < 0.97 * before
 
 
