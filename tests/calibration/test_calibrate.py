@@ -140,6 +140,28 @@ def test_images_in_every_form():
     assert deterministic(result) == deterministic(expected)
 
 
+def test_unreadable_images_are_named(capsys):
+    images = images_for("vit", 200)
+
+    class Some(torch.utils.data.Dataset):
+        def __init__(self, broken):
+            self.broken = broken
+
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, index):
+            if index in self.broken:
+                raise OSError(f"{index}.jpg is truncated")
+            return images[index]
+
+    found = images_of(Some({7}), images.device, torch.float32)
+    assert torch.equal(found, torch.cat([images[:7], images[8:]]))
+    assert "1 unreadable image(s) left out: item 7 (7.jpg is truncated)" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(DataError, match="3 of 200 calibration images can't be read"):
+        images_of(Some({7, 8, 9}), images.device, torch.float32)
+
+
 def test_a_patched_model_begins_with_its_own_settings():
     config = EvoConfig(stages=(2, 3, 4), keep_ratio=(0.8, 0.6, 0.5), importance=0.1)
     model = evopatch.apply(build("vit"), config=config)

@@ -49,6 +49,11 @@ def test_calibrate_then_evaluate_and_finetune(command, files):
     assert run.returncode == 0, run.stderr
     assert "patched as" in run.stderr
     assert json.loads(out.read_text())[1]["config"] == content["after"]["config"]
+    several = ("--keep-ratio", "0.5", "--keep-ratio", "0.3")
+    run = command("evaluate", "--model", tuned, "--data", files / "photos", "--json", out, *several)
+    assert run.returncode == 0, run.stderr
+    assert "patched as" not in run.stderr
+    assert [row["config"]["keep_ratio"] for row in json.loads(out.read_text())[1:]] == [0.5, 0.3]
     run = command(
         "finetune", "--model", tuned, "--data", files / "photos", "--no-labels", "--epochs", "1", "--batch-size", "8",
         "--output", files / "run",
