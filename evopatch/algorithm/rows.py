@@ -35,11 +35,16 @@ def members(group: Tensor, rows: int) -> Tensor:
     return group.unsqueeze(-2) == torch.arange(rows, device=group.device).unsqueeze(-1)
 
 
+def _kept(values: Tensor, own: Tensor) -> Tensor:
+    # Not `torch.where`, which Core ML knows of two tensors only, nor `masked_fill`, which doesn't broadcast there.
+    return values * own.to(values.dtype)
+
+
 def row_sums(group: Tensor, rows: int, *values: Tensor) -> list[Tensor]:
     """Sums of one number per token: row numbers and values `(B, T)` to one `(B, rows)` for each of the values."""
     if by_product(values[0]):
         own = members(group, rows)
-        return [torch.where(own, value.unsqueeze(-2), 0.0).sum(-1) for value in values]
+        return [_kept(value.unsqueeze(-2), own).sum(-1) for value in values]
     empty = values[0].new_zeros(group.shape[0], rows)
     return [empty.scatter_add(1, group, value) for value in values]
 
@@ -65,12 +70,12 @@ def weighted_row_sums(values: Tensor, weight: Tensor, group: Tensor, rows: int) 
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         if exporting():
-            return torch.where(members(group, rows), weight.unsqueeze(1), 0.0) @ values
+            return _kept(weight.unsqueeze(1), members(group, rows)) @ values
         # Matrix units are at their best where the numbers side by side are a multiple of eight. In pieces that need
         # less memory than a block's MLP, however many tokens there are.
         row = torch.arange(rows + -rows % 8, device=values.device)
         pieces = row.split(2 * channels) if is_fixed(rows) and rows > 2 * channels else (row,)
-        shares = (torch.where(group.unsqueeze(2) == piece, weight.unsqueeze(2), 0.0) for piece in pieces)
+        shares = (_kept(weight.unsqueeze(2), group.unsqueeze(2) == piece) for piece in pieces)
         products = [share.transpose(1, 2) @ values for share in shares]
         return (torch.cat(products, dim=1) if len(products) > 1 else products[0])[:, :rows]
 

@@ -217,6 +217,7 @@ class _Run:
         plain = loss = self._loss(best)
         kept = []
         for first, last in runs_of(patched.host.state.plans):
+            self._advance(0, f"calibrate for {self._target}: correction of blocks {first} to {last}")
             give_correction(blocks[last], first, fit_correction(patched.model, images, first, last))
             with_it = self._loss(best)
             if with_it < _WORTH * loss:
@@ -244,6 +245,7 @@ class _Run:
 
     def _point(self, name: str, trials: Trials, schedule: Schedule, rounds: int = 5) -> Point:
         config = schedule.config(self._base)
+        self._advance(0, f"calibrate for {self._target}: report, {name} at {trials.flops(config):.3f} of the FLOPs")
         errors = self._reporter.all_errors(trials.at(config))
         return Point(
             name=name,
