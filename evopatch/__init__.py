@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .patching.apply import apply, config_of, is_patched, patched, remove, set_config, set_keep_ratio, supported
     from .patching.autopatch import autopatch
     from .patching.inspect import full_grid, token_groups, token_selection
+    from .patching.suggest import Candidate, Inspection, inspect
     from .sources.saving import load_pretrained, save_pretrained
     from .training.finetuning import FinetuneConfig, FinetuneResult, finetune
 
@@ -40,8 +41,10 @@ if TYPE_CHECKING:
 _LAZY = {
     "Benchmark": "measure.comparison",
     "Calibration": "calibration.outcome",
+    "Candidate": "patching.suggest",
     "FinetuneConfig": "training.finetuning",
     "FinetuneResult": "training.finetuning",
+    "Inspection": "patching.suggest",
     "Profile": "measure.profiling",
     "apply": "patching.apply",
     "autopatch": "patching.autopatch",
@@ -50,6 +53,7 @@ _LAZY = {
     "config_of": "patching.apply",
     "finetune": "training.finetuning",
     "full_grid": "patching.inspect",
+    "inspect": "patching.suggest",
     "is_patched": "patching.apply",
     "load_pretrained": "sources.saving",
     "patched": "patching.apply",
@@ -71,6 +75,7 @@ __all__ = [
     "Benchmark",
     "BypassError",
     "Calibration",
+    "Candidate",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -78,6 +83,7 @@ __all__ = [
     "EvoPatchError",
     "FinetuneConfig",
     "FinetuneResult",
+    "Inspection",
     "NotPatchedError",
     "Profile",
     "SpeedWarning",
@@ -94,6 +100,7 @@ __all__ = [
     "config_of",
     "finetune",
     "full_grid",
+    "inspect",
     "is_patched",
     "load_pretrained",
     "patched",

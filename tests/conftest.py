@@ -13,6 +13,11 @@ pytest.register_assert_rewrite("comparing", "terminal")
 from samples import REAL_DATA  # noqa: E402
 from terminal import Run  # noqa: E402
 
+from evopatch.patching import registry  # noqa: E402
+
+# Tests of every model needn't say what `evopatch.apply` is told of those that no library's adapter serves.
+registry._BUILT_IN["variants"] = ("variants.own_models:Described",)
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so do the processes that they start
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

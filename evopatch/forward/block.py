@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from ..algorithm.importance import detached
 from ..errors import UnsupportedInputError
-from ..rewrite.classes import Steered, host_class
+from ..rewrite.classes import Steered
+from ..rewrite.fast_paths import forward_of
 from ..rewrite.graph import Code, GeneratesCode, generate_core, generate_metric
 from ..rewrite.tracing import TraceSpec, attention_cores
-from ..rewrite.view import Call, ContainerView, View, check_steered
+from ..rewrite.view import Call, ContainerView, View, check_steered, on_view
 from .guarded import GuardedBlock
 from .protocols import PatchedBlock
 from .tap import AttentionTap
@@ -183,7 +184,7 @@ def run_tapped(block: PatchedBlock, tap: AttentionTap, x: Tensor, *args: Any, **
     view = tapped_view(block, block._evo_cores, tap)
     code: Code | None = block._evo_code
     if code is None:
-        return host_class(block).forward(view, x, *args, **kwargs)
+        return on_view(forward_of(block), view, x, *args, **kwargs)
     inputs = tuple(kwargs.get(name) for name in code.inputs)
     return run_code(code, view, x, inputs, tap.everything, tap)
 
@@ -249,4 +250,4 @@ def _run_around(module: Any, *args: Any, cores: tuple[str, ...], tap: AttentionT
     view = tapped_view(module, cores, tap, path)
     if isinstance(view, ContainerView):
         return view.run(module, *args)
-    return host_class(module).forward(view, *args, **kwargs)
+    return on_view(forward_of(module), view, *args, **kwargs)

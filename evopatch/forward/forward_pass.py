@@ -99,5 +99,6 @@ class ForwardPass(ABC):
             raise UnsupportedInputError(
                 f"{name} was passed to the patched model, at block {index} of '{self.name or 'model'}': slow "
                 "and fast tokens are chosen among all tokens, so attention can't be masked. Leave it out, or use "
-                "evopatch.set_keep_ratio(model, 1.0) or evopatch.remove(model) for this call"
+                "evopatch.set_keep_ratio(model, 1.0) or evopatch.remove(model) for this call. (What has one entry per "
+                "patch token, as a rotary table, is named in token_inputs where blocks= is.)"
             )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..algorithm.partition import Partition, merge, spread_attention, unspread_attention
+from ..rewrite.fast_paths import is_multihead
 from ..rewrite.view import Call
 
 # Their hooks shard, offload, record or reparametrise: they don't look at single tokens, or ask for the full grid.
@@ -65,13 +66,22 @@ class FullGrid:
         partition: Of the block's run.
         grid: Rows and columns where tokens lie in an image's layout, `(B, C, h, w)` or `(B, h, w, C)`.
         maps: Whether `(B, H, M, M)` is attention between tokens; else `M` channels of every token.
+        tokens_first: Tensors of three axes are `(M, B, C)`.
     """
 
-    def __init__(self, everything: bool, partition: Partition, grid: tuple[int, int] | None, maps: bool = True) -> None:
+    def __init__(
+        self,
+        everything: bool,
+        partition: Partition,
+        grid: tuple[int, int] | None,
+        maps: bool = True,
+        tokens_first: bool = False,
+    ) -> None:
         self._everything = everything
         self._partition = partition
         self._grid = grid
         self._maps = maps
+        self._tokens_first = tokens_first
 
     def wants(self, module: nn.Module) -> bool:
         """Whether to call this module on all tokens."""
@@ -81,7 +91,9 @@ class FullGrid:
         """What stands for the module: takes and returns the compact set, calls the module on all tokens."""
         # A compact set may have as many rows as a head has channels; norms work on those.
         normalises = isinstance(module, nn.Identity) or "norm" in type(module).__name__.lower()
-        return Shown(module, FullGrid(self._everything, self._partition, self._grid, maps=not normalises))
+        return Shown(
+            module, FullGrid(self._everything, self._partition, self._grid, not normalises, self._tokens_first)
+        )
 
     def around_run(self, module: Any, run: Callable[..., Any]) -> Shown:
         """The same for a `Steered` module that works on a compact set: its hooks see all tokens.
@@ -91,11 +103,14 @@ class FullGrid:
             run: What it is to run; its first argument are the tokens, all others are for all tokens anyway.
         """
 
+        # Self-attention of torch is given its tokens three times.
+        change = _each_as if is_multihead(module) else _first_as
+
         def on_all_tokens(module: Any, *args: Any, **kwargs: Any) -> Any:
-            args, kwargs = _first_as(self.hide, args, kwargs)
+            args, kwargs = change(self.hide, args, kwargs)
             return self.show(run(module, *args, **kwargs))
 
-        return Shown(Call(module, on_all_tokens), self, first_only=True)
+        return Shown(Call(module, on_all_tokens), self, change)
 
     def show(self, x: Any) -> Any:
         """From the compact set to all tokens: tensors of a layout with tokens, and tuples of such; anything else as it
@@ -111,6 +126,8 @@ class FullGrid:
             return x
         partition, rows = self._partition, self._partition.rows
         tokens = partition.group.shape[1]
+        if x.dim() == 3 and self._tokens_first:
+            return _spread(x.transpose(0, 1), partition).transpose(0, 1) if x.shape[0] == rows else x
         if x.dim() == 3 and x.shape[1] == rows:
             return _spread(x, partition)
         if x.dim() != 4:
@@ -131,6 +148,8 @@ class FullGrid:
         if not isinstance(x, Tensor) or x.dim() < 3:
             return x
         partition, tokens = self._partition, self._partition.group.shape[1]
+        if x.dim() == 3 and self._tokens_first:
+            return merge(x.transpose(0, 1), partition).transpose(0, 1) if x.shape[0] == tokens else x
         if x.dim() == 3 and x.shape[1] == tokens:
             return merge(x, partition)
         if x.dim() != 4:
@@ -154,24 +173,29 @@ class Shown:
     Args:
         module: To be called on all tokens.
         full_grid: This run's.
-        first_only: Only the first argument are tokens.
+        change: Which of the arguments of a call are tokens: `_first_as` or `_each_as`.
     """
 
-    def __init__(self, module: Any, full_grid: FullGrid, first_only: bool = False) -> None:
+    def __init__(self, module: Any, full_grid: FullGrid, change: Callable[..., Any] | None = None) -> None:
         self._evo_module = module
         self._evo_full_grid = full_grid
-        self._evo_first_only = first_only
+        self._evo_change = change or _each_as
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        show, hide = self._evo_full_grid.show, self._evo_full_grid.hide
-        if self._evo_first_only:
-            args, kwargs = _first_as(show, args, kwargs)
-        else:
-            args, kwargs = tuple(map(show, args)), {name: show(value) for name, value in kwargs.items()}
-        return hide(self._evo_module(*args, **kwargs))
+        args, kwargs = self._evo_change(self._evo_full_grid.show, args, kwargs)
+        return self._evo_full_grid.hide(self._evo_module(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_evo_module"], name)
+
+
+def _each_as(
+    change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, all changed; what is given twice is also afterwards one object."""
+    given = [*args, *kwargs.values()]
+    changed = {id(value): change(value) for value in given}
+    return tuple(changed[id(a)] for a in args), {name: changed[id(value)] for name, value in kwargs.items()}
 
 
 def _first_as(

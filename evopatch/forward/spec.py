@@ -76,10 +76,14 @@ class HostSpec:
     """None for a flat model."""
     channels_first: bool = False
     """Blocks take `(B, C, h, w)` instead of `(B, T, C)`."""
+    tokens_first: bool = False
+    """Blocks take `(T, B, C)` instead of `(B, T, C)`."""
+    patch_size: tuple[int, int] | None = None
+    """Height and width in pixels of an image's patches, where no adapter's `grid` says how many there are."""
 
     def stages(self, host: nn.Module) -> tuple[tuple[Block, ...], ...]:
         """The blocks of each stage; a flat model has one."""
         if not isinstance(self.blocks, str):
             return self.blocks
         container: Any = host.get_submodule(self.blocks)
-        return (tuple((f"{self.blocks}.{index}",) for index in range(len(container))),)
+        return (tuple((f"{self.blocks}.{name}",) for name in container._modules),)

@@ -17,6 +17,7 @@ from ..algorithm.importance import class_attention, default_scale
 from ..algorithm.partition import Partition
 from ..errors import UnsupportedInputError
 from .hooks import FullGrid
+from .multi_head import multi_head
 
 
 class AttentionTap:
@@ -90,6 +91,10 @@ class AttentionTap:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale, **kwargs
         )
+
+    def multi_head(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Stands where a block calls `multi_head_attention_forward`."""
+        return multi_head(self.attend, self.block, *args, **kwargs)
 
     def prepare(
         self, query: Tensor, key: Tensor, bias: Tensor | None = None, scale: float | None = None

@@ -161,7 +161,7 @@ class TokenPass(ForwardPass):
         if self.spec.channels_first:
             assert self.spec.pyramid is not None
             grid = self.spec.pyramid.grids[self.stage_of[index]]
-        return FullGrid(self.everything_seen, partition, grid)
+        return FullGrid(self.everything_seen, partition, grid, tokens_first=self.spec.tokens_first)
 
     def _carried(self, index: int, g: Tensor) -> Tensor:
         """`g` after a block, on the grid of the block after it."""
@@ -226,6 +226,8 @@ class TokenPass(ForwardPass):
 
     def _block_layout(self, index: int, x: Tensor) -> Tensor:
         """`(B, M, C)` tokens as the block takes them."""
+        if self.spec.tokens_first:
+            return x.transpose(0, 1)
         if not self.spec.channels_first:
             return x
         assert self.spec.pyramid is not None
@@ -237,6 +239,8 @@ class TokenPass(ForwardPass):
 
     def _token_layout(self, x: Tensor) -> Tensor:
         """The inverse of `_block_layout`."""
+        if self.spec.tokens_first:
+            return x.transpose(0, 1)
         if not self.spec.channels_first:
             return x
         return x.flatten(2).transpose(1, 2)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, doesn't import the compiler
 
 from ..errors import UnsupportedInputError
 from ..rewrite.classes import Swapped, host_class
-from ..rewrite.view import Call, ContainerView, View, check_steered
+from ..rewrite.view import Call, ContainerView, View, check_steered, on_view
 from .forward_pass import ForwardPass
 from .host_state import HostState
 from .spec import qualified
@@ -53,15 +51,7 @@ def walk(
     forward_pass = pass_class(state, compact)
     forward_pass.grid, forward_pass.reads_prefix = grid, reads_prefix
     view = viewed(host, forward_pass)
-    # A zero-argument super() in a subclass looks at the view's class, which torch.compile can't.
-    if "__class__" in function.__code__.co_freevars:
-        return _run_uncompiled(function, view, *args, **kwargs)
-    return function(view, *args, **kwargs)
-
-
-@_disable_dynamo
-def _run_uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
+    return on_view(function, view, *args, **kwargs)
 
 
 def refuse_symbolic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -110,7 +100,8 @@ def _viewed(module: Any, path: str, forward_pass: ForwardPass, steps: list[Step]
     if isinstance(module, (nn.Sequential, nn.ModuleList)):
         return ContainerView(module, _joined({**module._modules, **changed}, forward_pass))
     # By its own call, so that its hooks run.
-    return Call(module, View(module, changed).instead)
+    view = View(module, changed)
+    return Call(module, view.instead, view)
 
 
 def _joined(children: dict[str, Any], forward_pass: ForwardPass) -> dict[str, Any]:

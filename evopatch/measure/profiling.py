@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,10 +121,21 @@ def count_flops(call: Callable[[], object], parts: Mapping[str, nn.Module] | Non
     missing = {operator: formula for operator, formula in on_cpu.items() if operator not in flop_registry}
     counter: Any = FlopCounterMode(display=False, custom_mapping=missing)
     counter.mod_tracker = _Inside(parts or {})
-    with counter:
+    with _no_fast_path(), counter:
         call()
     counts = counter.get_flop_counts()
     return counter.get_total_flops(), {name: sum(counts.get(name, {}).values()) for name in parts or {}}
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """The fast path of `nn.MultiheadAttention` is one operator, whose FLOPs aren't counted."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _Inside:

@@ -11,9 +11,11 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..forward.block import SlowFastBlock, TappedAttention, block_codes
 from ..forward.host_state import HostState
+from ..forward.multihead_module import TappedMultihead
 from ..forward.spec import HostSpec, qualified
 from ..rewrite.alike import fingerprint
 from ..rewrite.classes import Steered, Swapped
+from ..rewrite.fast_paths import is_multihead
 from ..rewrite.graph import Code, generate_core
 from ..rewrite.tracing import TraceSpec, on_the_way
 from .changes import Change
@@ -103,7 +105,7 @@ def block_changes(
         attention, attention_name = block.get_submodule(core), f"{name}.{core}"
         check_forward(attention, attention_name)
         own = {"_evo_name": attention_name, "_evo_trace": own_trace, "_evo_code": code}
-        changes.append(Change(attention, attention_mixin, own))
+        changes.append(Change(attention, TappedMultihead if is_multihead(attention) else attention_mixin, own))
     return changes
 
 

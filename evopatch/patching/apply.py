@@ -17,8 +17,10 @@ from ..forward.host_state import HostState
 from . import changes, registry
 from .adapter import Adapter, walks_by_itself
 from .changes import Change
+from .containers import containers
 from .fitting import check_images, fit_foresight
 from .handle import Patched, unpatch
+from .own_model import OwnModel
 from .versions import versions_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,6 +31,11 @@ def apply(
     keep_ratio: float | Sequence[float] | None = None,
     config: EvoConfig | None = None,
     images: Tensor | None = None,
+    *,
+    blocks: str | None = None,
+    prefix_tokens: int | None = None,
+    readout: int | None = None,
+    token_inputs: Sequence[str] = (),
 ) -> Model:
     """Rewrite a model's blocks into slow-fast two-stream blocks, in place.
 
@@ -41,12 +48,21 @@ def apply(
         images: `(B, 3, height, width)`, 16 or more, as the model expects them and on its device: what tokens are
             ranked by is learned from the model's own attention on them, in a second or two and without labels (see
             `docs/concepts.md`, foresight). For flat models with matched representatives.
+        blocks: For a model that no adapter knows: path of the `nn.ModuleList` or `nn.Sequential` that holds its blocks,
+            such as `"encoder.layers"`. `evopatch.inspect(model)` says which would do. Blocks take `(B, T, C)`, or
+            `(T, B, C)`, and give the same.
+        prefix_tokens: With `blocks`, how many tokens precede the patch tokens: class token, registers.
+        readout: With `blocks`, how many of the first prefix tokens the head reads; 0 where it averages the patch
+            tokens. Default: 1 where there are any.
+        token_inputs: With `blocks`, names of those other inputs of a block that have one entry per patch token, such as
+            a rotary table.
 
     Returns:
         The model itself.
 
     Raises:
-        ConfigError: If a setting is outside its range or doesn't fit the model's depth.
+        ConfigError: If a setting is outside its range or doesn't fit the model's depth, or what is said of the blocks
+            isn't so.
         UnsupportedModelError: If nothing in the model can be patched, or a variant is refused; says why.
         AlreadyPatchedError: If the model, or a part of it, is patched already.
         DataError: If `images` are fewer than 8, or no such tensor, or what the model makes of them isn't finite.
@@ -60,9 +76,15 @@ def apply(
         raise ConfigError(f"config is a {type(config).__name__}: expected an evopatch.EvoConfig")
     if keep_ratio is not None:
         config = dataclasses.replace(config, keep_ratio=keep_ratio)
-    hosts = _hosts(model)
     if images is not None:
         check_images(images, config)
+    if blocks is None:
+        _check_unused(prefix_tokens=prefix_tokens, readout=readout, token_inputs=token_inputs or None)
+        hosts = _hosts(model)
+    else:
+        check_unpatched(model)
+        own = OwnModel(model, blocks, prefix_tokens, readout, token_inputs, images)
+        hosts = [(own.host_name, own.host, own)]
     _patch(model, hosts, dict.fromkeys((name for name, _, _ in hosts), config))
     if images is not None:
         try:
@@ -71,6 +93,12 @@ def apply(
             unpatch(model)
             raise
     return model
+
+
+def _check_unused(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{name}={value!r} is for models that no adapter knows: expected blocks= beside it")
 
 
 def apply_again(model: Model, configs: Mapping[str, EvoConfig]) -> Model:
@@ -171,7 +199,12 @@ def set_config(model: nn.Module, config: EvoConfig) -> None:
     Patched(model).set_config(config)
 
 
-def _hosts(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
+def check_unpatched(model: nn.Module) -> None:
+    """
+    Raises:
+        UnsupportedModelError: If this isn't a module.
+        AlreadyPatchedError: If it, or a part of it, is patched.
+    """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"{type(model).__name__} is not a torch.nn.Module: expected a model to patch")
     for name, module in model.named_modules():
@@ -180,6 +213,10 @@ def _hosts(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
                 f"'{name or type(module).__name__}' is already patched: use evopatch.set_keep_ratio or "
                 "evopatch.set_config to change it, or evopatch.remove(model) first"
             )
+
+
+def _hosts(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
+    check_unpatched(model)
     hosts = registry.find_hosts(model)
     if not hosts:
         raise UnsupportedModelError(_nothing_found(model))
@@ -188,9 +225,12 @@ def _hosts(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
 
 def _nothing_found(model: nn.Module) -> str:
     served = sorted({_full_name(cls) for adapter in registry.adapters() for cls in adapter.hosts()})
+    found = containers(model)
+    likely = f" Likely: blocks={' or '.join(map(repr, found))}." if found else ""
     text = (
-        f"found nothing to patch in {_full_name(type(model))}: no adapter serves it or any of its submodules. Leave it "
-        "unpatched, or write an adapter (docs/adapters.md). Served classes: "
+        f"found nothing to patch in {_full_name(type(model))}: no adapter serves it or any of its submodules. Say "
+        "where its blocks are, as in evopatch.apply(model, blocks='encoder.layers', prefix_tokens=1); "
+        f"evopatch.inspect(model) lists what would do.{likely} Or write an adapter (docs/adapters.md). Served classes: "
         f"{', '.join(served) or 'none, as no library with an adapter is imported'}"
     )
     return text + "".join(f". The adapter for {name} can't be used: {why}" for name, why in registry.failures().items())
@@ -198,6 +238,14 @@ def _nothing_found(model: nn.Module) -> str:
 
 def _full_name(cls: type[Any]) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def check_own(model: nn.Module, own: OwnModel) -> None:
+    """
+    Raises:
+        UnsupportedModelError: If what somebody says of their own model can't be patched.
+    """
+    changes.check(_plan(model, own.host_name, own.host, own, EvoConfig()))
 
 
 def _plan(model: nn.Module, name: str, host: nn.Module, adapter: Adapter, config: EvoConfig) -> list[Change]:

@@ -43,8 +43,14 @@ class Host:
         spec, stage_of = self.state.spec, self.state.stage_of
         if spec.pyramid is not None:
             return [spec.pyramid.grids[stage] for stage in stage_of]
+        if spec.patch_size is not None:
+            return [(image_size[0] // spec.patch_size[0], image_size[1] // spec.patch_size[1])] * len(stage_of)
         adapter = registry.find(self.module)
-        assert adapter is not None
+        if adapter is None:
+            raise UnsupportedModelError(
+                f"'{self.name or type(self.module).__name__}' was patched by blocks=, and its first convolution isn't "
+                "one over patches: expected one, to know the grid. Write an adapter (docs/adapters.md)"
+            )
         height, width = adapter.grid(self.module, image_size)
         # Between two stages windowed pyramids merge two by two tokens, padded at odd sizes.
         return [(-(-height // 2**stage), -(-width // 2**stage)) for stage in stage_of]

@@ -21,6 +21,7 @@ _BUILT_IN = {
         "evopatch_transformers.levit:LevitAdapter",
         "evopatch_transformers.swin:SwinAdapter",
     ),
+    "torchvision": ("evopatch_torchvision.vit:ViTAdapter",),
 }
 _GROUP = "evopatch.adapters"
 

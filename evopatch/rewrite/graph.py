@@ -98,7 +98,7 @@ def generate_core(module: nn.Module, name: str, spec: TraceSpec) -> Code:
         AttentionNotFoundError: If it can't be traced or has no attention core of a known form.
     """
     functions, readout = {}, {}
-    methods = set(spec.cores.values())
+    methods = set(spec.cores.values()) - {"multi_head"}  # takes tokens, not queries
     for training in (False, True):
         with _mode(module, training):
             graph = trace(module, name, spec).graph
@@ -249,6 +249,8 @@ def _projected(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) ->
     """The input of the projection that the first attention core's queries come from."""
     methods = {"softmax", *spec.cores.values()}
     core = next(n for n in graph.nodes if n.op == "call_method" and n.target in methods)
+    if core.target == "multi_head":  # projects by itself
+        return cast(fx.Node, core.args[1])
     queue, seen = [a for a in core.args[1:2] if isinstance(a, fx.Node)], set()
     while queue:
         node = queue.pop(0)

@@ -81,12 +81,38 @@ def can_be_had(layer: Any, way: Iterable[nn.Module]) -> bool:
     return not torch.compiler.is_compiling() and any(map(_is_kept_elsewhere, way))
 
 
+def parameter_map(module: nn.Module, weight: str, bias: str, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """As `linear_map`, of a module that holds weight and bias of a linear layer itself, as `nn.MultiheadAttention`.
+
+    Args:
+        module: It.
+        weight: Name of its parameter `(D, C)`.
+        bias: Name of its parameter `(D,)`; `""` where it has none.
+        like: `(B, T, C)`.
+    """
+    matrix, offset = getattr(module, weight), getattr(module, bias) if bias else None
+    wrapped = is_traceable_wrapper_subclass(matrix)
+    if wrapped or matrix.dim() != 2 or not _is_filled(matrix) or matrix.is_meta != like.is_meta:
+        return None
+    return given(matrix, like), None if offset is None else given(offset, like)
+
+
+def parameter_can_be_had(module: nn.Module, weight: str, way: Iterable[nn.Module]) -> bool:
+    """Whether `parameter_map` will find a module's weights, inside `at_hand` of the modules `way`."""
+    matrix = getattr(module, weight)
+    if matrix.dim() == 2 and not is_traceable_wrapper_subclass(matrix) and _is_filled(matrix):
+        return True
+    return not torch.compiler.is_compiling() and any(map(_is_kept_elsewhere, way))
+
+
 def _is_here(layer: nn.Linear) -> bool:
     weight = layer.weight
     if is_traceable_wrapper_subclass(weight):
         return not hasattr(weight, "full_tensor")  # of a DTensor a part is here
-    if weight.shape != (layer.out_features, layer.in_features):
-        return False
+    return weight.shape == (layer.out_features, layer.in_features) and _is_filled(weight)
+
+
+def _is_filled(weight: Tensor) -> bool:
     return torch.compiler.is_compiling() or weight.is_meta or weight.untyped_storage().size() > 0
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .linear_map import can_be_had, linear_map
+from .linear_map import can_be_had, linear_map, parameter_can_be_had, parameter_map
 
 _MATMULS: tuple[Callable[..., Any], ...] = (torch.matmul, operator.matmul, torch.bmm)
 
@@ -20,14 +21,27 @@ class Projection:
     """One of the equal parts of a linear layer's outputs."""
 
     path: str
-    """Of the layer in the attention module."""
+    """Of the layer in the attention module; `""` for the module itself."""
     part: int
     parts: int
+    weight: str = ""
+    """Where the attention module has no layer, but weights of its own: their name, such as `"in_proj_weight"`."""
+    bias: str = ""
 
     def of(self, rows: Tensor) -> Tensor:
         """Its rows of the layer's weight or bias."""
         size = rows.shape[0] // self.parts
         return rows.narrow(0, self.part * size, size)
+
+    def linear_map(self, attention: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Of the whole layer, see `linear_map.linear_map`."""
+        layer = attention.get_submodule(self.path)
+        return parameter_map(layer, self.weight, self.bias, like) if self.weight else linear_map(layer, like)
+
+    def can_be_had(self, attention: nn.Module, way: Collection[nn.Module]) -> bool:
+        """Whether `linear_map` will give them, inside `linear_map.at_hand` of the modules `way`."""
+        layer = attention.get_submodule(self.path)
+        return parameter_can_be_had(layer, self.weight, way) if self.weight else can_be_had(layer, way)
 
 
 @dataclass(frozen=True)
@@ -49,9 +63,9 @@ class Projections:
             attention: The module.
             like: `(B, T, C)` tokens of the type and on the device that are wanted.
         """
-        asked = linear_map(attention.get_submodule(self.query.path), like)
-        one_layer = self.key.path == self.query.path
-        answering = asked if one_layer else linear_map(attention.get_submodule(self.key.path), like)
+        asked = self.query.linear_map(attention, like)
+        one_layer = (self.key.path, self.key.weight) == (self.query.path, self.query.weight)
+        answering = asked if one_layer else self.key.linear_map(attention, like)
         if asked is None or answering is None:
             return None
         weight, bias = asked
@@ -59,7 +73,7 @@ class Projections:
 
     def can_be_had(self, attention: nn.Module, way: Collection[nn.Module]) -> bool:
         """Whether `weights` will give them, inside `linear_map.at_hand` of the modules `way`."""
-        return all(can_be_had(attention.get_submodule(each.path), way) for each in (self.query, self.key))
+        return all(each.can_be_had(attention, way) for each in (self.query, self.key))
 
 
 def find_projections(graph: fx.Graph, module: nn.Module, methods: Collection[str]) -> Projections | None:
@@ -117,7 +131,7 @@ def _projection(node: Any, module: nn.Module) -> tuple[Projection, int] | None:
     """What a query or key comes from, and its number of heads.
 
     By `linear -> view(B, N, H, D) -> transpose(1, 2)`, or
-    `linear -> reshape(B, N, 3, H, D) -> permute(2, 0, 3, 1, 4) -> unbind(0)`.
+    `linear -> reshape(B, N, 3, H, D) -> permute(2, 0, 3, 1, 4) -> unbind(0)`; or by `unflatten(-1, (3, H, D))`.
     """
     while _is(node, "call_module") and type(module.get_submodule(node.target)) is nn.Identity:
         node = node.args[0]
@@ -131,16 +145,29 @@ def _projection(node: Any, module: nn.Module) -> tuple[Projection, int] | None:
     if not _is(layout, "call_method", order[0]) or layout.args[1:] != order[1]:
         return None
     shaped = layout.args[0]
-    if not (_is(shaped, "call_method", "view") or _is(shaped, "call_method", "reshape")):
+    if not _is(shaped, "call_method", "view", "reshape", "unflatten"):
         return None
     shape = shaped.args[1] if isinstance(shaped.args[1], tuple) else shaped.args[1:]
-    linear, (heads, channels) = shaped.args[0], shape[-2:]
+    if shaped.target == "unflatten":
+        if shaped.args[1] not in (-1, 2) or len(shaped.args) < 3:
+            return None
+        shape = (None, None, *shaped.args[2])
+    linear: Any = shaped.args[0]
+    heads, channels = shape[-2:]
     if (parts > 1 and shape[2:3] != (parts,)) or len(shape) != (5 if parts > 1 else 4):
         return None
-    if not _is(linear, "call_module") or not _is(linear.args[0], "placeholder"):
+    if not _is(linear, "call_module") and not _is(linear, "call_function", F.linear):
+        return None
+    if not _is(linear.args[0], "placeholder"):
         return None
     if not isinstance(heads, int) or not isinstance(channels, int):
         return None
+    if _is(linear, "call_function", F.linear):
+        weight: Any = linear.args[1]
+        bias: Any = linear.args[2] if len(linear.args) > 2 else None
+        if not _is(weight, "get_attr") or "." in weight.target or not (bias is None or _is(bias, "get_attr")):
+            return None
+        return Projection("", part, parts, weight.target, "" if bias is None else bias.target), heads
     layer: Any = module.get_submodule(linear.target)
     features = getattr(layer, "out_features", 0) // parts
     return Projection(linear.target, part, parts), heads if heads != -1 else features // channels

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -18,8 +18,10 @@ from torch import Tensor, fx, nn
 
 from ..errors import AttentionNotFoundError
 from .classes import host_class
+from .fast_paths import forward_of
 
 SDPA = F.scaled_dot_product_attention
+_MULTI_HEAD = F.multi_head_attention_forward
 ROOT = "module"
 """What a graph calls the traced module itself."""
 
@@ -38,9 +40,9 @@ class TraceSpec:
     """Methods, other than `forward`, of submodules that are called, not traced."""
     position_biases: tuple[str, ...] = ()
     """Such methods whose result is added to the attention logits, one entry per head and pair of tokens."""
-    core_names: frozenset[str] = frozenset({"scaled_dot_product_attention", "softmax"})
+    core_names: frozenset[str] = frozenset({"scaled_dot_product_attention", "softmax", "multi_head_attention_forward"})
     """A module whose forward's code uses one of these names holds an attention core."""
-    cores: Mapping[Callable[..., Any], str] = field(default_factory=lambda: {SDPA: "attend"})
+    cores: Mapping[Callable[..., Any], str] = field(default_factory=lambda: {SDPA: "attend", _MULTI_HEAD: "multi_head"})
     """Functions that are attention cores, and the method of `evo` that takes the place of a call."""
 
 
@@ -55,7 +57,7 @@ class _Shim(nn.Module):
     def forward(self, x: Any, inputs: Any) -> Any:
         named: dict[str, Any] = {name: inputs[i] for i, name in enumerate(self._inputs)}
         named.update(dict.fromkeys(self._absent))
-        return host_class(self.module).forward(self.module, x, **named)
+        return forward_of(self.module)(self.module, x, **named)
 
 
 def inputs_of(module: nn.Module, spec: TraceSpec) -> tuple[str, ...]:
@@ -65,7 +67,7 @@ def inputs_of(module: nn.Module, spec: TraceSpec) -> tuple[str, ...]:
 
 def takes(module: nn.Module, name: str) -> bool:
     """Whether a module's forward takes an argument of this name."""
-    parameters = inspect.signature(host_class(module).forward).parameters
+    parameters = inspect.signature(forward_of(module)).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
@@ -102,7 +104,7 @@ class _Tracer(fx.Tracer):
         # instead of at every forward.
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path):
-            forward = MethodType(host_class(m).forward, m)
+            forward = MethodType(forward_of(m), m)
             named = dict(zip(parameters_of(m), args, strict=False)) | kwargs
             others = list(named)[1:]
             path = path.removeprefix(f"{ROOT}.")
@@ -120,7 +122,7 @@ def _holds_tensor(value: Any) -> bool:
 
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
     """Names of what a module's own forward takes, in order."""
-    return tuple(inspect.signature(host_class(module).forward).parameters)[1:]
+    return tuple(inspect.signature(forward_of(module)).parameters)[1:]
 
 
 def attention_cores(block: nn.Module, spec: TraceSpec) -> tuple[str, ...]:
@@ -134,8 +136,29 @@ def on_the_way(paths: Collection[str]) -> list[str]:
 
 
 def _holds_core(module: nn.Module, spec: TraceSpec) -> bool:
-    code = getattr(inspect.unwrap(host_class(module).forward), "__code__", None)
-    return code is not None and not spec.core_names.isdisjoint(code.co_names)
+    """By the names in the code of a module's forward, and of the methods and functions that it is made of."""
+    queue: list[Any] = [forward_of(module)]
+    seen: set[int] = set()
+    while queue:
+        function = inspect.unwrap(queue.pop())
+        code = getattr(function, "__code__", None)
+        if code is None or id(code) in seen:
+            continue
+        seen.add(id(code))
+        if not spec.core_names.isdisjoint(code.co_names):
+            return True
+        queue += _called(function, code.co_names, host_class(module))
+    return False
+
+
+def _called(function: Any, names: Collection[str], cls: type) -> list[Any]:
+    """Functions that a method may call by these names: those of its class and of its own package, not of torch."""
+    if "super" in names:
+        names = {*names, function.__name__}
+    methods = [vars(base)[name] for name in names for base in cls.__mro__ if name in vars(base)]
+    around = [function.__globals__.get(name) for name in names]
+    called = (inspect.unwrap(found) for found in (*methods, *around) if isinstance(found, FunctionType))
+    return [found for found in called if found.__module__.partition(".")[0] != "torch"]
 
 
 class Traced(NamedTuple):

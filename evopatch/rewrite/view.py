@@ -12,9 +12,23 @@ from types import MappingProxyType, MethodType
 from typing import Any
 
 from torch import nn
+from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, doesn't import the compiler
 
 from ..errors import BypassError
 from .classes import Steered, Swapped, host_class
+
+
+def on_view(function: Callable[..., Any], view: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a method of a module on a view of it."""
+    # A zero-argument super() looks at the view's class, which torch.compile can't.
+    if "__class__" in function.__code__.co_freevars:
+        return _run_uncompiled(function, view, *args, **kwargs)
+    return function(view, *args, **kwargs)
+
+
+@_disable_dynamo
+def _run_uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
 
 class View:
@@ -35,7 +49,7 @@ class View:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own, on this view."""
-        return host_class(self._evo_viewed).forward(self, *args, **kwargs)
+        return on_view(host_class(self._evo_viewed).forward, self, *args, **kwargs)
 
     def instead(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What a `Steered` module runs to run on this view of it."""
@@ -44,9 +58,10 @@ class View:
     def __getattr__(self, name: str) -> Any:
         module = self._evo_viewed
         value = getattr(module, name)
-        # Methods that the forward calls look at this view, too; unless they were set on the module itself.
+        # Methods that the forward calls look at this view, too, and are the module's own; unless they were set on the
+        # module itself.
         if isinstance(value, MethodType) and name not in module.__dict__:
-            return partial(value.__func__, self)
+            return partial(on_view, getattr(host_class(module), name, value.__func__), self)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -112,17 +127,19 @@ class Call:
     Args:
         module: A `Steered` one, or something that holds it and passes keyword arguments on, such as a wrapper.
         run: A function of the module and its arguments.
+        seen: What stands for the module where its attributes are read.
     """
 
-    def __init__(self, module: Any, run: Callable[..., Any]) -> None:
+    def __init__(self, module: Any, run: Callable[..., Any], seen: Any = None) -> None:
         self._evo_module = module
         self._evo_run = run
+        self._evo_seen = module if seen is None else seen
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._evo_module(*args, evo=self._evo_run, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_evo_module"], name)
+        return getattr(self.__dict__["_evo_seen"], name)
 
 
 def check_steered(module: nn.Module, name: str, expected: type[Swapped] = Steered) -> None:

@@ -35,8 +35,15 @@ def test_observing_alone_changes_nothing(name, representative):
     model = patched(name, EvoConfig(**settings, representative=representative))
     observed = between(name, model, x)
     for index in range(first_run):
-        assert torch.equal(observed[index], original[index])
+        assert _same(name, observed[index], original[index])
     assert moved(observed[first_run], original[first_run]) > 1e-4
+
+
+def _same(name, found, expected):
+    """To the bit, but where torch has a fast path of its own, which rounds differently."""
+    if name in ("own_function", "own_encoder_layers", "torchvision"):
+        return moved(found, expected) < 1e-5
+    return torch.equal(found, expected)
 
 
 @every(EVERY)
@@ -53,7 +60,7 @@ def test_features_between_the_blocks_are_the_full_grid(name, representative, sel
     # Of a flat model the first two blocks don't select; of the others every stage does.
     unselected = 2 if name in FLAT else 0
     for index, (found, stock) in enumerate(zip(features, original, strict=True)):
-        assert torch.equal(found, stock) if index < unselected else moved(found, stock) > 1e-4
+        assert _same(name, found, stock) if index < unselected else moved(found, stock) > 1e-4
 
 
 @every(TRANSFORMERS)

@@ -11,7 +11,7 @@ from variants import EVERY, FLAT, PYRAMIDS, TRANSFORMERS, WINDOWED, build, call,
 
 import evopatch
 
-CHECKPOINTING = EVERY - (PYRAMIDS & TRANSFORMERS)  # which has no checkpointing
+CHECKPOINTING = EVERY - (PYRAMIDS & TRANSFORMERS) - {"torchvision"}  # which have no checkpointing
 
 
 def regularisation(name, rate):

@@ -3,9 +3,11 @@
 import torch
 from torch import nn
 
-from . import timm_models, transformers_models, windowed
+from . import own_models, timm_models, transformers_models, windowed
 
-FLAT = frozenset({*timm_models.FLAT, *transformers_models.FLAT})
+OWN = frozenset(own_models.FLAT)
+"""Names of models of neither library, which `evopatch.apply` is told of by `blocks=`."""
+FLAT = frozenset({*timm_models.FLAT, *transformers_models.FLAT, "torchvision"}) | OWN
 """Names of models with one grid of tokens: ViT, DeiT, DINO, EVA and their like; 6 blocks."""
 PYRAMIDS = frozenset({*timm_models.PYRAMIDS, *transformers_models.PYRAMIDS})
 """Names of LeViT models: three stages of 2, 3 and 2 blocks on grids of 5x5, 3x3 and 2x2."""
@@ -16,6 +18,8 @@ TRANSFORMERS = frozenset({*transformers_models.FLAT, *transformers_models.PYRAMI
 EVERY = FLAT | PYRAMIDS | WINDOWED
 
 _BUILDERS = {
+    **own_models.FLAT,
+    "torchvision": own_models.torchvision_vit,
     **timm_models.FLAT,
     **timm_models.PYRAMIDS,
     **transformers_models.FLAT,
@@ -87,6 +91,15 @@ def call(model: nn.Module, x: torch.Tensor, **options: object) -> torch.Tensor:
     return torch.cat([m for m in out.feature_maps if m.shape == out.feature_maps[-1].shape], dim=1)
 
 
+def _hooked(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    found = []
+    hooks = [block.register_forward_hook(lambda module, args, out: found.append(out)) for block in model.encoder.layers]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 def between(name: str, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """Features as the library gives them to callers who ask.
 
@@ -98,6 +111,10 @@ def between(name: str, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
         if name in WINDOWED:
             return list(out.feature_maps if "feature_maps" in out else out.reshaped_hidden_states[1:])
         return list(out.hidden_states[1:])
+    if name in OWN:
+        return model.features(x)
+    if name == "torchvision":
+        return _hooked(model, x)
     if name not in FLAT:
         return model.forward_intermediates(x, intermediates_only=True)
     prefix = model.num_prefix_tokens > 0

@@ -1,0 +1,199 @@
+"""Flat models that no library's adapter knows: what somebody says of their own, checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, UnsupportedModelError
+from ..forward.spec import HostSpec
+from ..forward.walk import PatchedHost, refuse_symbolic, walk
+from ..rewrite.classes import host_class
+from ..rewrite.fast_paths import forward_of
+from ..rewrite.tracing import TraceSpec, attention_cores
+from ..rewrite.walking import Manner
+from .adapter import Adapter
+from .containers import container_of, walked_by, walkers_of
+from .patch_tokens import block_inputs, check_prefix, check_tokens_seen, patch_size_of, sample_image
+from .probe import takes_tokens_first, width_of
+
+
+class SlowFastOwn(PatchedHost):
+    """Mixin of the patched module: each of its methods that walk over the blocks."""
+
+    _evo_walkers: dict[str, Manner]
+
+    def __init_subclass__(cls) -> None:
+        own: type[nn.Module] | None = cls.__dict__.get("_evo_host_class")
+        for name in () if own is None else dir(own):
+            method = getattr(own, name)
+            theirs = name == "forward" or not (name.startswith("__") or hasattr(nn.Module, name))
+            if theirs and inspect.isfunction(method):
+                setattr(cls, name, _walking(name, method))
+
+
+def _walking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def walking(self: Any, *args: Any, **kwargs: Any) -> Any:
+        manner = self._evo_walkers.get(name)
+        if manner is None:
+            return getattr(host_class(self), name)(self, *args, **kwargs)
+        refuse_symbolic(args, kwargs)
+        # A checkpointed block may depend on its arguments only, so it takes and returns the full grid.
+        compact = manner is Manner.PLAIN or (manner is Manner.CHECKPOINTED and not torch.is_grad_enabled())
+        return walk(self, name, *args, compact=compact, grid=_grid_of(self, args), **kwargs)
+
+    return walking
+
+
+def _grid_of(host: SlowFastOwn, args: tuple[Any, ...]) -> tuple[int, int] | None:
+    """Where the host itself takes images: rows and columns of their patches."""
+    size = host._evo_state.spec.patch_size
+    if size is None or not args or not isinstance(args[0], Tensor) or args[0].dim() != 4:
+        return None
+    return args[0].shape[2] // size[0], args[0].shape[3] // size[1]
+
+
+class OwnModel(Adapter):
+    """Serves one host as its owner describes it. Other arguments as for `evopatch.apply`.
+
+    Args:
+        model: The whole model.
+        tried: Whether the number of prefix tokens is compared with what comes to the blocks of an image.
+
+    Raises:
+        ConfigError: If there is no such container, or an argument doesn't fit it.
+        UnsupportedModelError: If its blocks can't be patched, or nobody walks over them.
+    """
+
+    mixin = SlowFastOwn
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: str,
+        prefix_tokens: int | None,
+        readout: int | None,
+        token_inputs: Sequence[str] = (),
+        images: Tensor | None = None,
+        tried: bool = True,
+    ) -> None:
+        container = container_of(model, blocks)
+        prefix, readout = self._numbers(prefix_tokens, readout)
+        self.host_name, path = walked_by(model, blocks)
+        self.host = model.get_submodule(self.host_name)
+        self._walkers = walkers_of(self.host, path)
+        names = [f"{blocks}.{name}" for name in container._modules]
+        absent = _other_inputs(container[0], names[0], token_inputs)
+        trace = TraceSpec(tuple(token_inputs), absent=tuple(name for name in absent if name not in token_inputs))
+        for name, block in zip(names, container, strict=True):
+            _check_attends(block, name, trace)
+        self._spec = HostSpec(
+            blocks=path,
+            prefix=prefix,
+            readout=readout,
+            trace=trace,
+            token_inputs=tuple(token_inputs),
+            tokens_first=_probed(model, names[0], prefix, token_inputs, absent, images, tried),
+            patch_size=patch_size_of(model),
+        )
+
+    @staticmethod
+    def _numbers(prefix_tokens: int | None, readout: int | None) -> tuple[int, int]:
+        if not isinstance(prefix_tokens, int) or prefix_tokens < 0:
+            raise ConfigError(
+                f"blocks was given, and prefix_tokens={prefix_tokens!r}: expected how many tokens precede the patch "
+                "tokens (1 for a class token, 1 more for each register, 0 for none)"
+            )
+        if readout is not None and not 0 <= readout <= prefix_tokens:
+            raise ConfigError(
+                f"readout={readout!r}: expected how many of the {prefix_tokens} prefix tokens the head reads, "
+                "or 0 where it averages the patch tokens"
+            )
+        return prefix_tokens, min(prefix_tokens, 1) if readout is None else readout
+
+    def hosts(self) -> tuple[type[nn.Module], ...]:
+        return (type(self.host),)
+
+    def inspect(self, host: nn.Module, name: str) -> HostSpec:
+        return self._spec
+
+    def plan(self, host: nn.Module, state: Any) -> Any:
+        first, *others = super().plan(host, state)
+        attributes = {**first.attributes, "_evo_walkers": self._walkers}
+        return [type(first)(first.module, first.mixin, attributes), *others]
+
+
+def _other_inputs(block: nn.Module, name: str, token_inputs: Sequence[str]) -> list[str]:
+    """The inputs of a block beside its tokens that have no default, or that were named."""
+    _, *others = list(inspect.signature(forward_of(block)).parameters.values())[1:]
+    named = [p for p in others if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in others)
+    for wanted in token_inputs:
+        if not open_ended and wanted not in {p.name for p in named}:
+            raise ConfigError(
+                f"token_inputs has {wanted!r}, and {name} ({type(block).__name__}) takes "
+                f"{', '.join(p.name for p in named) or 'nothing beside the tokens'}"
+            )
+    return [p.name for p in named if p.default is p.empty or p.name in token_inputs]
+
+
+def _check_attends(block: nn.Module, name: str, trace: TraceSpec) -> None:
+    if isinstance(block, (nn.ModuleList, nn.ModuleDict)):
+        raise UnsupportedModelError(
+            f"{name} is a {type(block).__name__}, whose parts the model calls one by one and adds up by itself: "
+            "expected a block that is called as a whole, (B, T, C) to (B, T, C). Put what is done with the parts into "
+            "a module's forward, with the same names inside it so that checkpoints fit"
+        )
+    if not attention_cores(block, trace):
+        raise UnsupportedModelError(
+            f"{name} ({type(block).__name__}) holds no attention: expected scaled_dot_product_attention, "
+            "nn.MultiheadAttention, or a softmax of logits, in the block or in a module that it calls. Give another "
+            "container, see evopatch.inspect(model)"
+        )
+
+
+def _probed(
+    model: nn.Module,
+    name: str,
+    prefix: int,
+    token_inputs: Sequence[str],
+    absent: Sequence[str],
+    images: Tensor | None,
+    tried: bool,
+) -> bool:
+    """Whether the blocks take `(T, B, C)`, by the first of them, `name`; all checks passed."""
+    block = model.get_submodule(name)
+    channels = width_of(block)
+    if channels is None:
+        raise UnsupportedModelError(f"{name} ({type(block).__name__}): no layer says how many channels its tokens have")
+    x: Tensor | None = None
+    inputs: dict[str, Any] = {}
+    if tried:
+        check_prefix(model, channels, prefix)
+        x, inputs, images = _tried(model, name, channels, images)
+    tables = {given: inputs[given] for given in token_inputs if inputs.get(given) is not None}
+    others = [other for other in absent if other not in tables]
+    tokens_first = takes_tokens_first(block, name, channels, prefix, others, tables)
+    if x is not None and images is not None:
+        check_tokens_seen(x.shape[0 if tokens_first else 1], prefix, patch_size_of(model), images)
+    return tokens_first
+
+
+def _tried(
+    model: nn.Module, block: str, channels: int, images: Tensor | None
+) -> tuple[Tensor | None, dict[str, Any], Tensor | None]:
+    """The tokens and other inputs of a block, for images that somebody gave or a black one, and these; None and none
+    where the model doesn't take an image alone."""
+    if images is not None:
+        return *block_inputs(model, block, images), images
+    sample = sample_image(model, channels)
+    try:
+        return (None, {}, None) if sample is None else (*block_inputs(model, block, sample), sample)
+    except UnsupportedModelError:
+        return None, {}, None

@@ -1,0 +1,168 @@
+"""Whether a block does what a slow-fast block must: mix patch tokens in its attention, and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+
+_PATCHES = 9
+
+
+def width_of(block: nn.Module) -> int | None:
+    """`C`: the number of channels of the tokens that a block takes, by its first layer that says so."""
+    for module in block.modules():
+        if isinstance(module, nn.LayerNorm):
+            return int(module.normalized_shape[-1])
+        for name in ("embed_dim", "in_features"):
+            size = getattr(module, name, None)
+            if isinstance(size, int):
+                return size
+    return None
+
+
+@torch.no_grad()
+def takes_tokens_first(
+    block: nn.Module,
+    name: str,
+    channels: int,
+    prefix: int,
+    absent: Iterable[str] = (),
+    tables: Mapping[str, Any] | None = None,
+) -> bool:
+    """Run a block's forward on random tokens, with random weights.
+
+    Args:
+        block: Left as it is.
+        name: Fully qualified, for errors.
+        channels: `C`.
+        prefix: `P`.
+        absent: Names of its other inputs that are given as None.
+        tables: Those that have one entry per patch token, with values: `(..., N, D)`, or tuples of such.
+
+    Returns:
+        Whether it takes `(T, B, C)`; else `(B, T, C)`.
+
+    Raises:
+        UnsupportedModelError: If it does neither, or what it makes of patch tokens depends on their order.
+    """
+    tables = tables or {}
+    runner = _Runner(block, name, absent)
+    # Without tables either of the first two axes may be that of the tokens.
+    patches = next((_first(table).shape[-2] for table in tables.values()), _PATCHES)
+    x = runner.random(2 if tables else prefix + _PATCHES + 1, prefix + patches, channels)
+    tables = {given: _single(table) for given, table in tables.items()}
+    out = runner(x, tables)
+    mixes = [_reaches_others(runner, x, tables, out, axis) for axis in (0, 1)]
+    if mixes not in ([True, False], [False, True]):
+        what = "what one token gives doesn't depend on others" if not any(mixes) else "images are mixed, too"
+        raise UnsupportedModelError(
+            f"{name} ({type(block).__name__}): run on random tokens, {what}; expected a block that attends among the "
+            "tokens of one image. Give another container, see evopatch.inspect(model)"
+        )
+    axis = mixes.index(True)
+    order = torch.randperm(x.shape[axis] - prefix, generator=torch.Generator().manual_seed(0)).to(x.device)
+    moved = {given: _reordered(table, order) for given, table in tables.items()}
+    order = torch.cat([torch.arange(prefix, device=x.device), order + prefix])
+    if not runner.equal(runner(x.index_select(axis, order), moved), out.index_select(axis, order)):
+        raise UnsupportedModelError(
+            f"{name} ({type(block).__name__}) gives other results when its patch tokens come in another order: it "
+            "mixes them outside of its attention (such as by a convolution), or knows their places (such as by a "
+            "position bias). Slow tokens would meet the wrong neighbours: write an adapter (docs/adapters.md), or "
+            "leave the model unpatched"
+        )
+    return axis == 0
+
+
+def _first(table: Any) -> Tensor:
+    tensor: Tensor = table[0] if isinstance(table, (tuple, list)) else table
+    return tensor
+
+
+def _single(table: Any) -> Any:
+    return type(table)(map(_single, table)) if isinstance(table, (tuple, list)) else table.float()
+
+
+def _reordered(table: Any, order: Tensor) -> Any:
+    if isinstance(table, (tuple, list)):
+        return type(table)(_reordered(part, order) for part in table)
+    return table.index_select(-2, order)
+
+
+def _reaches_others(runner: _Runner, x: Tensor, tables: Mapping[str, Any], out: Tensor, axis: int) -> bool:
+    """Whether a change of the first entry of an axis changes what others give."""
+    changed = x.clone()
+    changed.select(axis, 0).copy_(-changed.select(axis, 0))
+    others = torch.arange(1, x.shape[axis], device=x.device)
+    return not runner.equal(runner(changed, tables).index_select(axis, others), out.index_select(axis, others))
+
+
+class _Runner:
+    """A block's forward in eval mode and single precision, with random weights and without hooks; of one on the meta
+    device on the CPU."""
+
+    def __init__(self, block: nn.Module, name: str, absent: Iterable[str]) -> None:
+        self._name = name
+        self._absent = dict.fromkeys(absent)
+        own = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
+        self._device = torch.device("cpu") if own.is_meta else own.device
+        self._made: dict[int, Any] = {}
+        self._block = self._twin(block)
+
+    def _twin(self, module: Any) -> Any:
+        """Shares with the module what isn't weights, buffers, hooks or modules."""
+        twin = copy.copy(module)
+        twin.__dict__.update(
+            training=False,
+            _parameters={name: self._random_twin(p) for name, p in module._parameters.items()},
+            _buffers={name: None if b is None else self._filled(b) for name, b in module._buffers.items()},
+            _modules={name: None if child is None else self._twin(child) for name, child in module._modules.items()},
+            _forward_hooks=OrderedDict(),
+            _forward_pre_hooks=OrderedDict(),
+        )
+        return twin
+
+    def _random_twin(self, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or not parameter.is_floating_point():
+            return parameter
+        if id(parameter) not in self._made:
+            # Random also for models that aren't trained yet, whose layers may be zeros.
+            values = self.random(*parameter.shape) * 0.2 + (0.1 if parameter.dim() < 2 else 0.0)
+            self._made[id(parameter)] = nn.Parameter(values, requires_grad=False)
+        return self._made[id(parameter)]  # type: ignore[no-any-return]
+
+    def _filled(self, buffer: Tensor) -> Tensor:
+        buffer = torch.ones_like(buffer, device=self._device) if buffer.is_meta else buffer.clone()
+        return buffer.float() if buffer.is_floating_point() else buffer
+
+    def random(self, *shape: int) -> Tensor:
+        # Of its own generator: nobody's random numbers change.
+        generator = torch.Generator().manual_seed(len(shape) + sum(shape))
+        return torch.randn(*shape, generator=generator).to(self._device)
+
+    def __call__(self, x: Tensor, tables: Mapping[str, Any]) -> Tensor:
+        try:
+            out = self._block(x, **self._absent | dict(tables))
+        except Exception as error:  # whatever somebody's module raises
+            raise UnsupportedModelError(
+                f"{self._name} ({type(self._block).__name__}) can't be run on random tokens {tuple(x.shape)}: "
+                f"{type(error).__name__}: {error}. Expected blocks that take (B, T, C) and give the same; other inputs "
+                "with one entry per patch token, such as a rotary table, are named in token_inputs, and need images=. "
+                "See evopatch.inspect(model)"
+            ) from error
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            found = f"{tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+            raise UnsupportedModelError(
+                f"{self._name} ({type(self._block).__name__}) gives {found} for tokens {tuple(x.shape)}: expected a "
+                "tensor of the same shape. See evopatch.inspect(model) for containers that would do"
+            )
+        return out
+
+    def equal(self, a: Tensor, b: Tensor) -> bool:
+        return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
