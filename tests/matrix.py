@@ -1,12 +1,13 @@
 """Rows and columns of the test matrix, which of its cases are slow, and the patched models that it runs on."""
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterable
 
 import pytest
 from torch import nn
-from variants import build
+from variants import FLAT, build
 
 import evopatch
 
@@ -47,6 +48,12 @@ def by_representative(names: Iterable[str], others: Iterable[str]) -> list[tuple
 def config(representative: str, selection: str = "stage") -> evopatch.EvoConfig:
     """The default settings but for these."""
     return evopatch.EvoConfig(representative=representative, selection=selection)
+
+
+def shallow_config(name: str, representative: str = "matched", selection: str = "stage") -> evopatch.EvoConfig:
+    """For a model with the settings of `variants.shallow`: a block that takes all tokens, runs of one and of two."""
+    settings = config(representative, selection)
+    return dataclasses.replace(settings, stages=(1, 2)) if name in FLAT else settings
 
 
 def patched(name: str, settings: evopatch.EvoConfig | None = None, **options: object) -> nn.Module:

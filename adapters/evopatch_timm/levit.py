@@ -58,5 +58,19 @@ class LevitAdapter(PyramidAdapter):
             tuple((f"stages.{number}.blocks.{index}",) for index in range(len(stage.blocks)))
             for number, stage in enumerate(host.stages)
         )
-        grids = tuple(tuple(stage.blocks[0].attn.resolution) for stage in host.stages if stage.blocks)
+        grids = tuple(_grid(host.stages, number) for number, stage in enumerate(host.stages) if stage.blocks)
         return self.describe(name, blocks, grids, channels_first=host.use_conv)
+
+
+def _grid(stages: Any, number: int) -> tuple[int, int]:
+    """Rows and columns of the tokens in a stage."""
+    attention = stages[number].blocks[0].attn
+    if hasattr(attention, "resolution"):
+        rows, columns = attention.resolution
+    # timm before 1.0.21 keeps it only where a stage is entered.
+    elif number + 1 < len(stages):
+        rows, columns = stages[number + 1].downsample.attn_downsample.resolution
+    else:
+        finer = stages[number].downsample.attn_downsample.resolution
+        rows, columns = (-(-side // 2) for side in finer)
+    return rows, columns

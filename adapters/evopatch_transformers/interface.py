@@ -20,6 +20,8 @@ from evopatch.forward.block import TappedAttention
 from evopatch.forward.tap import AttentionTap
 from evopatch.rewrite.classes import host_class
 
+from .recording import is_recorded
+
 CORE_NAMES = frozenset({"ALL_ATTENTION_FUNCTIONS"})
 _TRACED = "evopatch_traced"
 # With a key bias, other implementations than these would need masks of their own.
@@ -106,4 +108,5 @@ class _Interface:
         return output, spread_attention(weights, partition) if wanted else None
 
     def _weights_wanted(self) -> bool:
-        return bool(self._kwargs.get("output_attentions", getattr(self._module.config, "output_attentions", False)))
+        asked = self._kwargs.get("output_attentions", getattr(self._module.config, "output_attentions", False))
+        return bool(asked) or is_recorded("attentions")

@@ -25,6 +25,7 @@ from evopatch.rewrite.tracing import attention_cores
 from evopatch.rewrite.view import check_steered
 
 from . import heads, interface
+from .recording import is_recorded
 
 
 class SlowFastLayer(SlowFastBlock):
@@ -52,10 +53,13 @@ class SlowFastLayer(SlowFastBlock):
                 _assert_nothing_masked(attention_mask)
             attention_mask = None
 
+        # Not all take one.
+        masks = {"attention_mask": attention_mask} if "attention_mask" in self._evo_metric.parameters else {}
+
         def run(x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
             if tap is None:
-                return cast(Tensor, own(self, x, attention_mask, **inputs))
-            return cast(Tensor, run_tapped(self, tap, x, attention_mask, **inputs))
+                return cast(Tensor, own(self, x, **masks, **inputs))
+            return cast(Tensor, run_tapped(self, tap, x, **masks, **inputs))
 
         return evo_pass.advance(self._evo_index, self, hidden_states, named, run)
 
@@ -133,6 +137,7 @@ def start_pass(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     # cases layers take and return the full grid.
     recorded = kwargs.get("output_hidden_states", getattr(host.config, "output_hidden_states", False))
     checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers.values())
+    recorded = recorded or is_recorded("hidden_states")
     forward_pass = TokenPass(state, compact=not recorded and not checkpointed)
     kwargs = dict(kwargs)
     forward_pass.reads_prefix = heads.nobody_looks(host, kwargs)

@@ -140,10 +140,14 @@ def remove(model: Model) -> Model:
 
 @contextmanager
 def patched(
-    model: Model, keep_ratio: float | Sequence[float] | None = None, config: EvoConfig | None = None
+    model: Model,
+    keep_ratio: float | Sequence[float] | None = None,
+    config: EvoConfig | None = None,
+    images: Tensor | None = None,
+    **described: Any,
 ) -> Iterator[Model]:
     """`apply` on entering, `remove` on leaving, also after an exception. Arguments and errors as for `apply`."""
-    apply(model, keep_ratio, config)
+    apply(model, keep_ratio, config, images, **described)
     try:
         yield model
     finally:
@@ -230,7 +234,8 @@ def _nothing_found(model: nn.Module) -> str:
     text = (
         f"found nothing to patch in {_full_name(type(model))}: no adapter serves it or any of its submodules. Say "
         "where its blocks are, as in evopatch.apply(model, blocks='encoder.layers', prefix_tokens=1); "
-        f"evopatch.inspect(model) lists what would do.{likely} Or write an adapter (docs/adapters.md). Served classes: "
+        f"evopatch.inspect(model) lists what would do.{likely} Leave it unpatched where nothing does, or write an adapter "
+        "(docs/adapters.md). Served classes: "
         f"{', '.join(served) or 'none, as no library with an adapter is imported'}"
     )
     return text + "".join(f". The adapter for {name} can't be used: {why}" for name, why in registry.failures().items())

@@ -163,8 +163,9 @@ def _projection(node: Any, module: nn.Module) -> tuple[Projection, int] | None:
     if not isinstance(heads, int) or not isinstance(channels, int):
         return None
     if _is(linear, "call_function", F.linear):
-        weight: Any = linear.args[1]
-        bias: Any = linear.args[2] if len(linear.args) > 2 else None
+        given = dict(zip(("input", "weight", "bias"), linear.args, strict=False)) | dict(linear.kwargs)
+        weight: Any = given.get("weight")
+        bias: Any = given.get("bias")
         if not _is(weight, "get_attr") or "." in weight.target or not (bias is None or _is(bias, "get_attr")):
             return None
         return Projection("", part, parts, weight.target, "" if bias is None else bias.target), heads

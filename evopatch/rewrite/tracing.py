@@ -52,7 +52,8 @@ class _Shim(nn.Module):
     def __init__(self, module: nn.Module, spec: TraceSpec) -> None:
         super().__init__()
         self.module = module
-        self._inputs, self._absent = inputs_of(module, spec), [n for n in spec.absent if takes(module, n)]
+        self._inputs = inputs_of(module, spec)
+        self._absent = set(spec.absent).intersection(parameters_of(module))
 
     def forward(self, x: Any, inputs: Any) -> Any:
         named: dict[str, Any] = {name: inputs[i] for i, name in enumerate(self._inputs)}
@@ -187,7 +188,8 @@ def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str
     shim = _Shim(module, spec)
     tracer = _Tracer(shim, spec, through)
     try:
-        with _leaf_methods(shim, tracer, (*spec.leaf_methods, *spec.position_biases)), _dropout_rates(shim, tracer):
+        methods = (*spec.leaf_methods, *spec.position_biases)
+        with _leaf_methods(shim, tracer, methods), _leaf_functions(shim, spec), _dropout_rates(shim, tracer):
             graph = tracer.trace(shim)
     except Exception as error:
         last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
@@ -226,6 +228,36 @@ def _leaf_methods(shim: nn.Module, tracer: fx.Tracer, names: tuple[str, ...]) ->
     finally:
         for module, method in patched:
             del module.__dict__[method]
+
+
+@contextmanager
+def _leaf_functions(shim: nn.Module, spec: TraceSpec) -> Iterator[None]:
+    """Record calls of these functions from a traced forward, as torch.fx does only of forwards of modules it calls."""
+    patched: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for scope in {id(g): g for g in (_globals(module) for module in shim.modules())}.values():
+            for function in spec.leaf_functions:
+                if scope.get(function.__name__) is function:
+                    patched.append((scope, function.__name__, function))
+                    scope[function.__name__] = _recorded(function)
+        yield
+    finally:
+        for scope, name, function in patched:
+            scope[name] = function
+
+
+def _globals(module: nn.Module) -> dict[str, Any]:
+    return getattr(inspect.unwrap(forward_of(module)), "__globals__", {})
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    def record(*args: Any, **kwargs: Any) -> Any:
+        traced = next((value for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy)), None)
+        if traced is None:  # called by another thread
+            return function(*args, **kwargs)
+        return traced.tracer.create_proxy("call_function", function, args, kwargs)
+
+    return record
 
 
 @contextmanager

@@ -20,10 +20,14 @@ from .classes import Steered, Swapped, host_class
 
 def on_view(function: Callable[..., Any], view: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a method of a module on a view of it."""
-    # A zero-argument super() looks at the view's class, which torch.compile can't.
-    if "__class__" in function.__code__.co_freevars:
+    if _looks_at_class(function):
         return _run_uncompiled(function, view, *args, **kwargs)
     return function(view, *args, **kwargs)
+
+
+def _looks_at_class(function: Callable[..., Any]) -> bool:
+    """Whether a method has a zero-argument super(), which looks at the view's class: torch.compile can't."""
+    return "__class__" in function.__code__.co_freevars
 
 
 @_disable_dynamo
@@ -59,10 +63,11 @@ class View:
         module = self._evo_viewed
         value = getattr(module, name)
         # Methods that the forward calls look at this view, too, and are the module's own; unless they were set on the
-        # module itself.
-        if isinstance(value, MethodType) and name not in module.__dict__:
-            return partial(on_view, getattr(host_class(module), name, value.__func__), self)
-        return value
+        # module itself. Those that every module has look at the module.
+        if not isinstance(value, MethodType) or name in module.__dict__ or hasattr(nn.Module, name):
+            return value
+        function = getattr(host_class(module), name, value.__func__)
+        return partial(_run_uncompiled, function, self) if _looks_at_class(function) else partial(function, self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._evo_viewed, name, value)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from comparing import moved
-from matrix import by_representative, cases, config
+from matrix import by_representative, cases, shallow_config
 from torch._dynamo.testing import CompileCounterWithBackend
-from variants import FLAT, PYRAMIDS, build, call, images_for
+from variants import FLAT, PYRAMIDS, build, call, images_for, shallow
 
 import evopatch
 
@@ -17,7 +17,8 @@ ROWS = [*by_representative(FLAT | PYRAMIDS | {*WINDOWED}, ()), ("swin", "single"
 @torch.no_grad()
 def test_compiles_to_one_graph_without_recompiling(name, representative):
     torch._dynamo.reset()
-    model, x = evopatch.apply(build(name), config=config(representative)), images_for(name)
+    model, x = build(name, **shallow(name)), images_for(name)
+    evopatch.apply(model, config=shallow_config(name, representative))
     expected = call(model, x)
     # torch.compile breaks the graph at the zero-argument super() of a subclass's method that walks.
     whole, backend = name not in ("subclass", "own_written_out"), CompileCounterWithBackend("eager")

@@ -6,12 +6,11 @@ import pytest
 import torch
 import variants
 from comparing import moved
-from matrix import cases
+from matrix import cases, shallow_config
 from torch import nn
 from torch.export import Dim
 
 import evopatch
-from evopatch import EvoConfig
 from evopatch.algorithm.rows import rounded_share
 from evopatch.forward import tokens
 
@@ -37,7 +36,7 @@ class Tensors(nn.Module):
 def build(name, resizable=False):
     """A model that isn't patched, by the kind of its sizes."""
     if not resizable:
-        return Tensors(variants.build(name)).eval()
+        return Tensors(variants.build(name, **variants.shallow(name))).eval()
     if not name.startswith("hf_"):
         return Tensors(variants.build(name, dynamic_img_size=True, **variants.shallow(name))).eval()
     model = variants.build(name, **variants.shallow(name))
@@ -49,8 +48,8 @@ def images(name):
     return variants.images_for(name)
 
 
-def patch(model, representative="matched", selection="stage"):
-    return evopatch.apply(model, config=EvoConfig(representative=representative, selection=selection))
+def patch(name, representative="matched", selection="stage", resizable=False):
+    return evopatch.apply(build(name, resizable), config=shallow_config(name, representative, selection))
 
 
 def in_onnx_runtime(path, x):
@@ -93,7 +92,7 @@ ANY_SIZE = [
 @torch.no_grad()
 def test_exported_program_takes_other_batch_and_image_sizes(name, representative, selection, monkeypatch):
     original = build(name, resizable=True)
-    model = patch(build(name, resizable=True), representative, selection)
+    model = patch(name, representative, selection, resizable=True)
     sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     program = torch.export.export(model, (variants.images(*EXAMPLE),), dynamic_shapes=(sizes,)).module()
     assert_follows_sizes(program, model, original, monkeypatch)
@@ -107,7 +106,7 @@ ONNX_ANY_SIZE = [("vit", True), ("gap", True), ("rope", True), ("hf_vit", True),
 @pytest.mark.slow
 @torch.no_grad()
 def test_onnx_takes_other_batch_and_image_sizes(name, dynamo, tmp_path, monkeypatch):
-    original, model, path = build(name, resizable=True), patch(build(name, resizable=True)), tmp_path / "model.onnx"
+    original, model, path = build(name, resizable=True), patch(name, resizable=True), tmp_path / "model.onnx"
     axes = {0: "batch", 2: "height", 3: "width"}
     sizes = {"dynamic_shapes": (dict.fromkeys(axes, Dim.DYNAMIC),)} if dynamo else {"dynamic_axes": {"pixels": axes}}
     x = variants.images(*EXAMPLE)
@@ -134,7 +133,7 @@ EVERY_FAMILY = cases(("name", "representative", "selection"), FAMILIES, fast=QUI
 @torch.no_grad()
 def test_torchscript_onnx_equals_eager(name, representative, selection, tmp_path):
     original, x, path = build(name)(images(name)), images(name), tmp_path / "model.onnx"
-    model = patch(build(name), representative, selection)
+    model = patch(name, representative, selection)
     torch.onnx.export(model, (x,), path, dynamo=False, verbose=False)
     result = in_onnx_runtime(path, x)
     torch.testing.assert_close(result, model(x), **TOLERANCE)
@@ -147,7 +146,7 @@ def test_torchscript_onnx_equals_eager(name, representative, selection, tmp_path
 def test_openvino_equals_eager(name, representative, selection):
     openvino = pytest.importorskip("openvino")
     original, x = build(name)(images(name)), images(name)
-    model = patch(build(name), representative, selection)
+    model = patch(name, representative, selection)
     converted = openvino.convert_model(torch.export.export(model, (x,)))
     compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     result = torch.from_numpy(compiled(x.numpy())[0])
@@ -160,7 +159,7 @@ def test_openvino_equals_eager(name, representative, selection):
 @torch.no_grad()
 def test_core_ml_converts(representative):
     coremltools = pytest.importorskip("coremltools")
-    model, x = patch(build("vit"), representative), images("vit")
+    model, x = patch("vit", representative), images("vit")
     program = torch.export.export(model, (x,)).run_decompositions({})
     converted = coremltools.convert(program, skip_model_load=True)
     (function,) = converted.get_spec().mlProgram.functions.values()
@@ -172,13 +171,13 @@ def test_core_ml_converts(representative):
 def test_traces_with_gradients_on(name, representative, selection):
     """`torch.jit.trace` checks a trace by another one, made without gradients, and raises where they differ."""
     original, x = build(name)(images(name)), images(name)
-    model = patch(build(name), representative, selection)
+    model = patch(name, representative, selection)
     assert all(parameter.requires_grad for parameter in model.parameters())
     traced = torch.jit.trace(model, (x,), check_tolerance=1e-4)
     other = x.flip(3)
     torch.testing.assert_close(traced(other), model(other), **TOLERANCE)
     assert moved(traced(x), original) > 1e-3
-    twin = patch(build(name), representative, selection)  # LeViT keeps biases of the forward that came first
+    twin = patch(name, representative, selection)  # LeViT keeps biases of the forward that came first
     found, expected = gradients(model, traced, x), gradients(twin, twin, x)
     assert found.keys() == expected.keys()
     for parameter, gradient in expected.items():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from comparing import moved
-from matrix import by_representative, cases, config
-from variants import FLAT, PYRAMIDS, build, call, images_for
+from matrix import by_representative, cases, shallow_config
+from variants import FLAT, PYRAMIDS, build, call, images_for, shallow
 
 import evopatch
 
@@ -14,10 +14,10 @@ ROWS = [*by_representative(FLAT | PYRAMIDS | {*WINDOWED}, ()), ("swin", "single"
 
 @cases(("name", "representative"), ROWS, fast=["vit", "hf_vit", "levit", "swin", ("hf_swin", "matched")])
 def test_exports_and_runs_eagerly_after(name, representative):
-    model, x = build(name), images_for(name)
+    model, x = build(name, **shallow(name)), images_for(name)
     with torch.no_grad():
         original = call(model, x)
-        evopatch.apply(model, config=config(representative))
+        evopatch.apply(model, config=shallow_config(name, representative))
         expected = call(model, x)
         exported = torch.export.export(model, (x,)).module()
         torch.testing.assert_close(call(exported, x), expected, atol=2e-5, rtol=2e-5)

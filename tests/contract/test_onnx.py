@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparing import moved
-from matrix import REPRESENTATIVES, cases, config
+from matrix import REPRESENTATIVES, cases, shallow_config
 from torch import nn
 from variants import build, call, images_for, shallow
 
@@ -45,7 +45,7 @@ def test_onnx_runtime_equals_eager(name, representative, selection, size, tmp_pa
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     model, x = build(name, **shallow(name)), images_for(name, size=size)
     original = call(model, x)
-    evopatch.apply(model, config=config(representative, selection))
+    evopatch.apply(model, config=shallow_config(name, representative, selection))
     path = tmp_path / "model.onnx"
     torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(path)

@@ -4,6 +4,10 @@ from collections.abc import Callable
 
 from torch import nn
 from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
+    Blip2VisionConfig,
+    Blip2VisionModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     DeiTConfig,
@@ -78,6 +82,8 @@ FLAT: dict[str, Callable[..., nn.Module]] = {
     "hf_msn": lambda **k: ViTMSNForImageClassification(ViTMSNConfig(**_SMALL | k)),
     "hf_ijepa": lambda **k: IJepaForImageClassification(IJepaConfig(**_SMALL | k)),
     "hf_clip": lambda **k: CLIPVisionModelWithProjection(CLIPVisionConfig(**_SMALL | {"projection_dim": 16} | k)),
+    "hf_blip2": lambda **k: Blip2VisionModel(Blip2VisionConfig(**_SMALL | k)),
+    "hf_aimv2": lambda **k: Aimv2VisionModel(Aimv2VisionConfig(**_SMALL | k)),
     "hf_siglip": lambda **k: SiglipVisionModel(SiglipVisionConfig(**_SMALL | k)),
 }
 

@@ -1,0 +1,87 @@
+"""The flat encoders of transformers whose layers have one shape, in one table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class Family(NamedTuple):
+    """One module that loops over its layers and passes keyword arguments on to them."""
+
+    blocks: str
+    """Path of the container."""
+    prefix: Callable[[Any], int]
+    """Number of prefix tokens by the model's config."""
+    readout: int = 1
+    rotary: bool = False
+    """Layers take `position_embeddings`, of the patch tokens."""
+    square: bool = True
+    """Patch tokens are a grid of square patches of one image; False for video and sound."""
+
+
+def _one(config: Any) -> int:
+    return 1
+
+
+def _none(config: Any) -> int:
+    return 0
+
+
+def _registers(config: Any) -> int:
+    return 1 + int(config.num_register_tokens)
+
+
+_CLIP_LIKE = Family("encoder.layers", _one)
+
+# By module, below transformers.models, and class.
+FAMILIES: dict[tuple[str, str], Family] = {
+    ("vit.modeling_vit", "ViTModel"): Family("layers", _one),
+    ("vit_msn.modeling_vit_msn", "ViTMSNModel"): Family("layers", _one),
+    ("vit_mae.modeling_vit_mae", "ViTMAEModel"): Family("layers", _one),
+    ("deit.modeling_deit", "DeiTModel"): Family("layers", lambda config: 2, readout=2),
+    ("ijepa.modeling_ijepa", "IJepaModel"): Family("layers", _none, readout=0),
+    ("dinov2.modeling_dinov2", "Dinov2Encoder"): Family("layer", _one),
+    ("dinov2_with_registers.modeling_dinov2_with_registers", "Dinov2WithRegistersEncoder"): Family("layer", _registers),
+    ("dinov3_vit.modeling_dinov3_vit", "DINOv3ViTEncoder"): Family("layer", _registers, rotary=True),
+    ("clip.modeling_clip", "CLIPVisionModel"): _CLIP_LIKE,
+    ("siglip.modeling_siglip", "SiglipVisionModel"): Family("encoder.layers", _none, readout=0),
+    ("altclip.modeling_altclip", "AltCLIPVisionModel"): _CLIP_LIKE,
+    ("chinese_clip.modeling_chinese_clip", "ChineseCLIPVisionModel"): _CLIP_LIKE,
+    ("metaclip_2.modeling_metaclip_2", "MetaClip2VisionModel"): _CLIP_LIKE,
+    ("clipseg.modeling_clipseg", "CLIPSegVisionModel"): _CLIP_LIKE,
+    ("owlvit.modeling_owlvit", "OwlViTVisionTransformer"): _CLIP_LIKE,
+    ("owlv2.modeling_owlv2", "Owlv2VisionTransformer"): _CLIP_LIKE,
+    ("blip.modeling_blip", "BlipVisionModel"): _CLIP_LIKE,
+    ("blip_2.modeling_blip_2", "Blip2VisionModel"): _CLIP_LIKE,
+    ("instructblip.modeling_instructblip", "InstructBlipVisionModel"): _CLIP_LIKE,
+    ("instructblipvideo.modeling_instructblipvideo", "InstructBlipVideoVisionModel"): _CLIP_LIKE,
+    ("kosmos2.modeling_kosmos2", "Kosmos2VisionTransformer"): _CLIP_LIKE,
+    ("git.modeling_git", "GitVisionTransformer"): _CLIP_LIKE,
+    ("aimv2.modeling_aimv2", "Aimv2VisionModel"): Family("encoder.layers", _none, readout=0),
+    ("janus.modeling_janus", "JanusVisionModel"): Family("encoder.layers", _none, readout=0),
+    ("vitpose_backbone.modeling_vitpose_backbone", "VitPoseBackboneEncoder"): Family("layer", _none, readout=0),
+    ("videomae.modeling_videomae", "VideoMAEEncoder"): Family("layer", _none, readout=0, square=False),
+    ("vivit.modeling_vivit", "VivitModel"): Family("layers", _one, square=False),
+    ("audio_spectrogram_transformer.modeling_audio_spectrogram_transformer", "ASTModel"): Family(
+        "layers", lambda config: 2, readout=2, square=False
+    ),
+}
+
+
+def served() -> dict[type[nn.Module], Family]:
+    """The classes of the table that are loaded: there are no instances of others."""
+    found: dict[type[nn.Module], Family] = {}
+    for (module, name), family in FAMILIES.items():
+        cls = getattr(sys.modules.get(f"transformers.models.{module}"), name, None)
+        if cls is not None:
+            found[cls] = family
+    return found
+
+
+def family_of(host: nn.Module) -> Family:
+    """Of an instance of one of the classes, or of a subclass."""
+    return next(family for cls, family in served().items() if isinstance(host, cls))

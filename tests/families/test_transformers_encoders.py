@@ -1,0 +1,153 @@
+"""Encoders that larger models of transformers see or hear with: the rows of the table that no variant stands for."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from comparing import moved
+from matrix import cases
+from transformers.models.git.configuration_git import GitVisionConfig
+from transformers.models.git.modeling_git import GitVisionModel
+from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2VisionConfig
+from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2VisionModel
+
+import evopatch
+from evopatch import UnsupportedInputError, UnsupportedModelError
+from evopatch.patching.handle import Patched
+
+SMALL = {"hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 96}
+IMAGES, VIDEOS, SOUNDS = (2, 3, 40, 40), (2, 4, 3, 40, 40), (2, 64, 32)
+
+
+def named(name, **others):
+    """A vision model of a family by the family's name."""
+    config = getattr(transformers, f"{name}VisionConfig")(**SMALL, image_size=40, patch_size=8, **others)
+    return getattr(transformers, f"{name}VisionModel")(config)
+
+
+def pose():
+    backbone = transformers.VitPoseBackboneConfig(
+        image_size=[64, 48], patch_size=[16, 16], out_features=["stage6"], **SMALL
+    )
+    return transformers.VitPoseForPoseEstimation(transformers.VitPoseConfig(backbone_config=backbone, num_labels=3))
+
+
+def of_video(name, **others):
+    config = getattr(transformers, f"{name}Config")(**SMALL, image_size=40, patch_size=8, num_frames=4, **others)
+    return getattr(transformers, f"{name}ForVideoClassification")(config)
+
+
+def listening():
+    return transformers.ASTForAudioClassification(transformers.ASTConfig(**SMALL, max_length=64, num_mel_bins=32))
+
+
+MODELS = {
+    "altclip": (lambda: named("AltCLIP"), IMAGES),
+    "chinese_clip": (lambda: named("ChineseCLIP"), IMAGES),
+    "metaclip_2": (lambda: named("MetaClip2"), IMAGES),
+    "clipseg": (lambda: named("CLIPSeg"), IMAGES),
+    "owlvit": (lambda: named("OwlViT"), IMAGES),
+    "owlv2": (lambda: named("Owlv2"), IMAGES),
+    "instructblip": (lambda: named("InstructBlip"), IMAGES),
+    "instructblipvideo": (lambda: named("InstructBlipVideo"), IMAGES),
+    "janus": (lambda: named("Janus", mlp_ratio=2), IMAGES),
+    "kosmos2": (lambda: Kosmos2VisionModel(Kosmos2VisionConfig(**SMALL, image_size=40, patch_size=8)), IMAGES),
+    "git": (lambda: GitVisionModel(GitVisionConfig(**SMALL, image_size=40, patch_size=8)), IMAGES),
+    "vitpose": (pose, (2, 3, 64, 48)),
+    "videomae": (lambda: of_video("VideoMAE", tubelet_size=2), VIDEOS),
+    "vivit": (lambda: of_video("Vivit", tubelet_size=[2, 8, 8]), VIDEOS),
+    "ast": (listening, SOUNDS),
+}
+EVERY = cases("name", sorted(MODELS), fast=["owlv2", "videomae", "ast"])
+
+
+def made(name):
+    build, shape = MODELS[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model, torch.randn(shape)
+
+
+def result(out):
+    keys = ("logits", "heatmaps", "last_hidden_state")
+    return next(out[key] for key in keys if out.get(key) is not None)
+
+
+@EVERY
+@torch.no_grad()
+def test_an_encoder(name):
+    model, x = made(name)
+    original = result(model(x))
+    evopatch.apply(model, keep_ratio=1.0)
+    assert torch.equal(result(model(x)), original)
+    evopatch.set_keep_ratio(model, 0.5)
+    found = result(model(x))
+    assert found.shape == original.shape
+    assert moved(found, original) > 1e-3
+    assert torch.equal(result(copy.deepcopy(model)(x)), found)
+    alone = torch.cat([result(model(each)) for each in x.split(1)])
+    torch.testing.assert_close(alone, found, atol=2e-5, rtol=2e-5)
+    with evopatch.full_grid(model):
+        torch.testing.assert_close(result(model(x)), found, atol=2e-5, rtol=2e-5)
+    assert torch.equal(result(evopatch.remove(model)(x)), original)
+
+
+@EVERY
+@torch.no_grad()
+def test_what_is_recorded_between_its_layers_is_the_full_grid(name):
+    model, x = made(name)
+    model.set_attn_implementation("eager")
+    # The model for poses has no such outputs of its own: its backbone has.
+    part = model.backbone if name == "vitpose" else model
+    key = "feature_maps" if name == "vitpose" else "hidden_states"
+    stock = part(x, output_hidden_states=True, output_attentions=True)
+    evopatch.apply(model)
+    plain = result(model(x))
+    ours = part(x, output_hidden_states=True, output_attentions=True)
+    assert [tokens.shape for tokens in ours[key]] == [tokens.shape for tokens in stock[key]]
+    assert moved(ours[key][-1], stock[key][-1]) > 1e-4
+    assert [each.shape for each in ours["attentions"] or ()] == [each.shape for each in stock["attentions"] or ()]
+    torch.testing.assert_close(result(model(x)), plain)
+
+
+@EVERY
+def test_gradients_of_an_encoder(name):
+    model, x = made(name)
+    stock = {n for n, p in gradients(model, x).items() if p is not None}
+    evopatch.apply(model)
+    ours = gradients(model, x)
+    assert {n for n, p in ours.items() if p is not None} == stock
+    assert all(torch.isfinite(ours[n]).all() for n in stock)
+
+
+def gradients(model, x):
+    model.zero_grad()
+    result(model(x)).square().sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_patches_of_video_are_no_grid():
+    model, x = made("videomae")
+    with pytest.raises(UnsupportedInputError, match="video or sound aren't a grid"):
+        Patched(evopatch.apply(model)).host.grids((40, 40))
+    assert torch.isfinite(result(model(x))).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: named("Blip"), r"BlipEncoderLayer\) holds no attention module that calls transformers' attention"),
+        (lambda: transformers.YolosModel(transformers.YolosConfig(**SMALL, image_size=[40, 40])), "found nothing"),
+        (lambda: transformers.ViltModel(transformers.ViltConfig(**SMALL)), "found nothing"),
+        (lambda: transformers.TimesformerModel(transformers.TimesformerConfig(**SMALL)), "found nothing"),
+    ],
+)
+def test_encoders_that_are_refused(build, text):
+    model = build()
+    with pytest.raises(UnsupportedModelError, match=text):
+        evopatch.apply(model)
+    assert not evopatch.is_patched(model)
