@@ -10,6 +10,7 @@ import inspect
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
@@ -25,6 +26,7 @@ from evopatch.rewrite.tracing import attention_cores
 from evopatch.rewrite.view import check_steered
 
 from . import heads, interface
+from .passing import passes_keywords
 from .recording import is_recorded
 
 
@@ -103,8 +105,14 @@ def plan(host: nn.Module, state: HostState) -> list[Change]:
 def check_passes_keywords(host: nn.Module, name: str) -> None:
     """
     Raises:
-        UnsupportedModelError: If the host's forward takes no keyword arguments to pass on to its layers.
+        UnsupportedModelError: If the host's forward takes no keyword arguments, or doesn't pass them on to its layers.
     """
+    if not passes_keywords(type(host)):
+        raise UnsupportedModelError(
+            f"the forward of '{name or 'model'}' ({type(host).__module__}.{type(host).__qualname__}) doesn't pass its "
+            f"**kwargs on to its layers in transformers {transformers.__version__}: expected it to, since the state of "
+            "a forward pass travels in them. Use a newer version of transformers (5.18 does so for DINOv2)"
+        )
     parameters = inspect.signature(type(host).forward).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         raise UnsupportedModelError(

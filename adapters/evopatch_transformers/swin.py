@@ -6,6 +6,7 @@ and records nothing: it runs on a view.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -94,6 +95,9 @@ class _Swinv2(_Swin):
 
 def _cut(layer: Any, x: Tensor, grid: tuple[int, int]) -> Cut:
     windows = Windows((grid[0], grid[1]), (layer.window_size,) * 2, (layer.shift_size,) * 2, pads_first=True)
+    if "device" not in inspect.signature(layer.get_attn_mask).parameters:  # Swin V2 before transformers 5.18
+        mask = layer.get_attn_mask(*windows.padded_grid, dtype=x.dtype)
+        return Cut(windows, None if mask is None else mask.to(x.device))
     return Cut(windows, layer.get_attn_mask(*windows.padded_grid, dtype=x.dtype, device=x.device))
 
 

@@ -159,10 +159,8 @@ class _Run:
             raise ConfigError("the settings to begin with keep all tokens: expected a keep ratio below 1")
         flops = self._levels.first(self._start)
         # What a selection weighs, and what is learned, is for flat models with matched representatives.
-        weighs = foresight = self._flat and self._matched
-        if foresight:
-            fit_foresight(self.trials.patched.model, self._learned_from())
-            self.trials.forget_flops()
+        weighs = self._flat and self._matched
+        foresight = weighs and self._foresees(flops)
         self._search_began = time.monotonic()
         best = self._search.best(level_of(self.trials, self._start, flops), flops, self._depth, self._fixed, weighs)
         best, flops = self._levels.reached(best, flops)
@@ -194,6 +192,21 @@ class _Run:
             versions={"evopatch": VERSION, "torch": torch.__version__},
         )
         return found, best
+
+    def _foresees(self, flops: float) -> bool:
+        """Learn foresight, and keep it if the settings to begin with lose less with it on images that it wasn't learned
+        from: it foresees the class token's attention, and features of patches may be better off without."""
+        fit_foresight(self.trials.patched.model, self._learned_from())
+        self.trials.forget_flops()
+        with_it, without = (
+            self._reporter.all_errors(trials.at(nearest(trials, self._start, flops).config(self._base))).error
+            for trials in (self.trials, self._plain)
+        )
+        if float(with_it.mean()) < float(without.mean()):
+            return True
+        set_learned(self.trials.patched.model, {})
+        self.trials.forget_flops()
+        return False
 
     def _no_worse(self, best: Schedule, flops: float, foresight: bool) -> tuple[Schedule, bool]:
         """What was found; or what the search began with, with foresight or without, where the images to report on lose

@@ -234,8 +234,8 @@ def _nothing_found(model: nn.Module) -> str:
     text = (
         f"found nothing to patch in {_full_name(type(model))}: no adapter serves it or any of its submodules. Say "
         "where its blocks are, as in evopatch.apply(model, blocks='encoder.layers', prefix_tokens=1); "
-        f"evopatch.inspect(model) lists what would do.{likely} Leave it unpatched where nothing does, or write an adapter "
-        "(docs/adapters.md). Served classes: "
+        f"evopatch.inspect(model) lists what would do.{likely} Where nothing does: "
+        "Leave it unpatched, or write an adapter (docs/adapters.md). Served classes: "
         f"{', '.join(served) or 'none, as no library with an adapter is imported'}"
     )
     return text + "".join(f". The adapter for {name} can't be used: {why}" for name, why in registry.failures().items())

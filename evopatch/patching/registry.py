@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from functools import cache
@@ -23,6 +24,8 @@ _BUILT_IN = {
     ),
     "torchvision": ("evopatch_torchvision.vit:ViTAdapter",),
 }
+_LEAST = {"timm": "1.0.12", "transformers": "5.9", "torchvision": "0.21"}
+"""The oldest versions that the built-in adapters serve."""
 _GROUP = "evopatch.adapters"
 
 
@@ -45,7 +48,15 @@ def _targets() -> list[tuple[str, str]]:
     return [(library, target) for library, target in (*registered, *built_in) if library in sys.modules]
 
 
+def _too_old(library: str) -> str | None:
+    found = str(getattr(sys.modules[library], "__version__", ""))
+    numbers = [[int(number) for number in re.findall(r"\d+", version)[:3]] for version in (found, _LEAST[library])]
+    return f"{library} {found} is older than {_LEAST[library]}: update it" if numbers[0] < numbers[1] else None
+
+
 def _attempt(library: str, target: str) -> Adapter | Exception:
+    if target in _BUILT_IN.get(library, ()) and library in _LEAST and (text := _too_old(library)) is not None:
+        return ImportError(text)
     try:
         return _load(target)
     except Exception as error:  # whatever somebody's module raises when it is imported

@@ -1,9 +1,12 @@
 """Bad input: the error says what and where, and the model stays as it was."""
 
 import pytest
+import timm
 import torch
 from comparing import Snapshot
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Encoder
 from variants import build, images
 
 import evopatch
@@ -59,6 +62,31 @@ def test_a_library_in_a_version_without_adapter(monkeypatch):
     with pytest.raises(evopatch.UnsupportedModelError, match="adapter for transformers can't be used: cannot import"):
         evopatch.apply(transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=2)))
     assert evopatch.is_patched(evopatch.apply(build("vit")))
+
+
+def test_a_library_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(timm, "__version__", "1.0.9")
+    with pytest.raises(
+        evopatch.UnsupportedModelError, match=r"timm 1\.0\.9 is older than 1\.0\.12: update"
+    ):
+        evopatch.apply(build("vit"))
+    for version in ("1.0.12", "1.1.0.dev0", "2.0"):
+        monkeypatch.setattr(timm, "__version__", version)
+        assert evopatch.is_patched(evopatch.apply(build("vit")))
+
+
+def test_an_encoder_that_keeps_its_keywords_to_itself():
+    class Forgetful(Dinov2Encoder):
+        def forward(self, hidden_states, **kwargs):
+            for layer in self.layer:
+                hidden_states = layer(hidden_states)
+            return BaseModelOutput(last_hidden_state=hidden_states)
+
+    model = build("hf_dinov2")
+    model.dinov2.encoder.__class__ = Forgetful
+    with pytest.raises(evopatch.UnsupportedModelError, match=r"'dinov2\.encoder' .* doesn't pass its \*\*kwargs on"):
+        evopatch.apply(model)
+    assert not evopatch.is_patched(model)
 
 
 def test_a_class_changed_after_apply_is_not_undone():
