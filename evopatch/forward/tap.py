@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..algorithm.bias import merge_bias
 from ..algorithm.importance import class_attention, default_scale
-from ..algorithm.partition import Partition
+from ..algorithm.partition import Partition, spread_attention, unspread_attention
 from ..errors import UnsupportedInputError
-from .hooks import FullGrid
+from .hooks import FullGrid, Shown
 from .multi_head import multi_head
 
 
@@ -140,13 +140,24 @@ class AttentionTap:
         self._sizes_added = True
         return merged
 
-    def softmax(self, logits: Tensor, dim: int = -1, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Tensor:
-        """Stands where a block takes the softmax of its `(B, H, M, M)` attention logits."""
+    def softmax(
+        self,
+        logits: Tensor,
+        dim: int = -1,
+        dtype: torch.dtype | None = None,
+        _stacklevel: int = 3,
+        module: nn.Module | Shown | None = None,
+    ) -> Tensor:
+        """Stands where a block takes the softmax of its `(B, H, M, M)` attention logits, maybe by an `nn.Softmax`."""
         self.used = True
         bias = None if self._sizes_added else self._bias(None, logits)
         if bias is not None:
             logits = logits + bias
-        probabilities = logits.softmax(dim, dtype=dtype)
+        own: nn.Module | None = module._evo_module if isinstance(module, Shown) else module
+        if own is not None and self.partition is None:
+            probabilities: Tensor = own(logits)
+        else:
+            probabilities = logits.softmax(dim, dtype=dtype)
         if self.observe:
             if self.readout:
                 observed = probabilities[:, :, : self.readout].detach().float()
@@ -158,7 +169,11 @@ class AttentionTap:
                 share = self._share(logits[:, 0]).unsqueeze(1).to(logits.dtype)
                 observed = (share @ logits[:, :, self.prefix :].detach()).softmax(-1, dtype=torch.float32)
             self._observed.append(observed.mean((1, 2)))
-        return probabilities
+        if own is None or self.partition is None or self.full_grid is None or not self.full_grid.wants(own):
+            return probabilities
+        # Logits of the attention between all tokens, but for a number per query.
+        shown: Tensor = own(spread_attention(probabilities, self.partition).log())
+        return unspread_attention(shown, self.partition)
 
     def _bias(self, bias: Tensor | None, like: Tensor) -> Tensor | None:
         if self.partition is None:

@@ -22,9 +22,9 @@ from ..errors import AttentionNotFoundError
 from .classes import Swapped, host_class
 from .projections import Projections, find_projections
 from .readout import readout_graph
-from .tracing import ROOT, TraceSpec, attention_cores, inputs_of, on_the_way, parameters_of, trace
+from .tracing import ROOT, TraceSpec, attention_cores, inputs_of, on_the_way, parameters_of, softmax_of, trace
 
-_SOFTMAX_FUNCTIONS = {torch.softmax, F.softmax}
+_SOFTMAX_FUNCTIONS = {torch.softmax, F.softmax, softmax_of}
 _MATMULS = {torch.matmul, operator.matmul, torch.bmm, torch.einsum}
 _SCALINGS = {operator.mul, operator.truediv, torch.mul, torch.div}
 
@@ -186,8 +186,11 @@ def _tap(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> None:
         method = spec.cores.get(node.target, "softmax")
         if method == "softmax":
             _check_logits(node, block, name)
+        args, kwargs = node.args, dict(node.kwargs)
+        if node.target is softmax_of:
+            args, kwargs = args[:1], {"module": args[1]}
         with graph.inserting_before(node):
-            tapped = graph.call_method(method, (evo, *node.args), dict(node.kwargs))
+            tapped = graph.call_method(method, (evo, *args), kwargs)
         node.replace_all_uses_with(tapped)
         graph.erase_node(node)
     if not cores:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor, fx, nn
 from ..errors import AttentionNotFoundError
 from .classes import host_class
 from .fast_paths import forward_of
+from .leaves import dropout_rates, leaf_functions, leaf_methods
 
 SDPA = F.scaled_dot_product_attention
 _MULTI_HEAD = F.multi_head_attention_forward
@@ -76,6 +76,13 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         return _Shape(self, name) if name == "shape" else super().__getattr__(name)
 
+    def __iter__(self) -> Iterator[Any]:
+        # `map(split_heads, qkv.chunk(3, dim=-1))`: fx knows how many there are only where they are unpacked.
+        node = self.node
+        pieces = node.args[1] if node.op == "call_method" and node.target == "chunk" and len(node.args) > 1 else None
+        whole: Any = self
+        return (whole[i] for i in range(pieces)) if isinstance(pieces, int) else super().__iter__()
+
 
 class _Shape(fx.proxy.Attribute):
     def __getitem__(self, key: Any) -> Any:
@@ -104,6 +111,10 @@ class _Tracer(fx.Tracer):
         # Hooks of a module that is traced through, or a forward that accelerate set on it, would run now, on proxies,
         # instead of at every forward.
         path = self.path_of_module(m)
+        if type(m) is nn.Softmax:
+            return self.create_proxy(
+                "call_function", softmax_of, (args[0], self.create_proxy("get_attr", path, (), {})), {}
+            )
         if not self.is_leaf_module(m, path):
             forward = MethodType(forward_of(m), m)
             named = dict(zip(parameters_of(m), args, strict=False)) | kwargs
@@ -128,7 +139,20 @@ def parameters_of(module: nn.Module) -> tuple[str, ...]:
 
 def attention_cores(block: nn.Module, spec: TraceSpec) -> tuple[str, ...]:
     """Paths in a block of the modules whose forward holds an attention core; `""` for the block itself."""
-    return tuple(name for name, module in block.named_modules() if _holds_core(module, spec))
+    return tuple(name for name, module in block.named_modules() if _attends(module, spec))
+
+
+def _attends(module: nn.Module, spec: TraceSpec) -> bool:
+    # A softmax that is a module is part of the one that calls it.
+    if type(module) is nn.Softmax:
+        return False
+    holds_softmax = any(type(child) is nn.Softmax for child in module._modules.values())
+    return _holds_core(module, spec) or (holds_softmax and "softmax" in spec.core_names)
+
+
+def softmax_of(logits: Tensor, module: nn.Module) -> Any:
+    """Stands in a graph for the call of an `nn.Softmax`."""
+    return module(logits)
 
 
 def on_the_way(paths: Collection[str]) -> list[str]:
@@ -189,7 +213,11 @@ def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str
     tracer = _Tracer(shim, spec, through)
     try:
         methods = (*spec.leaf_methods, *spec.position_biases)
-        with _leaf_methods(shim, tracer, methods), _leaf_functions(shim, spec), _dropout_rates(shim, tracer):
+        with (
+            leaf_methods(shim, tracer, methods),
+            leaf_functions(shim, spec.leaf_functions),
+            dropout_rates(shim, tracer),
+        ):
             graph = tracer.trace(shim)
     except Exception as error:
         last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
@@ -204,78 +232,3 @@ def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str
     # Dead-code elimination looks submodules up in it.
     graph.owning_module = module  # type: ignore[assignment]
     return Traced(graph, tracer.given, tracer.first)
-
-
-@contextmanager
-def _leaf_methods(shim: nn.Module, tracer: fx.Tracer, names: tuple[str, ...]) -> Iterator[None]:
-    """Record calls of these methods as nodes, so that what they read is read when the code runs."""
-    patched: list[tuple[nn.Module, str]] = []
-
-    def recorder(path: str, method: str) -> Callable[..., fx.Proxy]:
-        def record(*args: Any) -> fx.Proxy:
-            module = tracer.create_proxy("get_attr", path, (), {})
-            return tracer.create_proxy("call_method", method, (module, *args), {})
-
-        return record
-
-    try:
-        for path, module in shim.named_modules():
-            for method in names:
-                if hasattr(type(module), method):
-                    module.__dict__[method] = recorder(path, method)
-                    patched.append((module, method))
-        yield
-    finally:
-        for module, method in patched:
-            del module.__dict__[method]
-
-
-@contextmanager
-def _leaf_functions(shim: nn.Module, spec: TraceSpec) -> Iterator[None]:
-    """Record calls of these functions from a traced forward, as torch.fx does only of forwards of modules it calls."""
-    patched: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for scope in {id(g): g for g in (_globals(module) for module in shim.modules())}.values():
-            for function in spec.leaf_functions:
-                if scope.get(function.__name__) is function:
-                    patched.append((scope, function.__name__, function))
-                    scope[function.__name__] = _recorded(function)
-        yield
-    finally:
-        for scope, name, function in patched:
-            scope[name] = function
-
-
-def _globals(module: nn.Module) -> dict[str, Any]:
-    return getattr(inspect.unwrap(forward_of(module)), "__globals__", {})
-
-
-def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    def record(*args: Any, **kwargs: Any) -> Any:
-        traced = next((value for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy)), None)
-        if traced is None:  # called by another thread
-            return function(*args, **kwargs)
-        return traced.tracer.create_proxy("call_function", function, args, kwargs)
-
-    return record
-
-
-@contextmanager
-def _dropout_rates(shim: nn.Module, tracer: fx.Tracer) -> Iterator[None]:
-    """Record where a forward reads the rate of a dropout module, as fused attention does, instead of the rate."""
-    paths = {id(module): path for path, module in shim.named_modules() if type(module) is nn.Dropout}
-
-    class Recorded(nn.Dropout):
-        @property
-        def p(self) -> Any:  # type: ignore[override]
-            module = tracer.create_proxy("get_attr", paths[id(self)], (), {})
-            return tracer.create_proxy("call_function", getattr, (module, "p"), {})
-
-    dropouts = [module for module in shim.modules() if id(module) in paths]
-    try:
-        for module in dropouts:
-            module.__class__ = Recorded
-        yield
-    finally:
-        for module in dropouts:
-            module.__class__ = nn.Dropout

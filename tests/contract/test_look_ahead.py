@@ -14,7 +14,16 @@ from evopatch import EvoConfig
 
 # Queries or keys normalised or rotated, biased by place, of a fused layer that isn't called, or of several cores.
 PLAIN_NOT = {"qk_norm", "rope", "rope_mixed", "rope_dinov3", "hf_dinov3", "relpos", "relpos_class", "relpos_shared"}
-PLAIN_NOT |= {"eva", "parallel", "parallel_things", "diff", "diff_parallel", "own_rotary", "own_function"}
+PLAIN_NOT |= {
+    "eva",
+    "parallel",
+    "parallel_things",
+    "diff",
+    "diff_parallel",
+    "own_rotary",
+    "own_function",
+    "own_softmax",
+}
 LOOK_AHEAD = FLAT - PLAIN_NOT
 
 

@@ -66,9 +66,7 @@ def test_a_library_in_a_version_without_adapter(monkeypatch):
 
 def test_a_library_that_is_too_old(monkeypatch):
     monkeypatch.setattr(timm, "__version__", "1.0.9")
-    with pytest.raises(
-        evopatch.UnsupportedModelError, match=r"timm 1\.0\.9 is older than 1\.0\.12: update"
-    ):
+    with pytest.raises(evopatch.UnsupportedModelError, match=r"timm 1\.0\.9 is older than 1\.0\.12: update"):
         evopatch.apply(build("vit"))
     for version in ("1.0.12", "1.1.0.dev0", "2.0"):
         monkeypatch.setattr(timm, "__version__", version)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer
@@ -56,6 +57,23 @@ class WrittenOut(Materialised):
 
     def forward(self, x, kernel=None):
         return super().forward(x) if kernel is None else kernel(x)
+
+
+def split_heads(x):
+    return rearrange(x, "b n (h d) -> b h n d", h=HEADS)
+
+
+class SoftmaxModule(Attention):
+    """The softmax is a module, and heads are split by a function that is mapped over the chunks."""
+
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.Softmax(dim=-1)
+
+    def forward(self, x):
+        q, k, v = map(split_heads, self.qkv(x).chunk(3, dim=-1))
+        weights = self.attend(torch.matmul(q, k.transpose(-1, -2)) * (WIDTH // HEADS) ** -0.5)
+        return self.proj(rearrange(torch.matmul(weights, v), "b h n d -> b n (h d)"))
 
 
 class ByFunction(nn.Module):
@@ -214,6 +232,11 @@ class OwnWrittenOut(OwnViT):
         return super().encode(x)
 
 
+class OwnSoftmaxModule(OwnViT):
+    def block(self):
+        return Block(SoftmaxModule, self.dropout)
+
+
 class OwnByFunction(OwnViT):
     prefix = 0
 
@@ -248,6 +271,7 @@ FLAT: dict[str, Callable[..., nn.Module]] = {
     "own": OwnRegisters,
     "own_rotary": OwnRotary,
     "own_written_out": OwnWrittenOut,
+    "own_softmax": OwnSoftmaxModule,
     "own_function": OwnByFunction,
     "own_multihead": OwnMultihead,
     "own_encoder_layers": OwnEncoderLayers,
