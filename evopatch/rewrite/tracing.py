@@ -76,12 +76,13 @@ class _Proxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         return _Shape(self, name) if name == "shape" else super().__getattr__(name)
 
+
+class _Chunks(_Proxy):
+    """Of `x.chunk(3)`: fx knows how many there are only where they are unpacked, not in a `map`."""
+
     def __iter__(self) -> Iterator[Any]:
-        # `map(split_heads, qkv.chunk(3, dim=-1))`: fx knows how many there are only where they are unpacked.
-        node = self.node
-        pieces = node.args[1] if node.op == "call_method" and node.target == "chunk" and len(node.args) > 1 else None
         whole: Any = self
-        return (whole[i] for i in range(pieces)) if isinstance(pieces, int) else super().__iter__()
+        return (whole[index] for index in range(self.node.args[1]))  # type: ignore[arg-type]
 
 
 class _Shape(fx.proxy.Attribute):
@@ -105,7 +106,8 @@ class _Tracer(fx.Tracer):
         return module_qualified_name not in self._through
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        chunked = node.op == "call_method" and node.target == "chunk" and list(map(type, node.args[1:2])) == [int]
+        return _Chunks(node, self) if chunked else _Proxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         # Hooks of a module that is traced through, or a forward that accelerate set on it, would run now, on proxies,
