@@ -99,7 +99,7 @@ class OwnModel(Adapter):
             readout=readout,
             trace=trace,
             token_inputs=tuple(token_inputs),
-            tokens_first=_probed(model, names[0], prefix, token_inputs, absent, images, tried),
+            tokens_first=_probed(model, names, prefix, token_inputs, absent, images, tried),
             patch_size=patch_size_of(model),
         )
 
@@ -160,18 +160,18 @@ def _check_attends(block: nn.Module, name: str, trace: TraceSpec) -> None:
 
 def _probed(
     model: nn.Module,
-    name: str,
+    names: Sequence[str],
     prefix: int,
     token_inputs: Sequence[str],
     absent: Sequence[str],
     images: Tensor | None,
     tried: bool,
 ) -> bool:
-    """Whether the blocks take `(T, B, C)`, by the first of them, `name`; all checks passed."""
-    block = model.get_submodule(name)
-    channels = width_of(block)
+    """Whether the blocks take `(T, B, C)`; all checks passed."""
+    first, name = model.get_submodule(names[0]), names[0]
+    channels = width_of(first)
     if channels is None:
-        raise UnsupportedModelError(f"{name} ({type(block).__name__}): no layer says how many channels its tokens have")
+        raise UnsupportedModelError(f"{name} ({type(first).__name__}): no layer says how many channels its tokens have")
     x: Tensor | None = None
     inputs: dict[str, Any] = {}
     if tried:
@@ -179,10 +179,24 @@ def _probed(
         x, inputs, images = _tried(model, name, channels, images)
     tables = {given: inputs[given] for given in token_inputs if inputs.get(given) is not None}
     others = [other for other in absent if other not in tables]
-    tokens_first = takes_tokens_first(block, name, channels, prefix, others, tables)
+    layouts = {
+        name: takes_tokens_first(block, name, channels, prefix, others, tables) for name, block in _kinds(model, names)
+    }
+    if len(set(layouts.values())) > 1:
+        raise UnsupportedModelError(f"some blocks take (B, T, C) and some (T, B, C): {', '.join(layouts)}")
+    tokens_first = layouts[name]
     if x is not None and images is not None:
         check_tokens_seen(x.shape[0 if tokens_first else 1], prefix, patch_size_of(model), images)
     return tokens_first
+
+
+def _kinds(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """The first block of each structure, by the classes of the modules in it."""
+    found: dict[tuple[Any, ...], tuple[str, nn.Module]] = {}
+    for name in names:
+        block = model.get_submodule(name)
+        found.setdefault(tuple((path, type(inner)) for path, inner in block.named_modules()), (name, block))
+    return list(found.values())
 
 
 def _tried(

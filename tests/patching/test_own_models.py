@@ -313,6 +313,13 @@ def test_blocks_that_are_no_slow_fast_blocks(cls, text):
     assert (candidate.path, candidate.call) == ("blocks", "")
 
 
+def test_every_kind_of_block_is_run():
+    model = own()
+    model.blocks[3] = Smoothed()
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.3 \(Smoothed\) gives other results"):
+        evopatch.apply(model, blocks="blocks", prefix_tokens=1)
+
+
 class Separate(nn.Module):
     """Attention and MLP are called, and added, by the model."""
 
