@@ -107,18 +107,18 @@ def check_passes_keywords(host: nn.Module, name: str) -> None:
     Raises:
         UnsupportedModelError: If the host's forward takes no keyword arguments, or doesn't pass them on to its layers.
     """
-    if not passes_keywords(type(host)):
-        raise UnsupportedModelError(
-            f"the forward of '{name or 'model'}' ({type(host).__module__}.{type(host).__qualname__}) doesn't pass its "
-            f"**kwargs on to its layers in transformers {transformers.__version__}: expected it to, since the state of "
-            "a forward pass travels in them. Use a newer version of transformers (5.18 does so for DINOv2)"
-        )
     parameters = inspect.signature(type(host).forward).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         raise UnsupportedModelError(
             f"the forward of '{name or 'model'}' ({type(host).__module__}.{type(host).__qualname__}) takes no "
             "**kwargs: expected it to take them and pass them on to its layers, as transformers' models do, since the "
             "state of a forward pass travels in them. Add **kwargs to it"
+        )
+    if not passes_keywords(type(host)):
+        raise UnsupportedModelError(
+            f"the forward of '{name or 'model'}' ({type(host).__module__}.{type(host).__qualname__}) doesn't pass its "
+            f"**kwargs on to its layers in transformers {transformers.__version__}: expected it to, since the state of "
+            "a forward pass travels in them. Use a newer version of transformers (5.18 does so for DINOv2)"
         )
 
 

@@ -79,15 +79,26 @@ def _manner(function: Callable[..., Any], container: str) -> Manner | None:
     strings = {constant for constant in code.co_consts if isinstance(constant, str)}
     if container not in _names(code) | strings:
         return None
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(unwrapped)))
-    except (OSError, TypeError, SyntaxError):
+    tree = _source_of(unwrapped, code)
+    if tree is None:
         # Those that take nothing but themselves have no tokens to walk with.
         return Manner.LOOKING if code.co_argcount > 1 else None
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     mentions = [node for node in ast.walk(tree) if _is_mention(node, container)]
     manners = [manner for node in mentions if (manner := _use(node, parents)) is not None]
     return max(manners, default=None)
+
+
+def _source_of(function: Any, code: CodeType) -> ast.Module | None:
+    """None where there is no source, or another one: a file may have changed since it was imported."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        module = compile(tree, "<source>", "exec")
+    except (OSError, TypeError, SyntaxError):
+        return None
+    found = [part for part in module.co_consts if isinstance(part, CodeType) and part.co_name == code.co_name]
+    same = any((set(f.co_names), f.co_varnames) == (set(code.co_names), code.co_varnames) for f in found)
+    return tree if same else None
 
 
 def _is_mention(node: ast.AST, container: str) -> bool:

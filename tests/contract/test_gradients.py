@@ -18,7 +18,8 @@ def regularisation(name, rate):
     """The setting by which a model's blocks draw random numbers in training."""
     if name not in TRANSFORMERS & FLAT or "dino" in name or "registers" in name:
         return {"drop_path_rate": rate}
-    return {"attention_dropout": rate} if name in ("hf_clip", "hf_siglip") else {"hidden_dropout_prob": rate}
+    attention = name in ("hf_clip", "hf_siglip", "hf_aimv2", "hf_blip2")
+    return {"attention_dropout": rate} if attention else {"hidden_dropout_prob": rate}
 
 
 def windowed_regularisation(name):

@@ -196,6 +196,15 @@ def test_without_its_source_a_method_may_look():
     assert walkers(namespace["Hidden"], "blocks") == {"forward": LOOKING}
 
 
+def test_a_source_that_changed_since_is_none(monkeypatch):
+    other = "def plain(self, x):\n    return self.norm(self.blocks(x))\n"
+    monkeypatch.setattr("inspect.getsource", lambda function: other)
+    found = walkers(Walking, "blocks")
+    assert found["plain"] is LOOKING
+    monkeypatch.undo()
+    assert walkers(Walking, "blocks")["plain"] is PLAIN
+
+
 class Collecting(OwnViT):
     def forward(self, x):
         found = []
