@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
-from evopatch.forward.walk import PatchedHost, walk
+from evopatch.forward.walk import PatchedHost, refuse_symbolic, walk
 from evopatch.forward.whole import reads_prefix_only
 from evopatch.patching.adapter import Adapter, HostSpec
 from evopatch.rewrite.reading import is_of
@@ -23,9 +23,11 @@ class SlowFast(PatchedHost):
 
     def forward(self, x: Tensor) -> Tensor:
         """The host's own, on slow-fast blocks; its head reads the class token only."""
+        refuse_symbolic((x,), {})
         reads_prefix = reads_prefix_only(self, "torchvision", _WHOLE, (self.encoder.ln,)) and _is_stock(self.encoder)
         grid = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        return walk(self, "forward", x, compact=True, grid=grid, reads_prefix=reads_prefix)  # type: ignore[no-any-return]
+        out: Tensor = walk(self, "forward", x, compact=True, grid=grid, reads_prefix=reads_prefix)
+        return out
 
 
 def _is_stock(encoder: nn.Module) -> bool:

@@ -19,8 +19,8 @@ class Family(NamedTuple):
     readout: int = 1
     rotary: bool = False
     """Layers take `position_embeddings`, of the patch tokens."""
-    square: bool = True
-    """Patch tokens are a grid of square patches of one image; False for video and sound."""
+    no_grid: str = ""
+    """Why its patch tokens aren't the grid of one image's patches, where they aren't."""
 
 
 def _one(config: Any) -> int:
@@ -35,13 +35,16 @@ def _registers(config: Any) -> int:
     return 1 + int(config.num_register_tokens)
 
 
+_NO_IMAGE = "takes video or sound, whose patches aren't a grid of an image's"
 _CLIP_LIKE = Family("encoder.layers", _one)
 
 # By module, below transformers.models, and class.
 FAMILIES: dict[tuple[str, str], Family] = {
     ("vit.modeling_vit", "ViTModel"): Family("layers", _one),
     ("vit_msn.modeling_vit_msn", "ViTMSNModel"): Family("layers", _one),
-    ("vit_mae.modeling_vit_mae", "ViTMAEModel"): Family("layers", _one),
+    ("vit_mae.modeling_vit_mae", "ViTMAEModel"): Family(
+        "layers", _one, no_grid="shuffles its patch tokens and leaves some out: they have no place on a grid here"
+    ),
     ("deit.modeling_deit", "DeiTModel"): Family("layers", lambda config: 2, readout=2),
     ("ijepa.modeling_ijepa", "IJepaModel"): Family("layers", _none, readout=0),
     ("dinov2.modeling_dinov2", "Dinov2Encoder"): Family("layer", _one),
@@ -64,10 +67,10 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("aimv2.modeling_aimv2", "Aimv2VisionModel"): Family("encoder.layers", _none, readout=0),
     ("janus.modeling_janus", "JanusVisionModel"): Family("encoder.layers", _none, readout=0),
     ("vitpose_backbone.modeling_vitpose_backbone", "VitPoseBackboneEncoder"): Family("layer", _none, readout=0),
-    ("videomae.modeling_videomae", "VideoMAEEncoder"): Family("layer", _none, readout=0, square=False),
-    ("vivit.modeling_vivit", "VivitModel"): Family("layers", _one, square=False),
+    ("videomae.modeling_videomae", "VideoMAEEncoder"): Family("layer", _none, readout=0, no_grid=_NO_IMAGE),
+    ("vivit.modeling_vivit", "VivitModel"): Family("layers", _one, no_grid=_NO_IMAGE),
     ("audio_spectrogram_transformer.modeling_audio_spectrogram_transformer", "ASTModel"): Family(
-        "layers", lambda config: 2, readout=2, square=False
+        "layers", lambda config: 2, readout=2, no_grid=_NO_IMAGE
     ),
 }
 

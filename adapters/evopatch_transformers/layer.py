@@ -143,9 +143,9 @@ def start_pass(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     refuse_symbolic(args, kwargs)
     # Hidden states are recorded between the layers, and a checkpointed layer may depend on its arguments only: in both
     # cases layers take and return the full grid.
-    recorded = kwargs.get("output_hidden_states", getattr(host.config, "output_hidden_states", False))
+    asked = kwargs.get("output_hidden_states", getattr(host.config, "output_hidden_states", False))
     checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers.values())
-    recorded = recorded or is_recorded("hidden_states")
+    recorded = asked or is_recorded("hidden_states")
     forward_pass = TokenPass(state, compact=not recorded and not checkpointed)
     kwargs = dict(kwargs)
     forward_pass.reads_prefix = heads.nobody_looks(host, kwargs)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 from typing import Any
+
+from evopatch.rewrite.source import source_of
 
 
 def passes_keywords(cls: Any) -> bool:
@@ -14,9 +15,8 @@ def passes_keywords(cls: Any) -> bool:
     Args:
         cls: Of the module that loops over its layers, or calls one that does.
     """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
-    except (OSError, TypeError, SyntaxError):
+    tree = source_of(inspect.unwrap(cls.forward))
+    if tree is None:
         return True
     loops = [loop for loop in ast.walk(tree) if isinstance(loop, ast.For)]
     calls = [call for loop in loops for call in ast.walk(loop) if isinstance(call, ast.Call)]

@@ -50,12 +50,8 @@ class ViTAdapter(Adapter):
         return layer.plan(host, state)
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
-        if type(host).__name__ == "ViTMAEModel":
-            raise UnsupportedInputError(
-                "ViTMAEModel shuffles its patch tokens and leaves some out: they have no place on a grid here"
-            )
-        if not family_of(host).square:
-            raise UnsupportedInputError(f"{type(host).__name__}: patches of video or sound aren't a grid of an image's")
+        if reason := family_of(host).no_grid:
+            raise UnsupportedInputError(f"{type(host).__name__} {reason}")
         return layer.grid_of(host.config, image_size)
 
 

@@ -112,7 +112,7 @@ class _Runner:
         self._absent = dict.fromkeys(absent)
         own = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
         self._device = torch.device("cpu") if own.is_meta else own.device
-        self._made: dict[int, Any] = {}
+        self._made: dict[int, nn.Parameter] = {}
         self._block = self._twin(block)
 
     def _twin(self, module: Any) -> Any:
@@ -135,7 +135,7 @@ class _Runner:
             # Random also for models that aren't trained yet, whose layers may be zeros.
             values = self.random(*parameter.shape) * 0.2 + (0.1 if parameter.dim() < 2 else 0.0)
             self._made[id(parameter)] = nn.Parameter(values, requires_grad=False)
-        return self._made[id(parameter)]  # type: ignore[no-any-return]
+        return self._made[id(parameter)]
 
     def _filled(self, buffer: Tensor) -> Tensor:
         buffer = torch.ones_like(buffer, device=self._device) if buffer.is_meta else buffer.clone()

@@ -57,12 +57,14 @@ def _encoder_layer(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    x = src
+    x: Tensor = src
     if self.norm_first:
         x = x + self._sa_block(self.norm1(x), None, None)
-        return x + self._ff_block(self.norm2(x))  # type: ignore[no-any-return]
-    x = self.norm1(x + self._sa_block(x, None, None))
-    return self.norm2(x + self._ff_block(x))  # type: ignore[no-any-return]
+        x = x + self._ff_block(self.norm2(x))
+    else:
+        x = self.norm1(x + self._sa_block(x, None, None))
+        x = self.norm2(x + self._ff_block(x))
+    return x
 
 
 _WITHOUT: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -82,7 +82,7 @@ class _Chunks(_Proxy):
 
     def __iter__(self) -> Iterator[Any]:
         whole: Any = self
-        return (whole[index] for index in range(self.node.args[1]))  # type: ignore[arg-type]
+        return (whole[index] for index in range(whole.node.args[1]))
 
 
 class _Shape(fx.proxy.Attribute):

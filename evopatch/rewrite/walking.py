@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
+
+from .source import source_of
 
 
 class Manner(IntEnum):
@@ -79,7 +80,7 @@ def _manner(function: Callable[..., Any], container: str) -> Manner | None:
     strings = {constant for constant in code.co_consts if isinstance(constant, str)}
     if container not in _names(code) | strings:
         return None
-    tree = _source_of(unwrapped, code)
+    tree = source_of(unwrapped)
     if tree is None:
         # Those that take nothing but themselves have no tokens to walk with.
         return Manner.LOOKING if code.co_argcount > 1 else None
@@ -89,23 +90,10 @@ def _manner(function: Callable[..., Any], container: str) -> Manner | None:
     return max(manners, default=None)
 
 
-def _source_of(function: Any, code: CodeType) -> ast.Module | None:
-    """None where there is no source, or another one: a file may have changed since it was imported."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        module = compile(tree, "<source>", "exec")
-    except (OSError, TypeError, SyntaxError):
-        return None
-    found = [part for part in module.co_consts if isinstance(part, CodeType) and part.co_name == code.co_name]
-    same = any((set(f.co_names), f.co_varnames) == (set(code.co_names), code.co_varnames) for f in found)
-    return tree if same else None
-
-
 def _is_mention(node: ast.AST, container: str) -> bool:
     if isinstance(node, ast.Attribute):
         return node.attr == container and isinstance(node.ctx, ast.Load)
-    by_name = isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)
-    return by_name and node.slice.value == container  # type: ignore[attr-defined]
+    return isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and node.slice.value == container
 
 
 def _use(node: ast.AST, parents: dict[ast.AST, ast.AST], part: bool = False) -> Manner | None:
@@ -173,7 +161,8 @@ def _loop(loop: ast.For) -> Manner | None:
     _collect(loop.body, items, steps, others)
     tokens = {name for name, _ in steps}
     # An index may be used for anything; the block and the tokens for nothing else than its step.
-    looked_at = tokens | (items if isinstance(loop.target, ast.Name) else _items(loop.target.elts[-1]))  # type: ignore[attr-defined]
+    block = loop.target.elts[-1] if isinstance(loop.target, ast.Tuple) else loop.target
+    looked_at = tokens | _items(block)
     if len(tokens) != 1 or loop.orelse or any(looked_at & _items(node) for node in others):
         return Manner.LOOKING
     return max(manner for _, manner in steps)

@@ -132,7 +132,7 @@ def gradients(model, x):
 
 def test_patches_of_video_are_no_grid():
     model, x = made("videomae")
-    with pytest.raises(UnsupportedInputError, match="video or sound aren't a grid"):
+    with pytest.raises(UnsupportedInputError, match="takes video or sound, whose patches aren't a grid"):
         Patched(evopatch.apply(model)).host.grids((40, 40))
     assert torch.isfinite(result(model(x))).all()
 
