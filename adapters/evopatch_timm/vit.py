@@ -81,6 +81,7 @@ class ViTAdapter(Adapter):
             head_reads=rows_read(host, "forward_head") if is_of("timm", host, _WHOLE) else 0,
             trace=trace,
             token_inputs=tuple(i for i in inputs if i == "rope"),
+            mask="attn_mask",
         )
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:

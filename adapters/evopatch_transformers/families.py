@@ -9,20 +9,6 @@ from typing import Any, NamedTuple
 from torch import nn
 
 
-class Family(NamedTuple):
-    """One module that loops over its layers and passes keyword arguments on to them."""
-
-    blocks: str
-    """Path of the container."""
-    prefix: Callable[[Any], int]
-    """Number of prefix tokens by the model's config."""
-    readout: int = 1
-    rotary: bool = False
-    """Layers take `position_embeddings`, of the patch tokens."""
-    no_grid: str = ""
-    """Why its patch tokens aren't the grid of one image's patches, where they aren't."""
-
-
 def _one(config: Any) -> int:
     return 1
 
@@ -31,12 +17,41 @@ def _none(config: Any) -> int:
     return 0
 
 
+def _two(config: Any) -> int:
+    return 2
+
+
+class Family(NamedTuple):
+    """One module that loops over its layers and passes keyword arguments on to them."""
+
+    blocks: str
+    """Path of the container."""
+    prefix: Callable[[Any], int]
+    """Number of prefix tokens by the model's config."""
+    readout: Callable[[Any], int] = _one
+    """How many of the first of them the head reads, by the same; 0 where it averages the patch tokens."""
+    rotary: bool = False
+    """Layers take `position_embeddings`, of the patch tokens."""
+    biased: bool = False
+    """Layers add a position bias to the attention logits, of the image size in `resolution`, or are given one in place
+    of a mask."""
+    pads: bool = False
+    """Its model masks the tokens that fill up smaller images."""
+    no_grid: str = ""
+    """Why its patch tokens aren't the grid of one image's patches, where they aren't."""
+
+
+def _class_tokens(config: Any) -> int:
+    return int(config.n_cls_tokens)
+
+
 def _registers(config: Any) -> int:
     return 1 + int(config.num_register_tokens)
 
 
 _NO_IMAGE = "takes video or sound, whose patches aren't a grid of an image's"
 _CLIP_LIKE = Family("encoder.layers", _one)
+_PADDED = Family("encoder.layers", _none, readout=_none, pads=True)
 
 # By module, below transformers.models, and class.
 FAMILIES: dict[tuple[str, str], Family] = {
@@ -45,13 +60,33 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("vit_mae.modeling_vit_mae", "ViTMAEModel"): Family(
         "layers", _one, no_grid="shuffles its patch tokens and leaves some out: they have no place on a grid here"
     ),
-    ("deit.modeling_deit", "DeiTModel"): Family("layers", lambda config: 2, readout=2),
-    ("ijepa.modeling_ijepa", "IJepaModel"): Family("layers", _none, readout=0),
+    ("deit.modeling_deit", "DeiTModel"): Family("layers", _two, readout=_two),
+    ("ijepa.modeling_ijepa", "IJepaModel"): Family("layers", _none, readout=_none),
     ("dinov2.modeling_dinov2", "Dinov2Encoder"): Family("layer", _one),
     ("dinov2_with_registers.modeling_dinov2_with_registers", "Dinov2WithRegistersEncoder"): Family("layer", _registers),
     ("dinov3_vit.modeling_dinov3_vit", "DINOv3ViTEncoder"): Family("layer", _registers, rotary=True),
     ("clip.modeling_clip", "CLIPVisionModel"): _CLIP_LIKE,
-    ("siglip.modeling_siglip", "SiglipVisionModel"): Family("encoder.layers", _none, readout=0),
+    ("siglip.modeling_siglip", "SiglipVisionModel"): Family("encoder.layers", _none, readout=_none),
+    ("siglip2.modeling_siglip2", "Siglip2VisionModel"): Family(
+        "encoder.layers",
+        _none,
+        readout=_none,
+        pads=True,
+        no_grid="takes patches of images, not images: ask its processor",
+    ),
+    ("idefics2.modeling_idefics2", "Idefics2VisionTransformer"): _PADDED,
+    ("idefics3.modeling_idefics3", "Idefics3Encoder"): _PADDED._replace(blocks="layers"),
+    ("smolvlm.modeling_smolvlm", "SmolVLMEncoder"): _PADDED._replace(blocks="layers"),
+    ("beit.modeling_beit", "BeitModel"): Family("layers", _one, biased=True),
+    ("internvl.modeling_internvl", "InternVLVisionEncoder"): Family("layer", _one),
+    ("dpt.modeling_dpt", "DPTViTEncoder"): Family("layer", _one),
+    ("pixio.modeling_pixio", "PixioModel"): Family("layers", _class_tokens, readout=_class_tokens),
+    ("tipsv2.modeling_tipsv2", "Tipsv2VisionEncoder"): Family("layer", _registers),
+    ("radio.modeling_radio", "RadioEncoder"): Family(
+        "layer",
+        lambda config: int(config.num_cls_tokens + config.num_registers),
+        readout=lambda config: int(config.num_cls_tokens),
+    ),
     ("altclip.modeling_altclip", "AltCLIPVisionModel"): _CLIP_LIKE,
     ("chinese_clip.modeling_chinese_clip", "ChineseCLIPVisionModel"): _CLIP_LIKE,
     ("metaclip_2.modeling_metaclip_2", "MetaClip2VisionModel"): _CLIP_LIKE,
@@ -64,13 +99,13 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("instructblipvideo.modeling_instructblipvideo", "InstructBlipVideoVisionModel"): _CLIP_LIKE,
     ("kosmos2.modeling_kosmos2", "Kosmos2VisionTransformer"): _CLIP_LIKE,
     ("git.modeling_git", "GitVisionTransformer"): _CLIP_LIKE,
-    ("aimv2.modeling_aimv2", "Aimv2VisionModel"): Family("encoder.layers", _none, readout=0),
-    ("janus.modeling_janus", "JanusVisionModel"): Family("encoder.layers", _none, readout=0),
-    ("vitpose_backbone.modeling_vitpose_backbone", "VitPoseBackboneEncoder"): Family("layer", _none, readout=0),
-    ("videomae.modeling_videomae", "VideoMAEEncoder"): Family("layer", _none, readout=0, no_grid=_NO_IMAGE),
+    ("aimv2.modeling_aimv2", "Aimv2VisionModel"): Family("encoder.layers", _none, readout=_none),
+    ("janus.modeling_janus", "JanusVisionModel"): Family("encoder.layers", _none, readout=_none),
+    ("vitpose_backbone.modeling_vitpose_backbone", "VitPoseBackboneEncoder"): Family("layer", _none, readout=_none),
+    ("videomae.modeling_videomae", "VideoMAEEncoder"): Family("layer", _none, readout=_none, no_grid=_NO_IMAGE),
     ("vivit.modeling_vivit", "VivitModel"): Family("layers", _one, no_grid=_NO_IMAGE),
     ("audio_spectrogram_transformer.modeling_audio_spectrogram_transformer", "ASTModel"): Family(
-        "layers", lambda config: 2, readout=2, no_grid=_NO_IMAGE
+        "layers", _two, readout=_two, no_grid=_NO_IMAGE
     ),
 }
 

@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evopatch.algorithm.partition import spread_attention
-from evopatch.errors import AttentionNotFoundError
+from evopatch.errors import AttentionNotFoundError, UnsupportedModelError
 from evopatch.forward.block import TappedAttention
 from evopatch.forward.tap import AttentionTap
 from evopatch.rewrite.classes import host_class
+from evopatch.rewrite.tracing import TraceSpec, attention_cores
 
 from .recording import is_recorded
 
@@ -52,6 +53,25 @@ def traceable(module: nn.Module, attention: str = "") -> nn.Module:
     else:
         view.__dict__["config"] = SimpleNamespace(_attn_implementation=_TRACED)
     return view
+
+
+def check_attends(layer: nn.Module, name: str, trace: TraceSpec) -> None:
+    """
+    Args:
+        layer: To be patched.
+        name: Fully qualified, for errors.
+        trace: How it is to be traced.
+
+    Raises:
+        UnsupportedModelError: If it holds no attention module that calls the interface.
+    """
+    cores = attention_cores(layer, trace)
+    if not cores:
+        raise UnsupportedModelError(
+            f"{name} ({type(layer).__name__}) holds no attention module that calls transformers' attention "
+            "interface: expected one. Leave the model unpatched, or register an adapter for it"
+        )
+    eager_function(layer.get_submodule(cores[-1]))
 
 
 class TappedInterface(TappedAttention):

@@ -6,15 +6,13 @@ No model's class is swapped: transformers finds by class which hidden states and
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-from evopatch.errors import BypassError, UnsupportedModelError
+from evopatch.errors import BypassError, UnsupportedInputError
 from evopatch.forward.block import SlowFastBlock, run_tapped
 from evopatch.forward.host_state import HostState
 from evopatch.forward.spec import qualified
@@ -22,11 +20,9 @@ from evopatch.forward.tap import AttentionTap
 from evopatch.forward.tokens import TokenPass
 from evopatch.forward.walk import refuse_symbolic
 from evopatch.patching.adapter import Change, block_changes, named_blocks
-from evopatch.rewrite.tracing import attention_cores
 from evopatch.rewrite.view import check_steered
 
 from . import heads, interface
-from .passing import passes_keywords
 from .recording import is_recorded
 
 
@@ -48,31 +44,44 @@ class SlowFastLayer(SlowFastBlock):
             evo_pass.compact = False
         if attention_mask is not None and not evo_pass.active:
             evo_pass.reads_prefix = False  # where no tokens are chosen masks are the attention's own business
-        elif attention_mask is not None:
-            if not torch.compiler.is_exporting() and not isinstance(attention_mask, BlockMask):
-                evo_pass.refuse("attention_mask", self._evo_index)
+        elif "attention_mask" in evo_pass.spec.trace.inputs:  # the model's own position bias
+            self._evo_check_bias(evo_pass, named)
+        elif attention_mask is not None and _is_made_anyway(attention_mask, evo_pass):
             if self._evo_index == 0:
                 _assert_nothing_masked(attention_mask)
             attention_mask = None
-
-        # Not all take one.
-        masks = {"attention_mask": attention_mask} if "attention_mask" in self._evo_metric.parameters else {}
+        elif attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = attention_mask[:, None, None].bool()  # of flash attention, by token
+        if attention_mask is not None or "attention_mask" in self._evo_metric.parameters:  # not all take one
+            named["attention_mask"] = attention_mask
+        for name, value in named.items():
+            if isinstance(value, Tensor) and name not in (*evo_pass.spec.trace.inputs, evo_pass.spec.mask):
+                evo_pass.refuse(name, self._evo_index)
 
         def run(x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
             if tap is None:
-                return cast(Tensor, own(self, x, **masks, **inputs))
-            return cast(Tensor, run_tapped(self, tap, x, **masks, **inputs))
+                return cast(Tensor, own(self, x, **inputs))
+            return cast(Tensor, run_tapped(self, tap, x, **inputs))
 
         return evo_pass.advance(self._evo_index, self, hidden_states, named, run)
+
+    def _evo_check_bias(self, evo_pass: TokenPass, named: dict[str, Any]) -> None:
+        # It is made anew for as many tokens as go through.
+        if named.get("interpolate_pos_encoding"):
+            evo_pass.refuse("interpolate_pos_encoding, by which a layer resizes its position bias,", self._evo_index)
 
     @staticmethod
     def _evo_traceable(block: nn.Module, cores: tuple[str, ...]) -> nn.Module:
         return interface.traceable(block, cores[-1])
 
 
+def _is_made_anyway(mask: Tensor | BlockMask, evo_pass: TokenPass) -> bool:
+    # While exporting, and always for flex attention, transformers makes a mask even where nothing is masked.
+    return isinstance(mask, BlockMask) or (torch.compiler.is_exporting() and not evo_pass.spec.pads)
+
+
 def _assert_nothing_masked(mask: Tensor | BlockMask) -> None:
-    # While exporting, and always for flex attention, transformers makes a mask even where nothing is masked. Whether
-    # something is gets checked when the values are there, without waiting for them.
+    # Checked when the values are there, without waiting for them.
     if isinstance(mask, BlockMask):
         batch, _, queries, keys = mask.shape
         mask = create_mask(mask.mask_mod, batch, None, queries, keys, device=mask.kv_num_blocks.device)
@@ -86,40 +95,13 @@ def plan(host: nn.Module, state: HostState) -> list[Change]:
     Raises:
         UnsupportedModelError: If a layer can't be patched; names it.
     """
-    check_passes_keywords(host, state.name)
     changes = [Change(host, None, {"_evo_state": state}, pre_hook=start_pass)]
     for index, (name, layer) in enumerate(named_blocks(host, state)):
-        cores = attention_cores(layer, state.spec.trace)
-        if not cores:
-            raise UnsupportedModelError(
-                f"{name} ({type(layer).__name__}) holds no attention module that calls transformers' attention "
-                "interface: expected one. Leave the model unpatched, or register an adapter for it"
-            )
-        interface.eager_function(layer.get_submodule(cores[-1]))
+        interface.check_attends(layer, name, state.spec.trace)
         layer_change, *others = block_changes(layer, name, state, SlowFastLayer, interface.TappedInterface)
         own = {**layer_change.attributes, "_evo_index": index}
         changes += [dataclasses.replace(layer_change, attributes=own), *others]
     return changes
-
-
-def check_passes_keywords(host: nn.Module, name: str) -> None:
-    """
-    Raises:
-        UnsupportedModelError: If the host's forward takes no keyword arguments, or doesn't pass them on to its layers.
-    """
-    parameters = inspect.signature(type(host).forward).parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        raise UnsupportedModelError(
-            f"the forward of '{name or 'model'}' ({type(host).__module__}.{type(host).__qualname__}) takes no "
-            "**kwargs: expected it to take them and pass them on to its layers, as transformers' models do, since the "
-            "state of a forward pass travels in them. Add **kwargs to it"
-        )
-    if not passes_keywords(type(host)):
-        raise UnsupportedModelError(
-            f"the forward of '{name or 'model'}' ({type(host).__module__}.{type(host).__qualname__}) doesn't pass its "
-            f"**kwargs on to its layers in transformers {transformers.__version__}: expected it to, since the state of "
-            "a forward pass travels in them. Use a newer version of transformers (5.18 does so for DINOv2)"
-        )
 
 
 def start_pass(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -141,6 +123,11 @@ def start_pass(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
             f"{state.depth} when it was patched, and keep ratios go by depth: {_ADVICE}"
         )
     refuse_symbolic(args, kwargs)
+    if state.active and "attention_mask" in state.spec.trace.inputs and kwargs.get("attention_mask") is not None:
+        raise UnsupportedInputError(
+            f"attention_mask was passed to '{state.name or type(host).__name__}', which adds its position bias to it: "
+            "expected none while the model is patched. Leave it out, or use evopatch.set_keep_ratio(model, 1.0)"
+        )
     # Hidden states are recorded between the layers, and a checkpointed layer may depend on its arguments only: in both
     # cases layers take and return the full grid.
     asked = kwargs.get("output_hidden_states", getattr(host.config, "output_hidden_states", False))

@@ -13,7 +13,7 @@ from evopatch.forward.host_state import HostState
 from evopatch.patching.adapter import Adapter, Change, HostSpec
 from evopatch.rewrite.tracing import TraceSpec
 
-from . import heads, layer
+from . import heads, layer, viewed
 from .families import family_of, served
 from .interface import CORE_NAMES, CORES
 
@@ -26,10 +26,11 @@ class ViTAdapter(Adapter):
 
     def inspect(self, host: Any, name: str) -> HostSpec:
         family = family_of(host)
-        inputs = ("position_embeddings",) if family.rotary else ()
+        tables = ("position_embeddings",) if family.rotary else ()
+        biases = ("attention_mask", "resolution") if family.biased else ()
         trace = TraceSpec(
-            inputs,
-            absent=("attention_mask",),
+            (*tables, *biases),
+            absent=() if family.biased else ("attention_mask",),
             leaf_functions=_rotations() if family.rotary else (),
             core_names=CORE_NAMES,
             cores=CORES,
@@ -37,17 +38,19 @@ class ViTAdapter(Adapter):
         return HostSpec(
             family.blocks,
             family.prefix(host.config),
-            family.readout,
-            head_reads=family.readout,
+            family.readout(host.config),
+            head_reads=family.readout(host.config),
             trace=trace,
-            token_inputs=inputs,
+            token_inputs=tables,
+            mask="" if family.biased else "attention_mask",
+            pads=family.pads,
         )
 
     def plan_holder(self, holder: nn.Module, host: nn.Module) -> list[Change]:
         return heads.plan(holder, host)
 
     def plan(self, host: nn.Module, state: HostState) -> list[Change]:
-        return layer.plan(host, state)
+        return viewed.plan(host, state) if viewed.runs_on_view(host) else layer.plan(host, state)
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
         if reason := family_of(host).no_grid:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .partition import Partition
@@ -37,15 +38,19 @@ def missed(x: Tensor, entry: Tensor, partition: Partition, correction: Correctio
     Args:
         x: `(B, T, C)`, the tokens before the run, or at its end.
         entry: `(B, M, C)`, the rows that they were merged into at the same place.
-        partition: Of the run; every token has a row.
+        partition: Of the run.
         correction: Of the run.
 
     Returns:
-        `(B, T, C)`, zeros for tokens that are rows of their own.
+        `(B, T, C)`, zeros for tokens that are rows of their own, and for those that have none.
     """
     down, up = (matrix.to(x) for matrix in correction)
-    own = (entry @ down).flatten(0, 1).index_select(0, flat_rows(partition.group, entry.shape[1]))
-    return (x @ down - own.view(*x.shape[:2], -1)) @ up
+    rows = entry @ down
+    if not partition.complete:
+        rows = F.pad(rows, (0, 0, 0, 1))
+    own = rows.flatten(0, 1).index_select(0, flat_rows(partition.group, rows.shape[1]))
+    out = (x @ down - own.view(*x.shape[:2], -1)) @ up
+    return out if partition.complete else out.masked_fill((partition.group == partition.rows).unsqueeze(2), 0.0)
 
 
 class Regression:

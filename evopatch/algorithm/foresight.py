@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .padding import without
 from .regression import NormalEquations
 
 # Added to what a logarithm is taken of.
@@ -18,17 +19,27 @@ _TINY = 1e-6
 _RIDGE = 1e-3
 
 
-def foreseen(tokens: Tensor, weights: Tensor) -> Tensor:
+def foreseen(tokens: Tensor, weights: Tensor, left_out: Tensor | None = None) -> Tensor:
     """Class attention still to come.
 
     Args:
         tokens: `(B, N, C)`, normed without weights.
         weights: `(C,)`, see `Regression.weights`.
+        left_out: `(B, N)` bool, tokens that a mask leaves out.
 
     Returns:
         `(B, N)` float32, sums to 1 over each image.
     """
-    return (tokens @ weights).softmax(dim=-1, dtype=torch.float32)
+    return without(tokens @ weights, left_out).softmax(dim=-1, dtype=torch.float32)
+
+
+def _centred(values: Tensor, left_out: Tensor | None) -> Tensor:
+    """`(B, N, D)` less its mean over each image; zeros for what is left out."""
+    if left_out is None:
+        return values - values.mean(1, keepdim=True)
+    there = (~left_out).unsqueeze(2).to(values.dtype)
+    mean = (values * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp_min(1.0)
+    return (values - mean) * there
 
 
 class Regression:
@@ -44,20 +55,20 @@ class Regression:
     def __init__(self, channels: int, device: torch.device) -> None:
         self._equations = NormalEquations(channels, 1, device)
 
-    def add(self, tokens: Tensor, attention: Tensor) -> None:
+    def add(self, tokens: Tensor, attention: Tensor, left_out: Tensor | None = None) -> None:
         """One batch.
 
         Args:
             tokens: `(B, N, C)`, normed without weights.
             attention: `(B, N)`, the mean class attention of the block and all after it.
+            left_out: `(B, N)` bool, tokens that a mask leaves out: nothing is learned of them.
 
         Raises:
             DataError: If either isn't finite.
         """
-        target = (attention.float() + _TINY).log()
-        target = target - target.mean(1, keepdim=True)
-        centred = (tokens.float() - tokens.float().mean(1, keepdim=True)).flatten(0, 1)
-        self._equations.add(centred, target.view(-1, 1))
+        target = (attention.float() + _TINY).log().unsqueeze(2)
+        inputs, targets = (_centred(values, left_out).flatten(0, 1) for values in (tokens.float(), target))
+        self._equations.add(inputs, targets)
 
     def weights(self) -> Tensor:
         """`(C,)` float32."""

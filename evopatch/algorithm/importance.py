@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .padding import without
 from .partition import Partition
 from .rows import exporting
 
@@ -69,9 +70,18 @@ def fold(query: Tensor, key_weight: Tensor, scale: float | None = None) -> Tenso
     return folded.view(heads, batch, readouts, -1).transpose(0, 1).flatten(1, 2)
 
 
-def folded_attention(folded: Tensor, tokens: Tensor) -> Tensor:
-    """Class attention of folded queries `(B, Q, C)` over tokens `(B, T, C)`: the mean, `(B, T)` float32, sums to 1."""
-    logits = folded @ tokens.transpose(1, 2)
+def folded_attention(folded: Tensor, tokens: Tensor, left_out: Tensor | None = None) -> Tensor:
+    """Class attention of queries whose keys nobody has computed.
+
+    Args:
+        folded: `(B, Q, C)`, see `fold`.
+        tokens: `(B, T, C)`.
+        left_out: `(B, T)` bool, tokens that no other attends to.
+
+    Returns:
+        The mean over the queries, `(B, T)` float32, sums to 1.
+    """
+    logits = without(folded @ tokens.transpose(1, 2), None if left_out is None else left_out.unsqueeze(1))
     return logits.softmax(dim=-1, dtype=torch.float32).mean(dim=1)
 
 
@@ -106,7 +116,8 @@ def accumulate_compact(g: Tensor, attention: Tensor, tradeoff: float, partition:
     """
     group = partition.group[:, partition.group.shape[1] - g.shape[1] :]
     if partition.log_size is not None:
-        return _between(g, (attention * partition.log_size.neg().exp()).gather(1, group), tradeoff)
+        share = attention * partition.log_size.neg().exp()
+        return _between(g, (share if partition.complete else F.pad(share, (0, 1))).gather(1, group), tradeoff)
     member = F.pad(attention, (0, 1)).gather(1, group)
     return torch.where(partition.slow, _between(g, member, tradeoff), g)
 

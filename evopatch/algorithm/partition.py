@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .padding import without
 from .rows import flat_rows, weighted_row_sums
 
 
@@ -20,9 +21,9 @@ class Partition(NamedTuple):
     """Who goes through the blocks for whom, for every token of the sequence, prefix tokens included.
 
     `group[b, t]` is the row of the compact set that token `t` belongs to; unless `complete`, the row `M`, one past the
-    end, means that nothing stands in for the token. `weight[b, t]` is the token's share in its row, a weighted mean. A
-    row's `log_size` is the logarithm of the number of tokens that it stands for, None where rows aren't weighted by
-    size.
+    end, means that nothing stands in for the token, or that a mask leaves it out. `weight[b, t]` is the token's share
+    in its row, a weighted mean. A row's `log_size` is the logarithm of the number of tokens that it stands for, None
+    where rows aren't weighted by size.
     """
 
     group: Tensor
@@ -40,11 +41,21 @@ class Partition(NamedTuple):
     None in windows, whose rows have places of their own."""
     complete: bool = True
     """Whether every token has a row."""
+    empty: Tensor | None = None
+    """`(B, M)` bool: rows that stand for no token, where a mask leaves so many out that fewer than `K` are left. None:
+    no row is empty."""
 
     @property
     def one_for_all(self) -> bool:
         """Whether one row, the last, stands for all tokens that aren't slow."""
         return self.complete and self.log_size is None
+
+    @property
+    def key_bias(self) -> Tensor | None:
+        """`(B, M)` float32, what is added to the logits of attention to each row; None where nothing is."""
+        if self.empty is None:
+            return self.log_size
+        return without(self.weight.new_zeros(self.empty.shape) if self.log_size is None else self.log_size, self.empty)
 
     @property
     def rows_there(self) -> int:
@@ -56,8 +67,10 @@ class Partition(NamedTuple):
         if self.group.device == device:
             return self
         group, weight, slow = (tensor.to(device) for tensor in (self.group, self.weight, self.slow))
-        log_size, leader = (None if tensor is None else tensor.to(device) for tensor in (self.log_size, self.leader))
-        return self._replace(group=group, weight=weight, slow=slow, log_size=log_size, leader=leader)
+        log_size, leader, empty = (
+            None if tensor is None else tensor.to(device) for tensor in (self.log_size, self.leader, self.empty)
+        )
+        return self._replace(group=group, weight=weight, slow=slow, log_size=log_size, leader=leader, empty=empty)
 
 
 def with_prefix(group: Tensor, prefix: int) -> Tensor:

@@ -90,7 +90,7 @@ class ForwardPass(ABC):
         return x
 
     def refuse(self, name: str, index: int) -> None:
-        """An input that masks tokens.
+        """An input that masks tokens, and isn't the one that may.
 
         Raises:
             UnsupportedInputError: Unless every block runs as unpatched.
@@ -98,7 +98,9 @@ class ForwardPass(ABC):
         if self.active:
             raise UnsupportedInputError(
                 f"{name} was passed to the patched model, at block {index} of '{self.name or 'model'}': slow "
-                "and fast tokens are chosen among all tokens, so attention can't be masked. Leave it out, or use "
+                "and fast tokens are chosen among all tokens, so attention between them can't be masked"
+                + (f" (a key padding mask in {self.spec.mask} is honoured)" if self.spec.mask else "")
+                + ". Leave it out, or use "
                 "evopatch.set_keep_ratio(model, 1.0) or evopatch.remove(model) for this call. (What has one entry per "
                 "patch token, as a rotary table, is named in token_inputs where blocks= is.)"
             )

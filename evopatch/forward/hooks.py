@@ -115,7 +115,10 @@ class FullGrid:
     def show(self, x: Any) -> Any:
         """From the compact set to all tokens: tensors of a layout with tokens, and tuples of such; anything else as it
         is."""
-        return tuple(map(self.show, x)) if type(x) is tuple else self._show(x)
+        if type(x) is not tuple:
+            return self._show(x)
+        shown = tuple(map(self.show, x))
+        return x if _same(x, shown) else shown
 
     def hide(self, x: Any) -> Any:
         """The inverse of `show`."""
@@ -182,11 +185,17 @@ class Shown:
         self._evo_change = change or _each_as
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = self._evo_change(self._evo_full_grid.show, args, kwargs)
-        return self._evo_full_grid.hide(self._evo_module(*args, **kwargs))
+        shown, named = self._evo_change(self._evo_full_grid.show, args, kwargs)
+        if _same((*args, *kwargs.values()), (*shown, *named.values())):
+            return self._evo_module(*args, **kwargs)  # without tokens, as what makes a position bias
+        return self._evo_full_grid.hide(self._evo_module(*shown, **named))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_evo_module"], name)
+
+
+def _same(values: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    return all(value is other for value, other in zip(values, others, strict=True))
 
 
 def _each_as(

@@ -50,9 +50,13 @@ class Look:
         inputs: What the block gets beside them.
         prefix: `P`.
         readout: How many of the first prefix tokens the head reads; 0 where it averages the patch tokens.
+        left_out: `(B, T)` bool, tokens that no other attends to.
     """
 
-    def __init__(self, x: Tensor, inputs: dict[str, Any], prefix: int, readout: int) -> None:
+    def __init__(
+        self, x: Tensor, inputs: dict[str, Any], prefix: int, readout: int, left_out: Tensor | None = None
+    ) -> None:
+        self._left_out = left_out
         self._x, self._inputs, self._prefix, self._readout = detached(x), inputs, prefix, readout
         self._asking = self._x[:, :readout]
         self._channels = int(x.shape[-1])  # a number also under torch.jit.trace
@@ -107,9 +111,16 @@ class Look:
             weight, bias = given(norm.weight, tokens), given(norm.bias, tokens)
             return F.layer_norm(self._asking, norm.normalized_shape, weight, bias, norm.eps)
         # Queries are linear in the tokens: their mean is the mean token's.
-        rows = tokens[:, self._prefix :].mean(1, keepdim=True)
+        rows = self._mean(tokens[:, self._prefix :])
         # Without torch.addcmul, which not every converter knows.
         return rows if norm is None else rows * given(norm.weight, rows) + given(norm.bias, rows)
+
+    def _mean(self, patches: Tensor) -> Tensor:
+        """`(B, 1, C)`, over those that aren't left out."""
+        if self._left_out is None:
+            return patches.mean(1, keepdim=True)
+        there = (~self._left_out[:, None, self._prefix :]).to(patches.dtype)
+        return (there @ patches) / there.sum(2, keepdim=True).clamp_min(1.0)
 
     def _meeting(self, block: Any, norm: nn.LayerNorm | None) -> tuple[Tensor, list[Tensor]]:
         if norm is not None:
@@ -128,7 +139,7 @@ class Look:
         looked = [(torch.cat(queries, dim=1), tokens, len(queries)) for tokens, queries in self._met if queries]
         if not looked:
             return None
-        means = [folded_attention(folded, tokens) for folded, tokens, _ in looked]
+        means = [folded_attention(folded, tokens, self._left_out) for folded, tokens, _ in looked]
         total: Any = means[0]
         if len(means) > 1:
             looks = sum(count for _, _, count in looked)

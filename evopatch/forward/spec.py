@@ -64,6 +64,12 @@ class HostSpec:
     trace: TraceSpec = field(default_factory=TraceSpec)
     token_inputs: tuple[str, ...] = ()
     """Those of the block's inputs that have one entry per patch token, such as a rotary table: averaged per group."""
+    mask: str = ""
+    """The input, if there is one, that says which tokens are left out of attention: a key padding mask, as
+    `scaled_dot_product_attention` takes it. Those are neither slow nor stood in for, and stay as they are in a run."""
+    pads: bool = False
+    """Models make such a mask of the images' own sizes. False: one that comes while a program is exported is taken to
+    mask nothing, and the program checks that."""
     received: bool = False
     """With a `readout` of 0 rank patch tokens by the attention that they receive, averaged over queries and heads:
     their share in the pooled output of the attention. False: by the mean query's, which needs no attention weights."""

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from ..algorithm.bias import merge_bias
 from ..algorithm.importance import class_attention, default_scale
+from ..algorithm.padding import added
 from ..algorithm.partition import Partition, spread_attention, unspread_attention
 from ..errors import UnsupportedInputError
 from .hooks import FullGrid, Shown
+from .mask import Mask
 from .multi_head import multi_head
 
 
@@ -34,6 +36,7 @@ class AttentionTap:
         full_grid: What shows modules in the block all tokens, where somebody wants to see them.
         everything: `(B, M, C)`, where only the prefix tokens go through the block: what its attention module would be
             given if all did, to take keys and values from.
+        mask: Of this forward pass.
     """
 
     def __init__(
@@ -46,7 +49,16 @@ class AttentionTap:
         block: str = "a patched block",
         full_grid: FullGrid | None = None,
         everything: Tensor | None = None,
+        mask: Mask | None = None,
     ) -> None:
+        # A compact set has no rows of tokens that are left out.
+        self._mask = mask.whole if mask is not None and partition is None else None
+        self.key_bias: Tensor | None = None
+        """`(B, M)` float32, what is added to the logits of attention to each token."""
+        if partition is not None:
+            self.key_bias = partition.key_bias
+        elif mask is not None and mask.left_out is not None:
+            self.key_bias = added(~mask.left_out, torch.float32)
         self.prefix = prefix
         self.readout = readout
         self.partition = partition
@@ -176,23 +188,23 @@ class AttentionTap:
         return unspread_attention(shown, self.partition)
 
     def _bias(self, bias: Tensor | None, like: Tensor) -> Tensor | None:
-        if self.partition is None:
-            return bias
-        if bias is not None:
+        if bias is not None and self.partition is not None:
             bias = merge_bias(bias, self.partition).to(like.dtype)
-        if self.partition.log_size is not None:
-            log_size = self.partition.log_size.to(like.dtype)
-            log_size = log_size.view(log_size.shape[0], 1, 1, -1)
-            # In place: the merged bias is nobody else's, and may be the largest tensor of a block.
-            bias = log_size if bias is None else bias.add_(log_size)
-        return bias
+        if self.key_bias is None:
+            return bias
+        if self._mask is not None:
+            mask = added(self._mask, like.dtype)
+            return mask if bias is None else bias + mask
+        key_bias = self.key_bias.to(like.dtype).view(self.key_bias.shape[0], 1, 1, -1)
+        # In place: the merged bias is nobody else's, and may be the largest tensor of a block.
+        return key_bias if bias is None else bias.add_(key_bias)
 
     def _share(self, like: Tensor) -> Tensor:
         """`(B, 1, M - P)`: each patch row's share in the pooled output, by its size."""
-        if self.partition is None or self.partition.log_size is None:
+        if self.key_bias is None:
             rows = like.shape[1] - self.prefix
             return like.new_zeros(like.shape[0], 1, rows).softmax(-1)
-        return self.partition.log_size[:, None, self.prefix :].softmax(-1)
+        return self.key_bias[:, None, self.prefix :].softmax(-1)
 
     def _observe(self, query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> None:
         rows: slice

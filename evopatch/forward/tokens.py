@@ -21,8 +21,10 @@ from .block import SlowFastBlock, answering_tokens, can_read_out, run_tapped, se
 from .forward_pass import ForwardPass
 from .hooks import FullGrid
 from .host_state import HostState
+from .layout import Layout
 from .learned import correction_of, foresight_of
 from .look_ahead import Look, can_look_ahead
+from .mask import Mask
 from .protocols import PatchedBlock
 from .tap import AttentionTap
 from .token_counts import check_stage, check_tokens
@@ -42,6 +44,9 @@ class TokenPass(ForwardPass):
         self._entries: dict[int, tuple[Tensor, Tensor]] = {}
         self._first: dict[int, int] = {}
         self._foreseen: bool | None = None
+        self._layout = Layout(self.spec, self.stage_of)
+        self.mask = Mask(self.spec.mask, self.spec.prefix)
+        """Who is left out of attention."""
         self.entered: dict[int, Tensor] | None = None if state.passes is None else {}
         """Where somebody collects the passes, the tokens before each block, and after the last."""
 
@@ -55,15 +60,16 @@ class TokenPass(ForwardPass):
         inputs = dict(zip(block._evo_metric.parameters[1:], others, strict=False)) | kwargs
         for name, value in inputs.items():
             if name not in self.spec.trace.inputs and value is not None and value is not False:
-                self.refuse(name, index)
-                self.reads_prefix = False
+                if name != self.spec.mask:
+                    self.refuse(name, index)
+                self.reads_prefix = self.reads_prefix and self.active
 
         def run(x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
-            x = self._block_layout(index, x)
+            x = self._layout.of_block(index, x)
             out = own(block, x, **inputs) if tap is None else run_tapped(block, tap, x, **inputs)
-            return self._token_layout(out)
+            return self._layout.of_tokens(out)
 
-        return self._block_layout(index, self.advance(index, block, self._token_layout(x), inputs, run))
+        return self._layout.of_block(index, self.advance(index, block, self._layout.of_tokens(x), inputs, run))
 
     def advance(self, index: int, block: PatchedBlock, x: Tensor, inputs: Mapping[str, Any], run: Run) -> Tensor:
         """One block.
@@ -96,6 +102,7 @@ class TokenPass(ForwardPass):
             check_stage(x.shape[1], self.spec.pyramid.grids, self.stage_of[index], self.name)
         plan = self.plans[index]
         named = dict(inputs) | {name: inputs.get(name) for name in self.spec.trace.inputs}
+        self.mask.read(index, named, x, self.refuse)
         if self.keep_ratio(index) == 1.0:
             if not reads_out and not self._accumulates(index):
                 return run(x, named, None)
@@ -173,20 +180,23 @@ class TokenPass(ForwardPass):
     def _select(self, index: int, block: PatchedBlock, x: Tensor, inputs: dict[str, Any]) -> Partition:
         prefix = self.spec.prefix
         keep = num_slow(x.shape[1] - prefix, self.keep_ratio(index))
+        tokens_out = self.mask.left_out
+        left_out = None if tokens_out is None else tokens_out[:, prefix:]
         if self.representative != "matched":
-            return select_top(self._accumulated(index, x.device), keep, prefix, self.representative == "single")
+            g, single = self._accumulated(index, x.device), self.representative == "single"
+            return select_top(g, keep, prefix, single, left_out)
         if self.spec.pyramid is not None:
-            seen = self._token_layout(seen_tokens(block, self._block_layout(index, x), inputs))
+            seen = self._layout.of_tokens(seen_tokens(block, self._layout.of_block(index, x), inputs))
             features, g = F.normalize(seen[:, prefix:], dim=-1), self._accumulated(index, x.device)
         else:
-            look, running = Look(x, inputs, prefix, self.spec.readout), cast(Any, block)
+            look, running = Look(x, inputs, prefix, self.spec.readout, tokens_out), cast(Any, block)
             features = look.features(running)
             weights = foresight_of(running)
             if weights is None:
                 g = self._importance(index, look.ahead(self._looked_at(index), running), x.device)
             else:
-                g = foreseen(features, given(weights, features))
-        return select_matched(g, features, keep, prefix, self.importance)
+                g = foreseen(features, given(weights, features), left_out)
+        return select_matched(g, features, keep, prefix, self.importance, left_out)
 
     def _importance(self, index: int, ahead: Tensor | None, device: torch.device) -> Tensor:
         """What tokens are ranked by without foresight.
@@ -224,27 +234,6 @@ class TokenPass(ForwardPass):
         """`g` before a block that selects; the first block never does."""
         return self.g[index - 1].to(device)
 
-    def _block_layout(self, index: int, x: Tensor) -> Tensor:
-        """`(B, M, C)` tokens as the block takes them."""
-        if self.spec.tokens_first:
-            return x.transpose(0, 1)
-        if not self.spec.channels_first:
-            return x
-        assert self.spec.pyramid is not None
-        rows, columns = self.spec.pyramid.grids[self.stage_of[index]]
-        if x.shape[1] != rows * columns:
-            rows, columns = x.shape[1], 1
-        channels_first: Tensor = x.transpose(1, 2).unflatten(2, (rows, columns))
-        return channels_first
-
-    def _token_layout(self, x: Tensor) -> Tensor:
-        """The inverse of `_block_layout`."""
-        if self.spec.tokens_first:
-            return x.transpose(0, 1)
-        if not self.spec.channels_first:
-            return x
-        return x.flatten(2).transpose(1, 2)
-
     def _tapped(
         self,
         index: int,
@@ -263,6 +252,8 @@ class TokenPass(ForwardPass):
         if reads_out:
             everything = answering_tokens(block, x, tuple(inputs[name] for name in block._evo_metric.inputs))
             x = x[:, : spec.prefix]
+        if spec.mask in inputs:  # the tap has it
+            inputs[spec.mask] = None
         tap = AttentionTap(
             spec.prefix,
             spec.readout,
@@ -272,6 +263,7 @@ class TokenPass(ForwardPass):
             block._evo_name,
             self._full_grid(index, partition),
             everything,
+            self.mask,
         )
         out = run(x, inputs, tap)
         if not tap.used:

@@ -62,8 +62,13 @@ def _missed(
     seen, full = (_forward(patched, batch) for patched in (short, whole))
     x, partition = seen.entered[first], seen.partitions[first]
     given, own = seen.entered[last + 1], full.entered[last + 1]
-    rows = _rows(x, partition)
-    return x - rows, own - given if given.shape == own.shape == x.shape else None
+    if not given.shape == own.shape == x.shape:
+        return x, None
+    distance, difference = x - _rows(x, partition), own - given
+    if partition.complete:
+        return distance, difference
+    stays = (partition.group == partition.rows).unsqueeze(2)  # a mask leaves it out
+    return distance.masked_fill(stays, 0.0), difference.masked_fill(stays, 0.0)
 
 
 def _rows(x: Tensor, partition: Partition) -> Tensor:

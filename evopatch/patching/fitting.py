@@ -104,7 +104,9 @@ def _add(blocks: list[nn.Module], state: HostState, sums: dict[int, Regression])
         for index in range(seen.depth - 1, 0, -1):
             coming = coming + seen.g[index]
             x = seen.entered[index]
+            out = seen.mask.left_out
+            left_out = None if out is None else out[:, seen.spec.prefix :]
             features = Look(x, {}, seen.spec.prefix, seen.spec.readout).features(blocks[index])
             if index not in sums:
                 sums[index] = Regression(features.shape[-1], features.device)
-            sums[index].add(features, coming / (seen.depth - index))
+            sums[index].add(features, coming / (seen.depth - index), left_out)

@@ -16,7 +16,12 @@ from .adapter import Adapter
 # The library whose modules an adapter serves, and where the adapter is. Third parties add theirs as an entry point of
 # the group "evopatch.adapters", named by the library: `mylibrary = "mypackage.evopatch:MyAdapter"`. Theirs come first.
 _BUILT_IN = {
-    "timm": ("evopatch_timm.vit:ViTAdapter", "evopatch_timm.levit:LevitAdapter", "evopatch_timm.swin:SwinAdapter"),
+    "timm": (
+        "evopatch_timm.vit:ViTAdapter",
+        "evopatch_timm.levit:LevitAdapter",
+        "evopatch_timm.swin:SwinAdapter",
+        "evopatch_timm.naflex:NaFlexAdapter",
+    ),
     "transformers": (
         "evopatch_transformers.vit:ViTAdapter",
         "evopatch_transformers.levit:LevitAdapter",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from comparing import moved, twins
+from correcting import correct
 from matrix import every
 from variants import FLAT, build, call, images_for
 
@@ -11,9 +12,8 @@ from evopatch import EvoConfig, UnsupportedModelError
 from evopatch.algorithm.correction import Regression, missed
 from evopatch.algorithm.partition import merge
 from evopatch.algorithm.selection import select_matched
-from evopatch.forward.learned import correction_of, give_correction
-from evopatch.patching.correcting import fit_correction, runs_of
-from evopatch.patching.fitting import blocks_of
+from evopatch.forward.learned import correction_of
+from evopatch.patching.correcting import runs_of
 from evopatch.patching.handle import Patched
 from evopatch.patching.learning import learned, set_learned
 
@@ -24,13 +24,6 @@ def corrected(name, config=CONFIG):
     model = evopatch.apply(build(name), config=config)
     correct(model, images_for(name, 16))
     return model
-
-
-def correct(model, images):
-    patched = Patched(model)
-    blocks = blocks_of(patched, patched.host)
-    for first, last in runs_of(patched.host.state.plans):
-        give_correction(blocks[last], first, fit_correction(model, images, first, last))
 
 
 @torch.no_grad()

@@ -13,7 +13,17 @@ import evopatch
 from evopatch import EvoConfig
 
 # Queries or keys normalised or rotated, biased by place, of a fused layer that isn't called, or of several cores.
-PLAIN_NOT = {"qk_norm", "rope", "rope_mixed", "rope_dinov3", "hf_dinov3", "relpos", "relpos_class", "relpos_shared"}
+PLAIN_NOT = {
+    "qk_norm",
+    "naflex_rope",
+    "rope",
+    "rope_mixed",
+    "rope_dinov3",
+    "hf_dinov3",
+    "relpos",
+    "relpos_class",
+    "relpos_shared",
+}
 PLAIN_NOT |= {
     "hf_blip2",
     "eva",

@@ -119,18 +119,18 @@ def test_flex_attention_checks_the_mask_that_transformers_makes_for_it():
 
 @pytest.mark.parametrize("name", ["hf_vit", "hf_vit_eager", "hf_dinov2", "hf_clip", "hf_dinov3"])
 @torch.no_grad()
-def test_attention_masks_are_refused(name):
+def test_masks_of_more_than_padding_are_refused(name):
     model, x = build(name), images()
     tokens = next(iter(model(x, output_hidden_states=True).hidden_states)).shape[1]
     layer = next(m for m in model.modules() if type(m).__name__.endswith(("Layer", "EncoderLayer")))
-    mask = torch.zeros(2, 1, tokens, tokens)
+    mask = torch.full((2, 1, tokens, tokens), -1e9).triu(1)
     evopatch.apply(model)
-    with pytest.raises(evopatch.UnsupportedInputError, match="attention_mask was passed .* at block 0"):
+    with pytest.raises(evopatch.UnsupportedInputError, match=r"attention_mask .*was passed .* at block 0"):
         layer(torch.randn(2, tokens, 48), mask, **new_pass(model))
     if name in ("hf_vit", "hf_vit_eager", "hf_dinov2"):
         keep = torch.ones(2, tokens, dtype=torch.long)
         torch.testing.assert_close(call(model, x, attention_mask=keep), call(model, x))
-        keep[:, -3:] = 0
+        keep[:, :3] = 0  # the class token among them
         with pytest.raises(evopatch.UnsupportedInputError, match=r"set_keep_ratio\(model, 1.0\)"):
             model(x, attention_mask=keep)
         evopatch.set_keep_ratio(model, 1.0)

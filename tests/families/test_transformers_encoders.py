@@ -9,8 +9,14 @@ from comparing import moved
 from matrix import cases
 from transformers.models.git.configuration_git import GitVisionConfig
 from transformers.models.git.modeling_git import GitVisionModel
+from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
+from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
+from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2VisionConfig
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2VisionModel
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
 import evopatch
 from evopatch import UnsupportedInputError, UnsupportedModelError
@@ -42,7 +48,34 @@ def listening():
     return transformers.ASTForAudioClassification(transformers.ASTConfig(**SMALL, max_length=64, num_mel_bins=32))
 
 
+def beit(**others):
+    config = transformers.BeitConfig(**SMALL, image_size=40, patch_size=8, num_labels=7, **others)
+    return transformers.BeitForImageClassification(config)
+
+
+def depth():
+    config = transformers.DPTConfig(
+        **SMALL, image_size=40, patch_size=8, backbone_out_indices=[2, 3, 4, 5], neck_hidden_sizes=[8, 8, 8, 8]
+    )
+    return transformers.DPTForDepthEstimation(config)
+
+
+def of_config(name, **others):
+    return getattr(transformers, f"{name}Model")(
+        getattr(transformers, f"{name}Config")(**SMALL, image_size=40, patch_size=8, **others)
+    )
+
+
 MODELS = {
+    "beit": (beit, IMAGES),
+    "beit_biased": (lambda: beit(use_relative_position_bias=True, use_mean_pooling=False), IMAGES),
+    "beit_shared": (lambda: beit(use_shared_relative_position_bias=True), IMAGES),
+    "dpt": (depth, IMAGES),
+    "internvl": (lambda: transformers.InternVLVisionModel(
+        transformers.InternVLVisionConfig(**SMALL, image_size=[40, 40], patch_size=[8, 8])), IMAGES),
+    "pixio": (lambda: of_config("Pixio", n_cls_tokens=3), IMAGES),
+    "tipsv2": (lambda: named("Tipsv2"), IMAGES),
+    "radio": (lambda: of_config("Radio", max_img_size=40, num_cls_tokens=2, num_registers=3), IMAGES),
     "altclip": (lambda: named("AltCLIP"), IMAGES),
     "chinese_clip": (lambda: named("ChineseCLIP"), IMAGES),
     "metaclip_2": (lambda: named("MetaClip2"), IMAGES),
@@ -53,6 +86,9 @@ MODELS = {
     "instructblipvideo": (lambda: named("InstructBlipVideo"), IMAGES),
     "janus": (lambda: named("Janus", mlp_ratio=2), IMAGES),
     "kosmos2": (lambda: Kosmos2VisionModel(Kosmos2VisionConfig(**SMALL, image_size=40, patch_size=8)), IMAGES),
+    "idefics2": (lambda: Idefics2VisionTransformer(Idefics2VisionConfig(**SMALL, image_size=40, patch_size=8)), IMAGES),
+    "idefics3": (lambda: Idefics3VisionTransformer(Idefics3VisionConfig(**SMALL, image_size=40, patch_size=8)), IMAGES),
+    "smolvlm": (lambda: SmolVLMVisionTransformer(SmolVLMVisionConfig(**SMALL, image_size=40, patch_size=8)), IMAGES),
     "git": (lambda: GitVisionModel(GitVisionConfig(**SMALL, image_size=40, patch_size=8)), IMAGES),
     "vitpose": (pose, (2, 3, 64, 48)),
     "videomae": (lambda: of_video("VideoMAE", tubelet_size=2), VIDEOS),
@@ -73,7 +109,7 @@ def made(name):
 
 
 def result(out):
-    keys = ("logits", "heatmaps", "last_hidden_state")
+    keys = ("logits", "heatmaps", "predicted_depth", "last_hidden_state")
     return next(out[key] for key in keys if out.get(key) is not None)
 
 
@@ -151,3 +187,79 @@ def test_encoders_that_are_refused(build, text):
     with pytest.raises(UnsupportedModelError, match=text):
         evopatch.apply(model)
     assert not evopatch.is_patched(model)
+
+
+@cases("name", ["idefics2", "idefics3", "smolvlm"], fast=["smolvlm"])
+@torch.no_grad()
+def test_images_of_other_sizes_are_filled_up(name):
+    model, x = made(name)
+    there = torch.ones(2, 5, 5, dtype=torch.bool)
+    there[1, 3:] = there[1, :, 3:] = False
+    evopatch.apply(model)
+    seen = there.repeat_interleave(8, 1).repeat_interleave(8, 2).unsqueeze(1)
+    other = torch.where(seen, x, 9 * torch.randn(x.shape))
+    found = model(x, patch_attention_mask=there).last_hidden_state[there.flatten(1)]
+    assert torch.equal(model(other, patch_attention_mask=there).last_hidden_state[there.flatten(1)], found)
+    assert moved(model(x).last_hidden_state[there.flatten(1)], found) > 1e-3
+    selected = evopatch.token_selection(model, x, patch_attention_mask=there)[1, -1]
+    assert selected.any()
+    assert not (selected & ~there[1]).any()
+
+
+@torch.no_grad()
+def test_what_layers_with_a_position_bias_refuse():
+    model, x = made("beit_biased")
+    evopatch.apply(model)
+    with pytest.raises(UnsupportedInputError, match="attention_mask was passed to 'beit', which adds its position bias"):
+        model.beit(x, attention_mask=torch.ones(2, 26, dtype=torch.long))
+    with pytest.raises(UnsupportedInputError, match="interpolate_pos_encoding, by which a layer resizes its position"):
+        model(x, interpolate_pos_encoding=True)
+    evopatch.set_keep_ratio(model, 1.0)
+    assert torch.isfinite(model(x, interpolate_pos_encoding=True).logits).all()
+
+
+@cases("name", ["beit_biased", "beit_shared"], fast=["beit_biased"])
+@torch.no_grad()
+def test_a_position_bias_counts(name):
+    model, x = made(name)
+    evopatch.apply(model)
+    found = model(x).logits
+    for parameter_name, parameter in model.named_parameters():
+        if "relative_position_bias_table" in parameter_name:
+            parameter.mul_(-1.0)
+    assert moved(model(x).logits, found) > 1e-4
+
+
+@torch.no_grad()
+def test_packed_images_are_refused():
+    model, x = made("radio")
+    grid = torch.tensor([[5, 5], [5, 5]])
+    patches = x.view(2, 3, 5, 8, 5, 8).permute(0, 2, 4, 1, 3, 5).reshape(50, -1)
+    assert torch.isfinite(model(patches, image_grid_hw=grid).last_hidden_state).all()
+    evopatch.apply(model)
+    with pytest.raises(UnsupportedInputError, match="cu_seqlens was passed to the patched model"):
+        model(patches, image_grid_hw=grid)
+
+
+@pytest.mark.parametrize("name", ["internvl", "smolvlm"])
+def test_layers_on_a_view(name):
+    """Encoders that pass no keyword arguments on."""
+    model, x = made(name)
+    stock = gradients(model, x)
+    evopatch.apply(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = result(model(x))
+        torch.testing.assert_close(result(compiled(x)), expected, atol=2e-5, rtol=2e-5)
+        exported = torch.export.export(model, (x,), strict=False).module()
+        torch.testing.assert_close(result(exported(x)), expected, atol=2e-5, rtol=2e-5)
+        with pytest.raises(evopatch.BypassError, match="called from outside"):
+            next(m for m in model.modules() if type(m).__name__.endswith("Layer"))(torch.randn(1, 26, 48))
+    plain = gradients(model.train(), x)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    saving = gradients(model, x)
+    assert {n for n, g in saving.items() if g is not None} == {n for n, g in stock.items() if g is not None}
+    for parameter, gradient in plain.items():
+        if gradient is not None:
+            torch.testing.assert_close(saving[parameter], gradient, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,73 @@
+"""Encoders of transformers that call their layers with the tokens alone, or little else: they run on a view.
+
+An encoder's class may be swapped, as transformers finds by the class of a whole model, and of a layer, what to record.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from evopatch.errors import UnsupportedModelError
+from evopatch.forward.block import SlowFastBlock
+from evopatch.forward.host_state import HostState
+from evopatch.forward.walk import PatchedHost, walk
+from evopatch.patching.adapter import Change, block_changes, named_blocks, passages
+
+from . import interface
+from .passing import passes_keywords
+from .recording import is_recorded
+
+
+class SlowFastEncoder(PatchedHost):
+    """Mixin of a patched encoder that runs on a view."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder's own, on slow-fast layers."""
+        host: Any = self
+        asked = kwargs.get("output_hidden_states", getattr(host.config, "output_hidden_states", False))
+        # A checkpointed layer may depend on its arguments only.
+        layers = host.get_submodule(str(self._evo_state.spec.blocks))
+        checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers)
+        compact = not asked and not is_recorded("hidden_states") and not checkpointed
+        return walk(self, "forward", *args, compact=compact, **kwargs)
+
+
+class ViewedLayer(SlowFastBlock):
+    """Mixin of a patched layer of such an encoder."""
+
+    @staticmethod
+    def _evo_traceable(block: nn.Module, cores: tuple[str, ...]) -> nn.Module:
+        return interface.traceable(block, cores[-1])
+
+
+def runs_on_view(host: nn.Module) -> bool:
+    """Whether a host doesn't pass keyword arguments on to its layers, in which the state could travel.
+
+    Raises:
+        UnsupportedModelError: If it doesn't, and is a whole model, whose class has to stay.
+    """
+    cls = type(host)
+    parameters = inspect.signature(cls.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters) and passes_keywords(cls):
+        return False
+    if isinstance(host, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{cls.__module__}.{cls.__qualname__} doesn't pass its **kwargs on to its layers in transformers "
+            f"{transformers.__version__}: expected it to take and pass them, since the state of a forward pass travels "
+            "in them. Use a newer version of transformers, or pass **kwargs on"
+        )
+    return True
+
+
+def plan(host: nn.Module, state: HostState) -> list[Change]:
+    """Every change to a host, its layers and their attention modules."""
+    changes = [Change(host, SlowFastEncoder, {"_evo_state": state}), *passages(host, state.index_of)]
+    for name, layer in named_blocks(host, state):
+        interface.check_attends(layer, name, state.spec.trace)
+        changes += block_changes(layer, name, state, ViewedLayer, interface.TappedInterface)
+    return changes

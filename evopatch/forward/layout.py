@@ -1,0 +1,41 @@
+"""How the tensors that a host's blocks take hold tokens, and the way there and back."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .spec import HostSpec
+
+
+class Layout:
+    """Of one host.
+
+    Args:
+        spec: What its adapter says about it.
+        stage_of: The stage of each block.
+    """
+
+    def __init__(self, spec: HostSpec, stage_of: tuple[int, ...]) -> None:
+        self._spec, self._stage_of = spec, stage_of
+
+    def of_block(self, index: int, x: Tensor) -> Tensor:
+        """`(B, M, C)` tokens as a block takes them: so, or `(M, B, C)`, or `(B, C, h, w)`; the compact set as one
+        column."""
+        if self._spec.tokens_first:
+            return x.transpose(0, 1)
+        if not self._spec.channels_first:
+            return x
+        assert self._spec.pyramid is not None
+        rows, columns = self._spec.pyramid.grids[self._stage_of[index]]
+        if x.shape[1] != rows * columns:
+            rows, columns = x.shape[1], 1
+        channels_first: Tensor = x.transpose(1, 2).unflatten(2, (rows, columns))
+        return channels_first
+
+    def of_tokens(self, x: Tensor) -> Tensor:
+        """The inverse."""
+        if self._spec.tokens_first:
+            return x.transpose(0, 1)
+        if not self._spec.channels_first:
+            return x
+        return x.flatten(2).transpose(1, 2)
