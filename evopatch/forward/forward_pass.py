@@ -32,6 +32,8 @@ class ForwardPass(ABC):
         # Taken once: a checkpointed block is recomputed in backward, maybe after the settings changed.
         self.name, self.spec, self.plans, self.active = state.name, state.spec, state.plans, state.active
         self._keep_ratios = state.keep_ratios
+        self.given: dict[int, Tensor] = {}
+        """By block what its first module works on, where the host adds that to what the module gives."""
         self.modules: list[nn.Module] = []
         """What the host will call, in order."""
         self.representative, self.importance = state.config.representative, state.config.importance
@@ -53,13 +55,17 @@ class ForwardPass(ABC):
         if state.passes is not None:
             state.passes.append(self)
 
-    def begin(self, blocks: Iterable[nn.Module]) -> None:
+    def begin(self, blocks: Iterable[nn.Module], followers: Iterable[nn.Module] = ()) -> None:
         """Before the first block runs.
 
         Args:
-            blocks: What the host will call.
+            blocks: What the host will call; of blocks of several modules the first ones.
+            followers: The other modules of such blocks.
         """
-        blocks = self.modules = list(blocks)
+        self.modules = list(blocks)
+        blocks = [*self.modules, *followers]
+        if self.spec.adds and torch.compiler.is_compiling():
+            self.compact = False  # see `walk.Added`
         # A wrapper around a block, such as torch's checkpoint_wrapper, may run the block again by itself.
         if any(not isinstance(block, Steered) or is_recomputed(block) for block in blocks):
             self.compact = False
@@ -67,7 +73,7 @@ class ForwardPass(ABC):
         if self.active and not torch.compiler.is_compiling() and any(wants_tokens(block) for block in blocks):
             self.hooks_see = True
             self.compact = False
-        if self.reads_prefix and blocks and wants_tokens(blocks[-1]):
+        if self.reads_prefix and self.modules and wants_tokens(self.modules[-1]):
             self.reads_prefix = False
 
     def keep_ratio(self, index: int) -> float:

@@ -80,6 +80,8 @@ class HostSpec:
     weights change: such as LeViT's position biases."""
     pyramid: Pyramid | None = None
     """None for a flat model."""
+    adds: bool = False
+    """The host adds what every module of a block gives to what it was given: `x = attn(x) + x`, `x = ff(x) + x`."""
     channels_first: bool = False
     """Blocks take `(B, C, h, w)` instead of `(B, T, C)`."""
     tokens_first: bool = False

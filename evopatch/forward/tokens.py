@@ -103,6 +103,8 @@ class TokenPass(ForwardPass):
         plan = self.plans[index]
         named = dict(inputs) | {name: inputs.get(name) for name in self.spec.trace.inputs}
         self.mask.read(index, named, x, self.refuse)
+        if self.spec.adds:
+            self.given[index] = x
         if self.keep_ratio(index) == 1.0:
             if not reads_out and not self._accumulates(index):
                 return run(x, named, None)
@@ -122,10 +124,18 @@ class TokenPass(ForwardPass):
             return self.leave(index, out)
         # The modules that follow the first one of a block see what somebody's hooks on them are to see.
         full_grid = self._full_grid(index, partition)
+        if self.spec.adds:
+            self.given[index] = compact if full_grid is None else full_grid.show(compact)
         return out if full_grid is None else cast(Tensor, full_grid.show(out))
 
     def leave(self, index: int, x: Tensor) -> Tensor:
         """Put the full grid back where a run ends, or somebody looks."""
+        out = self._put_back(index, x)
+        if self.entered is not None:
+            self.entered[index + 1] = out
+        return out
+
+    def _put_back(self, index: int, x: Tensor) -> Tensor:
         plan = self.plans[index]
         # Pruned models (timm's prune_intermediate_layers) end before their last run does.
         if self.keep_ratio(index) == 1.0 or (self.compact and not plan.ends and index + 1 < self.depth):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from ..errors import UnsupportedInputError
+from ..errors import BypassError, UnsupportedInputError
 from ..rewrite.classes import Swapped, host_class
 from ..rewrite.view import Call, ContainerView, View, check_steered, on_view
 from .forward_pass import ForwardPass
@@ -77,7 +78,8 @@ def viewed(host: Any, forward_pass: ForwardPass, path: str = "") -> Any:
     steps: list[Step] = []
     view = View(host, _changed(host, path, forward_pass, steps))
     forward_pass.depth = max([forward_pass.depth, *(step.index + 1 for step in steps)])
-    forward_pass.begin(module for step in steps for module in (step.block, *step.followers))
+    followers = [module for step in steps for module in step.followers]
+    forward_pass.begin((step.block for step in steps), followers)
     return view
 
 
@@ -112,6 +114,8 @@ def _joined(children: dict[str, Any], forward_pass: ForwardPass) -> dict[str, An
         if following and last is not None:
             last.followers.append(child)
             following -= 1
+            if forward_pass.spec.adds:
+                joined[name] = _added_nothing
             continue
         joined[name] = child
         if isinstance(child, Step):
@@ -131,14 +135,48 @@ class Step:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Through the block's __call__, so that its hooks run, and whatever shards or offloads its weights.
         out = self.block(*args, evo=partial(self._pass.run, self.index), **kwargs)
-        if not self.followers:
-            return out
-        return self._pass.leave(self.index, self._follow(out))
+        if self._pass.spec.adds:
+            out = out + self._pass.given.pop(self.index, args[0])
+        if self.followers:
+            out = self._pass.leave(self.index, self._follow(out))
+        return _added(out, args[0]) if self._pass.spec.adds else out
 
     def _follow(self, x: Tensor) -> Tensor:
         for module in self.followers:
-            x = module(x)
+            x = module(x) + x if self._pass.spec.adds else module(x)
         return x
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
+
+
+class Added:
+    """What a host gets that adds it to the tokens: their sum is what the whole block gives, be it the compact set.
+
+    Args:
+        out: That.
+        given: What the host will add.
+    """
+
+    def __init__(self, out: Tensor, given: Tensor) -> None:
+        self._out, self._given = out, given
+
+    def __add__(self, other: Any) -> Tensor:
+        if other is not self._given:
+            raise BypassError(
+                "what a part of a block gave was added to something else than what the part was given: expected "
+                "`x = part(x) + x`, as the host's source said"
+            )
+        return self._out
+
+    __radd__ = __add__
+
+
+def _added(out: Tensor, given: Tensor) -> Any:
+    # torch.compile follows no sum of a tensor and something else; every block takes and gives all tokens then.
+    return out - given if torch.compiler.is_compiling() else Added(out, given)
+
+
+def _added_nothing(x: Tensor) -> Any:
+    """Stands for the parts of a block that its first one's step has run already."""
+    return _added(x, x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ..errors import ConfigError, UnsupportedModelError
 from ..forward.spec import HostSpec
 from ..forward.walk import PatchedHost, refuse_symbolic, walk
-from ..rewrite.classes import host_class
+from ..rewrite.classes import Steered, host_class
 from ..rewrite.fast_paths import forward_of
 from ..rewrite.tracing import TraceSpec, attention_cores
 from ..rewrite.walking import Manner
-from .adapter import Adapter
+from .adapter import Adapter, Change
 from .containers import container_of, walked_by, walkers_of
+from .parts import Summed, check_parts, parts
 from .patch_tokens import block_inputs, check_prefix, check_tokens_seen, patch_size_of, sample_image
 from .probe import takes_tokens_first, width_of
 
@@ -89,17 +90,26 @@ class OwnModel(Adapter):
         self.host = model.get_submodule(self.host_name)
         self._walkers = walkers_of(self.host, path)
         names = [f"{blocks}.{name}" for name in container._modules]
-        absent = _other_inputs(container[0], names[0], token_inputs)
+        tried_blocks: list[nn.Module] = list(container)
+        adds = isinstance(container[0], nn.ModuleList)
+        if adds:
+            check_parts(self.host, path, dict(zip(names, container, strict=True)))
+            names, tried_blocks = [f"{name}.0" for name in names], [Summed(block) for block in container]
+        first = model.get_submodule(names[0])
+        absent = _other_inputs(first, names[0], token_inputs)
         trace = TraceSpec(tuple(token_inputs), absent=tuple(name for name in absent if name not in token_inputs))
-        for name, block in zip(names, container, strict=True):
-            _check_attends(block, name, trace)
+        for name in names:
+            _check_attends(model.get_submodule(name), name, trace)
         self._spec = HostSpec(
-            blocks=path,
+            blocks=(tuple(parts(path, container)),) if adds else path,
+            adds=adds,
             prefix=prefix,
             readout=readout,
             trace=trace,
             token_inputs=tuple(token_inputs),
-            tokens_first=_probed(model, names, prefix, token_inputs, absent, images, tried),
+            tokens_first=_probed(
+                model, dict(zip(names, tried_blocks, strict=True)), prefix, token_inputs, absent, images, tried
+            ),
             patch_size=patch_size_of(model),
         )
 
@@ -126,7 +136,9 @@ class OwnModel(Adapter):
     def plan(self, host: nn.Module, state: Any) -> Any:
         first, *others = super().plan(host, state)
         attributes = {**first.attributes, "_evo_walkers": self._walkers}
-        return [type(first)(first.module, first.mixin, attributes), *others]
+        # Of the parts of a block the first one attends, and has changes of its own.
+        later = [Change(host.get_submodule(path), Steered, {}) for _, *paths in state.blocks for path in paths]
+        return [Change(first.module, first.mixin, attributes), *others, *later]
 
 
 def _other_inputs(block: nn.Module, name: str, token_inputs: Sequence[str]) -> list[str]:
@@ -146,9 +158,8 @@ def _other_inputs(block: nn.Module, name: str, token_inputs: Sequence[str]) -> l
 def _check_attends(block: nn.Module, name: str, trace: TraceSpec) -> None:
     if isinstance(block, (nn.ModuleList, nn.ModuleDict)):
         raise UnsupportedModelError(
-            f"{name} is a {type(block).__name__}, whose parts the model calls one by one and adds up by itself: "
-            "expected a block that is called as a whole, (B, T, C) to (B, T, C). Put what is done with the parts into "
-            "a module's forward, with the same names inside it so that checkpoints fit"
+            f"{name} is a {type(block).__name__}: expected a block that is called, or lists of parts at every place of "
+            "the container"
         )
     if not attention_cores(block, trace):
         raise UnsupportedModelError(
@@ -160,15 +171,15 @@ def _check_attends(block: nn.Module, name: str, trace: TraceSpec) -> None:
 
 def _probed(
     model: nn.Module,
-    names: Sequence[str],
+    blocks: Mapping[str, nn.Module],
     prefix: int,
     token_inputs: Sequence[str],
     absent: Sequence[str],
     images: Tensor | None,
     tried: bool,
 ) -> bool:
-    """Whether the blocks take `(T, B, C)`; all checks passed."""
-    first, name = model.get_submodule(names[0]), names[0]
+    """Whether the blocks, by the name of what the model calls, take `(T, B, C)`; all checks passed."""
+    name, first = next(iter(blocks.items()))
     channels = width_of(first)
     if channels is None:
         raise UnsupportedModelError(f"{name} ({type(first).__name__}): no layer says how many channels its tokens have")
@@ -180,21 +191,22 @@ def _probed(
     tables = {given: inputs[given] for given in token_inputs if inputs.get(given) is not None}
     others = [other for other in absent if other not in tables]
     layouts = {
-        name: takes_tokens_first(block, name, channels, prefix, others, tables) for name, block in _kinds(model, names)
+        name: takes_tokens_first(block, name, channels, prefix, others, tables) for name, block in _kinds(blocks)
     }
     if len(set(layouts.values())) > 1:
         raise UnsupportedModelError(f"some blocks take (B, T, C) and some (T, B, C): {', '.join(layouts)}")
     tokens_first = layouts[name]
+    if tokens_first and isinstance(first, Summed):
+        raise UnsupportedModelError(f"the parts of {name.rpartition('.')[0]} take (T, B, C): expected (B, T, C)")
     if x is not None and images is not None:
         check_tokens_seen(x.shape[0 if tokens_first else 1], prefix, patch_size_of(model), images)
     return tokens_first
 
 
-def _kinds(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
+def _kinds(blocks: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
     """The first block of each structure, by the classes of the modules in it."""
     found: dict[tuple[Any, ...], tuple[str, nn.Module]] = {}
-    for name in names:
-        block = model.get_submodule(name)
+    for name, block in blocks.items():
         found.setdefault(tuple((path, type(inner)) for path, inner in block.named_modules()), (name, block))
     return list(found.values())
 

@@ -20,11 +20,17 @@ _TOKEN = re.compile("cls|class_|token|regist|dist")
 
 
 def patch_size_of(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width in pixels, by the model's first convolution; None where that isn't one over patches."""
+    """Height and width in pixels, by the model's first convolution; None where that isn't one over patches. Without any
+    convolution by what is called `patch_size`."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             whole = module.kernel_size == module.stride and module.padding in ((0, 0), "valid") and module.groups == 1
             return (module.kernel_size[0], module.kernel_size[1]) if whole else None
+    for module in model.modules():
+        size = module.__dict__.get("patch_size")
+        pair = (size, size) if isinstance(size, int) else size
+        if isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(side, int) for side in pair):
+            return pair[0], pair[1]
     return None
 
 

@@ -95,7 +95,8 @@ def _candidate(model: nn.Module, path: str, container: nn.Module, every: bool) -
 def _prefix_tokens(model: nn.Module, path: str, container: nn.Module) -> int | None:
     name, block = next(container.named_children())
     channels = width_of(block)
-    if channels is None or isinstance(block, (nn.ModuleList, nn.ModuleDict)):
+    if channels is None:
         return None
+    called = f"{path}.{name}.0" if isinstance(block, nn.ModuleList) else f"{path}.{name}"
     likely = likely_prefix(model, channels)
-    return prefix_seen(model, f"{path}.{name}", channels) if likely is None else likely
+    return prefix_seen(model, called, channels) if likely is None else likely

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from .adding import adds_up
 from .source import source_of
 
 
@@ -27,6 +28,20 @@ class Manner(IntEnum):
     """The same, or through a function that computes single blocks anew in backward."""
     LOOKING = 2
     """In any other way."""
+
+
+def adds_parts(cls: type[nn.Module], container: str) -> bool:
+    """Whether whoever walks over a container of lists of parts adds up what they give, as `adding.adds_up` says."""
+    loops = [loop for functions in _methods(cls).values() for f in functions for loop in _loops(f, container)]
+    return bool(loops) and all(adds_up(loop)[0] for loop in loops)
+
+
+def _loops(function: Callable[..., Any], container: str) -> list[ast.For]:
+    """A function's loops that call what is in the container."""
+    tree = source_of(inspect.unwrap(function))
+    loops = [] if tree is None else [loop for loop in ast.walk(tree) if isinstance(loop, ast.For)]
+    over = [loop for loop in loops if any(_is_mention(node, container) for node in ast.walk(loop.iter))]
+    return [loop for loop in over if any(_calls(statement, _items(loop.target)) for statement in loop.body)]
 
 
 def walkers(cls: type[nn.Module], container: str) -> dict[str, Manner]:
@@ -156,6 +171,9 @@ def _loop(loop: ast.For) -> Manner | None:
     items = _items(loop.target)
     if not any(_calls(statement, items) for statement in loop.body):
         return None
+    adds, looks = adds_up(loop)
+    if adds:
+        return Manner.LOOKING if looks else Manner.PLAIN
     steps: list[tuple[str, Manner]] = []
     others: list[ast.AST] = []
     _collect(loop.body, items, steps, others)

@@ -34,6 +34,7 @@ PLAIN_NOT |= {
     "own_rotary",
     "own_function",
     "own_softmax",
+    "own_parts",
 }
 LOOK_AHEAD = FLAT - PLAIN_NOT
 

@@ -71,8 +71,12 @@ MODELS = {
     "beit_biased": (lambda: beit(use_relative_position_bias=True, use_mean_pooling=False), IMAGES),
     "beit_shared": (lambda: beit(use_shared_relative_position_bias=True), IMAGES),
     "dpt": (depth, IMAGES),
-    "internvl": (lambda: transformers.InternVLVisionModel(
-        transformers.InternVLVisionConfig(**SMALL, image_size=[40, 40], patch_size=[8, 8])), IMAGES),
+    "internvl": (
+        lambda: transformers.InternVLVisionModel(
+            transformers.InternVLVisionConfig(**SMALL, image_size=[40, 40], patch_size=[8, 8])
+        ),
+        IMAGES,
+    ),
     "pixio": (lambda: of_config("Pixio", n_cls_tokens=3), IMAGES),
     "tipsv2": (lambda: named("Tipsv2"), IMAGES),
     "radio": (lambda: of_config("Radio", max_img_size=40, num_cls_tokens=2, num_registers=3), IMAGES),
@@ -210,7 +214,9 @@ def test_images_of_other_sizes_are_filled_up(name):
 def test_what_layers_with_a_position_bias_refuse():
     model, x = made("beit_biased")
     evopatch.apply(model)
-    with pytest.raises(UnsupportedInputError, match="attention_mask was passed to 'beit', which adds its position bias"):
+    with pytest.raises(
+        UnsupportedInputError, match="attention_mask was passed to 'beit', which adds its position bias"
+    ):
         model.beit(x, attention_mask=torch.ones(2, 26, dtype=torch.long))
     with pytest.raises(UnsupportedInputError, match="interpolate_pos_encoding, by which a layer resizes its position"):
         model(x, interpolate_pos_encoding=True)

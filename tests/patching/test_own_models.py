@@ -329,21 +329,6 @@ def test_every_kind_of_block_is_run():
         evopatch.apply(model, blocks="blocks", prefix_tokens=1)
 
 
-class Separate(nn.Module):
-    """Attention and MLP are called, and added, by the model."""
-
-    def __init__(self):
-        super().__init__()
-        attention = [nn.MultiheadAttention(WIDTH, 4, batch_first=True) for _ in range(3)]
-        self.layers = nn.ModuleList([nn.ModuleList([each, nn.Linear(WIDTH, WIDTH)]) for each in attention])
-
-    def forward(self, x):
-        for attention, linear in self.layers:
-            x = x + attention(x, x, x)[0]
-            x = x + linear(x)
-        return x
-
-
 @pytest.mark.parametrize(
     ("said", "error", "text"),
     [
@@ -367,12 +352,6 @@ def test_what_is_said_wrong(said, error, text):
     with pytest.raises(error, match=text):
         evopatch.apply(model, **said)
     assert not evopatch.is_patched(model)
-
-
-def test_parts_that_are_called_one_by_one():
-    text = r"layers\.0 is a ModuleList, whose parts the model calls one by one"
-    with pytest.raises(UnsupportedModelError, match=text):
-        evopatch.apply(Separate(), blocks="layers", prefix_tokens=0)
 
 
 def test_a_wrong_number_of_prefix_tokens():
@@ -484,7 +463,6 @@ def test_inspect():
     assert found(build("vit")) == {"": "evopatch.apply(model)"}
     assert found(nn.Sequential(build("vit"), nn.Identity())) == {"0": "evopatch.apply(model)"}
     assert found(torchvision.models.resnet18()) == {}
-    assert "whose parts the model calls one by one" in found(Separate())["layers"]
     cait = found(timm.create_model("cait_xxs24_224"))
     assert "stands between the product of queries and keys and the softmax" in cait["blocks"]
     text = str(evopatch.inspect(tower()))

@@ -267,6 +267,39 @@ class OwnEncoderLayers(OwnViT):
         return nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, self.dropout, batch_first=True, norm_first=True)
 
 
+class NormedAttention(SoftmaxModule):
+    """With the norm before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x):
+        return SoftmaxModule.forward(self, self.norm(x))
+
+
+class OwnParts(OwnViT):
+    """The parts of a block are called one by one, and added up outside of them."""
+
+    def block(self):
+        return nn.ModuleList([NormedAttention(), nn.Sequential(nn.LayerNorm(WIDTH), mlp(self.dropout))])
+
+    def encode(self, x):
+        x = self.embed(x)
+        for attn, ff in self.blocks:
+            x = attn(x) + x
+            x = ff(x) + x
+        return self.norm(x)
+
+    def features(self, x):
+        x, found = self.embed(x), []
+        for attn, ff in self.blocks:
+            x = attn(x) + x
+            x += ff(x)
+            found.append(x)
+        return found
+
+
 FLAT: dict[str, Callable[..., nn.Module]] = {
     "own": OwnRegisters,
     "own_rotary": OwnRotary,
@@ -275,6 +308,7 @@ FLAT: dict[str, Callable[..., nn.Module]] = {
     "own_function": OwnByFunction,
     "own_multihead": OwnMultihead,
     "own_encoder_layers": OwnEncoderLayers,
+    "own_parts": OwnParts,
 }
 
 
