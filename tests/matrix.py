@@ -14,6 +14,15 @@ import evopatch
 FAST = frozenset({"vit", "gap", "hf_vit", "levit", "hf_levit", "swin", "hf_swin"})
 """One structure of each kind and library, and one that reads its pooled patches: what `-m "not slow"` covers."""
 
+SAME_GRAPH = frozenset(
+    """
+    clip deit_distilled dinov2 siglip reg_gap naflex hf_deit hf_deit_masked hf_vit_masked hf_vit_model hf_msn
+    hf_registers_backbone hf_ijepa levit_distilled hf_levit_model
+    """.split()  # noqa: SIM905
+)
+"""Structures whose blocks and walk are those of another one, with another embedding or head around them: what is
+recorded of a model, compiled or exported, holds the same operators."""
+
 REPRESENTATIVES = ("matched", "single", "none")
 EACH_REPRESENTATIVE = pytest.mark.parametrize("representative", REPRESENTATIVES)
 EACH_SELECTION = pytest.mark.parametrize("selection", ["stage", "layer"])

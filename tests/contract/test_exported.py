@@ -3,13 +3,13 @@
 import pytest
 import torch
 from comparing import moved
-from matrix import by_representative, cases, shallow_config
+from matrix import SAME_GRAPH, by_representative, cases, shallow_config
 from variants import FLAT, PYRAMIDS, build, call, images_for, shallow
 
 import evopatch
 
 WINDOWED = ("swin", "swinv2", "swinv2_cr", "hf_swin", "hf_swinv2", "hf_swin_backbone")
-ROWS = [*by_representative(FLAT | PYRAMIDS | {*WINDOWED}, ()), ("swin", "single"), ("hf_swin", "none")]
+ROWS = [*by_representative((FLAT | PYRAMIDS | {*WINDOWED}) - SAME_GRAPH, ()), ("swin", "single"), ("hf_swin", "none")]
 
 
 @cases(("name", "representative"), ROWS, fast=["vit", "hf_vit", "levit", "swin", ("hf_swin", "matched")])

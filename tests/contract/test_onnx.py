@@ -3,14 +3,14 @@
 import pytest
 import torch
 from comparing import moved
-from matrix import REPRESENTATIVES, cases, shallow_config
+from matrix import by_representative, cases, shallow_config
 from torch import nn
 from variants import build, call, images_for, shallow
 
 import evopatch
 
 NAMES = ["vit", "gap", "relpos", "rope", "levit", "levit_conv", "hf_vit", "hf_dinov2_swiglu", "hf_siglip", "hf_levit"]
-ROWS = [(name, representative, "stage", None) for name in [*NAMES, "swin"] for representative in REPRESENTATIVES]
+ROWS = [(*row, "stage", None) for row in by_representative([*NAMES, "swin"], ["vit", "relpos", "levit", "swin"])]
 ROWS += [("vit", "single", "layer", None), ("swin", "single", "layer", None)]
 ROWS += [("swinv2", "matched", "stage", None), ("hf_swin", "matched", "stage", (72, 88))]
 FAST = [(name, "matched", "stage", None) for name in ("vit", "hf_vit", "levit")] + [("swin", "single", "stage", None)]

