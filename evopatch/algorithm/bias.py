@@ -25,16 +25,24 @@ def merge_bias(bias: Tensor, partition: Partition) -> Tensor:
     leader = with_prefix(partition.leader, partition.group.shape[1] - partition.slow.shape[1])
     batch, leaders = leader.shape
     heads, tokens = bias.shape[1:3]
-    bias = bias.expand(batch, -1, -1, -1)
     pairs = leader.unsqueeze(2) * tokens + leader.unsqueeze(1)
     pairs = pairs.view(batch, 1, -1).expand(-1, heads, -1)
-    compact = bias.flatten(2).gather(2, pairs).view(batch, heads, leaders, leaders)
+    compact = bias.flatten(2).expand(batch, -1, -1).gather(2, pairs).view(batch, heads, leaders, leaders)
     if not partition.one_for_all:
         return compact
     share = partition.weight.masked_fill(partition.group != leaders, 0.0).to(bias.dtype)
-    row = torch.einsum("bt,bhts->bhs", share, bias)
-    column = torch.einsum("bs,bhts->bht", share, bias)
+    row, column = _shared(share, bias), _shared(share, bias.transpose(2, 3))
     corner = torch.einsum("bs,bhs->bh", share, row)[:, :, None, None]
     own = leader.unsqueeze(1).expand(-1, heads, -1)
     row, column = row.gather(2, own).unsqueeze(2), column.gather(2, own).unsqueeze(3)
-    return torch.cat([torch.cat([compact, column], dim=3), torch.cat([row, corner], dim=3)], dim=2)
+    # Under one name, as these are the largest tensors of a block.
+    compact = torch.cat([compact, column], dim=3)
+    return torch.cat([compact, torch.cat([row, corner], dim=3)], dim=2)
+
+
+def _shared(share: Tensor, bias: Tensor) -> Tensor:
+    """Means over the third axis of `(1 or B, H, T, T)`, weighted by `(B, T)`: `(B, H, T)`."""
+    # A bias that is the same for all images isn't copied for each.
+    if bias.shape[0] == 1:
+        return torch.einsum("bt,hts->bhs", share, bias[0])
+    return torch.einsum("bt,bhts->bhs", share, bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol, cast
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol, cast
 import typer
 
 from ..config import EvoConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, SpeedWarning
 from ..progress import progress_bar
 from . import options
 from .options import Precision
@@ -88,6 +89,7 @@ def benchmark(
             )  # fmt: skip
     for result in results:
         console.print(_table(model, result))
+    warn_of_slow_float32(device, dtype)
     console.print(
         f"{_conditions(results[0])}. Speed-up: median of the rounds' ratios, and their quartiles. Efficiency: speed-up "
         "times FLOPs, 1 where the promise of the FLOPs is kept. Peak: beyond weights and input.",
@@ -106,6 +108,15 @@ class _Peer(Protocol):
     NAME: str
 
     def at_flops(self, model: nn.Module, image: Tensor, flops: int) -> nn.Module: ...
+
+
+def warn_of_slow_float32(device: str, dtype: Precision) -> None:
+    """Where a GPU doesn't use its tensor cores, nobody runs a model that is to be fast."""
+    import torch
+
+    if device.startswith("cuda") and dtype is Precision.float32 and torch.get_float32_matmul_precision() == "highest":
+        text = "float32 on a GPU without its tensor cores: use --dtype bfloat16 or float16, as where speed matters"
+        warnings.warn(text, SpeedWarning, stacklevel=2)
 
 
 def _load(path: Path) -> _Peer:
@@ -137,11 +148,11 @@ def _peers(other: _Peer, network: nn.Module, image: Tensor, configs: list[EvoCon
 
 
 def _conditions(result: Benchmark) -> str:
-    import torch
-
-    where = f"cpu, {torch.get_num_threads()} threads" if result.device == "cpu" else result.device
+    where = f"cpu, {result.threads} threads" if result.device == "cpu" else result.device
     how = "compiled" if result.compiled else "eager"
-    return f"{where}, {result.dtype}, {how}, {result.rounds} rounds, torch {torch.__version__}"
+    first = {side.attention: side.name for side in reversed(result.sides)}  # who uses a kernel first
+    attention = ", ".join(k if len(first) == 1 else f"{k} ({name})" for k, name in reversed(first.items()))
+    return f"{where}, {result.dtype}, {how}, attention {attention}, {result.rounds} rounds, torch {result.torch}"
 
 
 def _table(model: str, result: Benchmark) -> Table:

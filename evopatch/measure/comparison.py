@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import EvoConfig
 from ..patching.handle import Patched, shared_copy, unpatch
+from .kernels import attention_kernels
 from .memory import peak_memory
 from .profiling import count_flops
 from .timing import alternate, forward_and_backward
@@ -37,6 +38,10 @@ class Side:
     memory: int
     """Peak bytes beyond weights and input; see `measure.memory.peak_memory`. On the CPU that of the
     model before compilation."""
+    attention: str
+    """The attention kernels of an eager forward, see `measure.kernels`."""
+    seconds: tuple[float, ...]
+    """Of every round."""
 
     @property
     def efficiency(self) -> float:
@@ -56,6 +61,10 @@ class Benchmark:
     compiled: bool
     train: bool
     rounds: int
+    threads: int
+    """Of torch on the CPU."""
+    torch: str
+    """Its version."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -103,6 +112,7 @@ def benchmark(
         Patched(own).set_config(setting)
         models[name] = (setting, own)
     models |= {name: (None, shared_copy(peer, train)) for name, peer in (peers or {}).items()}
+    kernels = {name: attention_kernels(partial(own.eval(), batch)) for name, (_, own) in models.items()}
     for _, own in models.values():
         own.train(train)
     steps = {name: _step(own, batch, train) for name, (_, own) in models.items()}
@@ -120,7 +130,12 @@ def benchmark(
         low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else (ratios[0],) * 3
         per_second = len(batch) / statistics.median(seconds[name])
         relative = flops[name] / flops["unpatched"]
-        sides.append(Side(name, config, per_second, middle, (low, high), relative, memory[name]))
+        sides.append(
+            Side(
+                name, config, per_second, middle, (low, high), relative, memory[name], kernels[name],
+                tuple(seconds[name]),
+            )
+        )  # fmt: skip
     return Benchmark(
         sides=tuple(sides),
         batch_size=len(batch),
@@ -130,6 +145,8 @@ def benchmark(
         compiled=bool(compile),
         train=train,
         rounds=rounds,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
     )
 
 

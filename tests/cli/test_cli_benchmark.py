@@ -1,6 +1,7 @@
 """`evopatch benchmark` and `evopatch profile`, as a user runs them."""
 
 import json
+import re
 
 import pytest
 import timm
@@ -27,8 +28,11 @@ def test_benchmark_command(command, tmp_path):
     flops = {side["name"]: side["flops"] for side in results[0]["sides"]}
     for ratio in ("0.7", "0.4"):
         assert 0.8 < flops[f"token merging as keep {ratio}"] / flops[f"keep {ratio}"] <= 1
-    assert "float32" in run.stdout
-    assert "Efficiency: speed-up times FLOPs" in run.stdout
+    assert re.search(
+        r"cpu, \d+ threads, float32, eager, attention flash, 2 rounds, torch \d", " ".join(run.stdout.split())
+    )
+    assert all(len(side["seconds"]) == 2 for result in results for side in result["sides"])
+    assert "Efficiency: speed-up times FLOPs" in " ".join(run.stdout.split())
     assert "…" not in run.stdout, "the table doesn't fit 80 columns"
     assert plot.stat().st_size > 5000
 

@@ -4,14 +4,18 @@ import copy
 import json
 import math
 import sys
+import warnings
 
 import pytest
 import torch
 from peers import token_merging
-from variants import build, images
+from variants import build, images, images_for
 
 import evopatch
 from evopatch import ConfigError, EvoConfig, NotPatchedError
+from evopatch.cli.benchmark import warn_of_slow_float32
+from evopatch.cli.options import Precision
+from evopatch.measure.kernels import attention_kernels
 from evopatch.measure.memory import peak_memory
 from evopatch.measure.profiling import count_flops
 
@@ -63,6 +67,42 @@ def test_a_selection_does_not_set_the_peak(size):
         patched = peak_memory(lambda: evopatch.apply(model)(x), CPU)
         assert patched <= 1.05 * unpatched
         assert size * size * 4 > 2 * unpatched or size == 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "kernel"),
+    [
+        ("vit", {}, "flash"),
+        ("hf_vit_eager", {}, "materialised"),
+        ("levit", {}, "materialised"),
+        ("hf_vit", {}, "flash"),
+    ],
+)
+def test_attention_kernels(name, settings, kernel):
+    model = build(name, **settings)
+    assert attention_kernels(lambda: model(images_for(name))) == kernel
+    evopatch.apply(model, keep_ratio=0.5)
+    assert attention_kernels(lambda: model(images_for(name))) == kernel
+    assert attention_kernels(lambda: torch.ones(3).softmax(0)) == "none"
+
+
+def test_every_round_is_reported():
+    result = evopatch.benchmark(evopatch.apply(build("vit")), images(), rounds=5, warm_up=1)
+    assert {len(side.seconds) for side in result.sides} == {5}
+    assert {side.attention for side in result.sides} == {"flash"}
+    assert result.threads == torch.get_num_threads()
+    for side, entry in zip(result.sides, result.to_dict()["sides"], strict=True):
+        assert list(entry["seconds"]) == list(side.seconds)
+        assert side.images_per_second == pytest.approx(2 / sorted(side.seconds)[2])
+
+
+def test_float32_on_a_gpu_is_warned_of():
+    with pytest.warns(evopatch.SpeedWarning, match="without its tensor cores: use --dtype bfloat16"):
+        warn_of_slow_float32("cuda:0", Precision.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_slow_float32("cuda:0", Precision.bfloat16)
+        warn_of_slow_float32("cpu", Precision.float32)
 
 
 def test_benchmark_of_several_settings():

@@ -1,0 +1,60 @@
+"""What patched models need at their peak: no more than unpatched ones, and less in training."""
+
+import functools
+
+import pytest
+import timm
+import torch
+from matrix import EACH_REPRESENTATIVE, EACH_SELECTION, cases, config
+
+import evopatch
+from evopatch.measure.memory import peak_memory
+
+# Sizes of tensors alone, so on a device that computes nothing.
+META = torch.device("meta")
+NAMES = [
+    "deit_small_patch16_224",
+    "vit_base_patch14_dinov2",
+    "vit_relpos_base_patch16_224",
+    "levit_128s",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256",
+]
+FAST = ["deit_small_patch16_224", "levit_128s", "swin_tiny_patch4_window7_224"]
+
+
+def peak(model, batch, train):
+    x = torch.empty(batch, *model.pretrained_cfg["input_size"], device=META)
+    model.train(train)
+
+    def step():
+        out = model(x)
+        if train:
+            out.sum().backward()
+            model.zero_grad()
+
+    with torch.set_grad_enabled(train):
+        return peak_memory(step, META)
+
+
+@functools.cache
+def unpatched(name, batch, train):
+    return peak(timm.create_model(name, device="meta"), batch, train)
+
+
+@cases("name", sorted(NAMES), fast=FAST)
+@EACH_SELECTION
+@EACH_REPRESENTATIVE
+@pytest.mark.filterwarnings("ignore::evopatch.errors.SpeedWarning")
+def test_a_patched_model_needs_no_more_memory(name, representative, selection):
+    model = timm.create_model(name, device="meta")
+    evopatch.apply(model, config=config(representative, selection))
+    assert peak(model, 2, train=False) <= 1.05 * unpatched(name, 2, False)
+    assert peak(model, 32, train=True) < 0.95 * unpatched(name, 32, True)
+
+
+def test_one_that_keeps_more_is_noticed():
+    model = timm.create_model("deit_small_patch16_224", device="meta")
+    kept = []
+    model.blocks[3].mlp.register_forward_hook(lambda module, args, out: kept.append(out.repeat(1, 2, 2)))
+    assert peak(model, 2, train=False) > 1.05 * unpatched("deit_small_patch16_224", 2, False)
