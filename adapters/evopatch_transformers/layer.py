@@ -54,8 +54,9 @@ class SlowFastLayer(SlowFastBlock):
             attention_mask = attention_mask[:, None, None].bool()  # of flash attention, by token
         if attention_mask is not None or "attention_mask" in self._evo_metric.parameters:  # not all take one
             named["attention_mask"] = attention_mask
-        for name, value in named.items():
-            if isinstance(value, Tensor) and name not in (*evo_pass.spec.trace.inputs, evo_pass.spec.mask):
+        for name, value in named.items():  # numbers, such as Trainer's num_items_in_batch, say nothing of tokens
+            known = name in (*evo_pass.spec.trace.inputs, evo_pass.spec.mask)
+            if isinstance(value, Tensor) and value.dim() and not known:
                 evo_pass.refuse(name, self._evo_index)
 
         def run(x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:

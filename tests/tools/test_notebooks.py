@@ -41,7 +41,7 @@ def models(tmp_path_factory):
     else:
         Dinov2Model(Dinov2Config(**SMALL, patch_size=14, image_size=224)).save_pretrained(dinov2)
     small = tmp_path_factory.mktemp("small")
-    Dinov2Model(Dinov2Config(**SMALL, patch_size=14, image_size=224)).save_pretrained(small)
+    Dinov2Model(Dinov2Config(**SMALL | {"num_hidden_layers": 12}, patch_size=14, image_size=224)).save_pretrained(small)
     return {"EVOPATCH_VIT": str(vit), "EVOPATCH_DINOV2": str(dinov2), "small": str(small)}
 
 
