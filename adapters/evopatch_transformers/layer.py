@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
+from evopatch.algorithm.rows import exporting
 from evopatch.errors import BypassError, UnsupportedInputError
 from evopatch.forward.block import SlowFastBlock, run_tapped
 from evopatch.forward.host_state import HostState
@@ -78,7 +79,7 @@ class SlowFastLayer(SlowFastBlock):
 
 def _is_made_anyway(mask: Tensor | BlockMask, evo_pass: TokenPass) -> bool:
     # While exporting, and always for flex attention, transformers makes a mask even where nothing is masked.
-    return isinstance(mask, BlockMask) or (torch.compiler.is_exporting() and not evo_pass.spec.pads)
+    return isinstance(mask, BlockMask) or (exporting() and not evo_pass.spec.pads)
 
 
 def _assert_nothing_masked(mask: Tensor | BlockMask) -> None:

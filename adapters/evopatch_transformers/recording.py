@@ -5,14 +5,25 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import torch
+
 try:
     _capturing: Any = importlib.import_module("transformers.utils.output_capturing")
 except ImportError:  # older versions record in the models' own code
     _capturing = None
 
 
+# torch.compile before torch 2.11 follows no context variable.
+_CAN_BE_ASKED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+
+
 def is_recorded(name: str) -> bool:
-    """Whether hooks that transformers put on layers collect `"hidden_states"` or `"attentions"` now."""
+    """Whether hooks that transformers put on layers collect `"hidden_states"` or `"attentions"` now.
+
+    Compiled by a torch that can't ask: True, which costs some speed where they don't.
+    """
+    if not _CAN_BE_ASKED and torch.compiler.is_compiling():
+        return _capturing is not None
     active = getattr(_capturing, "_active_collector", None)
     collected = None if active is None else active.get()
     return collected is not None and name in collected

@@ -28,7 +28,7 @@ def merge_bias(bias: Tensor, partition: Partition) -> Tensor:
     pairs = leader.unsqueeze(2) * tokens + leader.unsqueeze(1)
     pairs = pairs.view(batch, 1, -1).expand(-1, heads, -1)
     compact = bias.flatten(2).expand(batch, -1, -1).gather(2, pairs).view(batch, heads, leaders, leaders)
-    if not partition.one_for_all:
+    if not partition.one_for_all():
         return compact
     share = partition.weight.masked_fill(partition.group != leaders, 0.0).to(bias.dtype)
     row, column = _shared(share, bias), _shared(share, bias.transpose(2, 3))

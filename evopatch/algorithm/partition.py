@@ -17,6 +17,7 @@ from .padding import without
 from .rows import flat_rows, weighted_row_sums
 
 
+# Without properties, which torch.compile before torch 2.11 doesn't follow in a tuple with names.
 class Partition(NamedTuple):
     """Who goes through the blocks for whom, for every token of the sequence, prefix tokens included.
 
@@ -45,19 +46,16 @@ class Partition(NamedTuple):
     """`(B, M)` bool: rows that stand for no token, where a mask leaves so many out that fewer than `K` are left. None:
     no row is empty."""
 
-    @property
     def one_for_all(self) -> bool:
         """Whether one row, the last, stands for all tokens that aren't slow."""
         return self.complete and self.log_size is None
 
-    @property
     def key_bias(self) -> Tensor | None:
         """`(B, M)` float32, what is added to the logits of attention to each row; None where nothing is."""
         if self.empty is None:
             return self.log_size
         return without(self.weight.new_zeros(self.empty.shape) if self.log_size is None else self.log_size, self.empty)
 
-    @property
     def rows_there(self) -> int:
         """`M`, and one more where a row takes the tokens that nothing stands in for."""
         return self.rows if self.complete else self.rows + 1
@@ -83,7 +81,7 @@ def with_prefix(group: Tensor, prefix: int) -> Tensor:
 
 def merge(x: Tensor, partition: Partition) -> Tensor:
     """`(B, T, C)` tokens to the `(B, M, C)` compact set: each row the weighted mean of its tokens (equation 5)."""
-    compact = weighted_row_sums(x, partition.weight, partition.group, partition.rows_there)
+    compact = weighted_row_sums(x, partition.weight, partition.group, partition.rows_there())
     return compact if partition.complete else compact[:, :-1]
 
 

@@ -6,14 +6,15 @@ places in a window, `W` windows of the compact set, `R` rows in each of them, `M
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class Windows(NamedTuple):
+@dataclass(frozen=True)
+class Windows:
     """How one block cuts its feature map: shifted, and padded below and on the right, in whole windows."""
 
     grid: tuple[int, int]

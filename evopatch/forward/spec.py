@@ -13,7 +13,7 @@ from ..rewrite.tracing import TraceSpec
 
 def qualified(*parts: str) -> str:
     """A fully qualified name; empty parts are left out, as that of a model itself is."""
-    return ".".join(filter(None, parts))
+    return ".".join([part for part in parts if part])
 
 
 Block = tuple[str, ...]

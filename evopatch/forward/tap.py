@@ -56,7 +56,7 @@ class AttentionTap:
         self.key_bias: Tensor | None = None
         """`(B, M)` float32, what is added to the logits of attention to each token."""
         if partition is not None:
-            self.key_bias = partition.key_bias
+            self.key_bias = partition.key_bias()
         elif mask is not None and mask.left_out is not None:
             self.key_bias = added(~mask.left_out, torch.float32)
         self.prefix = prefix

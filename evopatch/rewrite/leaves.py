@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch.nn.functional as F
 from torch import fx, nn
 
 from .fast_paths import forward_of
@@ -42,7 +43,9 @@ def leaf_functions(shim: nn.Module, functions: Iterable[Callable[..., Any]]) -> 
     """Record calls of these functions from a traced forward, as torch.fx does only of forwards of modules it calls."""
     patched: list[tuple[dict[str, Any], str, Any]] = []
     scopes = {id(scope): scope for scope in (_globals(module) for module in shim.modules())}
-    leaves = list(functions)
+    # torch before 2.9 takes numbers only for its rate of dropout.
+    leaves = [*functions, F.scaled_dot_product_attention]
+    scopes[id(vars(F))] = vars(F)
     if (einops := sys.modules.get("einops")) is not None:  # looks at what it is given
         leaves += [einops.rearrange, einops.repeat, einops.reduce]
         scopes[id(vars(einops))] = vars(einops)

@@ -222,7 +222,7 @@ def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str
         ):
             graph = tracer.trace(shim)
     except Exception as error:
-        last = next(reversed(tracer.graph.nodes), None) if hasattr(tracer, "graph") else None
+        last = next(iter(reversed(tracer.graph.nodes)), None) if hasattr(tracer, "graph") else None
         raise AttentionNotFoundError(
             f"{name} ({type(module).__name__}) can't be traced by torch.fx"
             + ("" if last is None else f" past the graph node '{last.name}' ({last.op} {last.target})")

@@ -11,16 +11,20 @@ from functools import partial
 from types import MappingProxyType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, doesn't import the compiler
 
 from ..errors import BypassError
 from .classes import Steered, Swapped, host_class
 
+# torch.compile before torch 2.9 can't follow the question, and such methods neither.
+_CAN_BE_ASKED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+
 
 def on_view(function: Callable[..., Any], view: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a method of a module on a view of it."""
-    if _looks_at_class(function):
+    if _CAN_BE_ASKED and _looks_at_class(function):
         return _run_uncompiled(function, view, *args, **kwargs)
     return function(view, *args, **kwargs)
 

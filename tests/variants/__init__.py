@@ -1,19 +1,27 @@
 """The one list of model structures: small random models of both libraries, and what tests do with any of them."""
 
+import importlib.util
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
-from . import naflex, own_models, timm_models, transformers_models, windowed
+from . import own_models, timm_models, transformers_models, windowed
+
+# Not in every version that is served.
+naflex: dict[str, Callable[..., nn.Module]] = {}
+if importlib.util.find_spec("timm.models.naflexvit"):
+    from .naflex import FLAT as naflex  # noqa: N811
 
 OWN = frozenset(own_models.FLAT)
 """Names of models of neither library, which `evopatch.apply` is told of by `blocks=`."""
-FLAT = frozenset({*timm_models.FLAT, *naflex.FLAT, *transformers_models.FLAT, "torchvision"}) | OWN
+FLAT = frozenset({*timm_models.FLAT, *naflex, *transformers_models.FLAT, "torchvision"}) | OWN
 """Names of models with one grid of tokens: ViT, DeiT, DINO, EVA and their like; 6 blocks."""
 PYRAMIDS = frozenset({*timm_models.PYRAMIDS, *transformers_models.PYRAMIDS})
 """Names of LeViT models: three stages of 2, 3 and 2 blocks on grids of 5x5, 3x3 and 2x2."""
 WINDOWED = frozenset({*windowed.TIMM, *windowed.TRANSFORMERS})
 """Names of Swin models: three stages of 2 blocks on grids of 16x16, 8x8 and 4x4 with windows of 4x4."""
-TIMM = frozenset({*timm_models.FLAT, *naflex.FLAT, *timm_models.PYRAMIDS, *windowed.TIMM})
+TIMM = frozenset({*timm_models.FLAT, *naflex, *timm_models.PYRAMIDS, *windowed.TIMM})
 TRANSFORMERS = frozenset({*transformers_models.FLAT, *transformers_models.PYRAMIDS, *windowed.TRANSFORMERS})
 EVERY = FLAT | PYRAMIDS | WINDOWED
 
@@ -21,7 +29,7 @@ _BUILDERS = {
     **own_models.FLAT,
     "torchvision": own_models.torchvision_vit,
     **timm_models.FLAT,
-    **naflex.FLAT,
+    **naflex,
     **timm_models.PYRAMIDS,
     **transformers_models.FLAT,
     **transformers_models.PYRAMIDS,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg  # since timm 1.0.16
 from torch import Tensor, nn
 
 _SEEN = {"img_size": 40, "num_classes": 7}

@@ -2,16 +2,11 @@
 
 from collections.abc import Callable
 
+from timm.models import vision_transformer
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.levit import Levit, LevitDistilled
-from timm.models.vision_transformer import (
-    DiffParallelScalingBlock,
-    ParallelScalingBlock,
-    ParallelThingsBlock,
-    ResPostBlock,
-    VisionTransformer,
-)
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 
@@ -43,7 +38,9 @@ FLAT: dict[str, Callable[..., nn.Module]] = {
     "parallel": lambda **k: VisionTransformer(**_SMALL | {"block_fn": ParallelScalingBlock} | k),
     "parallel_things": lambda **k: VisionTransformer(**_SMALL | {"block_fn": ParallelThingsBlock} | k),
     "diff": lambda **k: VisionTransformer(**_SMALL | {"attn_layer": "diff"} | k),
-    "diff_parallel": lambda **k: VisionTransformer(**_SMALL | {"block_fn": DiffParallelScalingBlock} | k),
+    "diff_parallel": lambda **k: VisionTransformer(
+        **_SMALL | {"block_fn": vision_transformer.DiffParallelScalingBlock} | k
+    ),
     "subclass": lambda **k: SubclassedViT(**_SMALL | k),
     "relpos": lambda **k: VisionTransformerRelPos(**_SMALL | {"init_values": 0.5, "rel_pos_type": "mlp"} | k),
     "relpos_class": lambda **k: VisionTransformerRelPos(
@@ -73,6 +70,9 @@ FLAT: dict[str, Callable[..., nn.Module]] = {
     ),
     "eva_post_norm": lambda **k: Eva(**_SMALL | {"use_post_norm": True, "qkv_fused": False} | k),
 }
+
+if not hasattr(vision_transformer, "DiffParallelScalingBlock"):  # before timm 1.0.23
+    del FLAT["diff"], FLAT["diff_parallel"]
 
 _PYRAMID = {"img_size": SIZE, "num_classes": 7, "embed_dim": (32, 48, 64), "key_dim": 8, "depth": (2, 3, 2)}
 _PYRAMID |= {"num_heads": (2, 3, 4), "stem_type": "s8"}  # grids of 5x5, 3x3 and 2x2
