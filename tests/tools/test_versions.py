@@ -1,16 +1,18 @@
 """A pickle of a patched model says with which versions it was made."""
 
 import pickle
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
 import transformers
-from variants import build
+from variants import FLAT, build
 
 import evopatch
 from evopatch import CheckpointError
-from evopatch.patching import versions
+from evopatch.patching import registry, versions
 
 
 def pickled(name="vit"):
@@ -54,3 +56,19 @@ def test_a_whole_models_pickle_says_so_before_anything_else(name, monkeypatch):
     monkeypatch.setattr(versions, "VERSION", "9.9.9")
     with pytest.raises(CheckpointError, match=r"pickled with evopatch 0.* with evopatch 9\.9\.9 .*save_pretrained"):
         pickle.loads(data)
+
+
+def test_the_oldest_versions_declared_are_those_run():
+    root = Path(__file__).resolve().parents[2]
+    declared = re.findall(r'"(torch|timm|transformers)>=([\d.]+)"', (root / "pyproject.toml").read_text())
+    run = dict(line.split("==") for line in (root / ".ci" / "oldest.txt").read_text().split())
+    assert {name for name, _ in declared} == {"torch", "timm", "transformers"}
+    for name, version in [*declared, ("torchvision", registry._LEAST["torchvision"])]:
+        assert run[name].startswith(version)
+    assert registry._LEAST["timm"] == run["timm"]
+    assert run["transformers"].startswith(registry._LEAST["transformers"])
+    assert ".ci/oldest" in (root / ".ci" / "run").read_text()
+
+
+def test_no_structure_is_left_out_with_the_newest_versions():
+    assert {"diff", "diff_parallel", "naflex", "naflex_padded"} <= FLAT
