@@ -6,40 +6,18 @@ import sys
 from typing import Any
 
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
-from torch import Tensor, nn
+from torch import nn
 
-from evopatch.forward.walk import PatchedHost, walk
 from evopatch.patching.adapter import Adapter, HostSpec
 from evopatch.rewrite.tracing import TraceSpec
 
-
-class SlowFastNaFlex(PatchedHost):
-    """Mixin of a patched NaFlexVit: the two methods that walk over the blocks."""
-
-    grad_checkpointing: bool
-    embeds: Any
-
-    def forward_features(self, patches: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's own, on slow-fast blocks."""
-        # A checkpointed block may depend on its arguments only, so it takes and returns the full grid.
-        compact, grid = not self.grad_checkpointing, self._grid_of(patches)
-        return walk(self, "forward_features", patches, *args, compact=compact, grid=grid, **kwargs)
-
-    def forward_intermediates(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's own, on slow-fast blocks; intermediate features are the full grid at every block."""
-        return walk(self, "forward_intermediates", x, *args, compact=False, grid=self._grid_of(x), **kwargs)
-
-    def _grid_of(self, x: Any) -> tuple[int, int] | None:
-        if not isinstance(x, Tensor) or x.dim() != 4:
-            return None  # patches, as many for every image
-        rows, columns = self.embeds.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        return rows, columns
+from .walks import SlowFastFlat, grid_of
 
 
 class NaFlexAdapter(Adapter):
     """`naflexvit_*`, and `vit_*` created with `use_naflex=True`."""
 
-    mixin = SlowFastNaFlex
+    mixin = SlowFastFlat
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
         module = sys.modules.get("timm.models.naflexvit")  # since timm 1.0.16
@@ -58,5 +36,4 @@ class NaFlexAdapter(Adapter):
         )
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
-        height, width = host.embeds.dynamic_feat_size(image_size)
-        return height, width
+        return grid_of(host, image_size)

@@ -1,4 +1,4 @@
-"""timm ViT, DeiT and everything built like them: `VisionTransformer`, `Eva` and `VisionTransformerRelPos`."""
+"""timm ViT, DeiT and everything built like them: `VisionTransformer`, `Eva`, `VisionTransformerRelPos` and `Beit`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -65,7 +66,7 @@ class ViTAdapter(Adapter):
     mixin = SlowFast
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
-        return (VisionTransformer, Eva, VisionTransformerRelPos)
+        return (VisionTransformer, Eva, VisionTransformerRelPos, Beit)
 
     def inspect(self, host: Any, name: str) -> HostSpec:
         inputs: tuple[str, ...] = ()
@@ -73,7 +74,9 @@ class ViTAdapter(Adapter):
             inputs = ("rope",)
         elif getattr(host, "shared_rel_pos", None) is not None:
             inputs = ("shared_rel_pos",)
-        trace = TraceSpec(inputs, leaf_functions=(apply_rot_embed_cat,), leaf_methods=("get_bias",))
+        elif getattr(host, "rel_pos_bias", None) is not None:
+            inputs = ("shared_rel_pos_bias",)
+        trace = TraceSpec(inputs, leaf_functions=(apply_rot_embed_cat,), leaf_methods=("get_bias", "_get_rel_pos_bias"))
         return HostSpec(
             blocks="blocks",
             prefix=host.num_prefix_tokens,

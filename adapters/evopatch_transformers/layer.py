@@ -51,8 +51,11 @@ class SlowFastLayer(SlowFastBlock):
             if self._evo_index == 0:
                 _assert_nothing_masked(attention_mask)
             attention_mask = None
-        elif attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = attention_mask[:, None, None].bool()  # of flash attention, by token
+        elif isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            raise UnsupportedInputError(
+                f"{self._evo_name} was given an attention mask by token, as flash attention takes it, and groups of "
+                "tokens weigh by their size, which it can't: use model.set_attn_implementation('sdpa')"
+            )
         if attention_mask is not None or "attention_mask" in self._evo_metric.parameters:  # not all take one
             named["attention_mask"] = attention_mask
         for name, value in named.items():  # numbers, such as Trainer's num_items_in_batch, say nothing of tokens

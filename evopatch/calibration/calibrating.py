@@ -195,7 +195,9 @@ class _Run:
 
     def _foresees(self, flops: float) -> bool:
         """Learn foresight, and keep it if the settings to begin with lose less with it on images that it wasn't learned
-        from: it foresees the class token's attention, and features of patches may be better off without."""
+        from. Not where features of patches count: it foresees what the class token will attend to."""
+        if self._judge.compares_patches:
+            return False
         fit_foresight(self.trials.patched.model, self._learned_from())
         self.trials.forget_flops()
         with_it, without = (

@@ -41,6 +41,11 @@ class Judge:
         """Whether classes are compared."""
         return self._outputs[0].classes
 
+    @property
+    def compares_patches(self) -> bool:
+        """Whether features of patches are compared, not of whole images alone."""
+        return any(values.dim() > 2 for values in self._outputs[0].values)
+
     @torch.no_grad()
     def errors(self, model: nn.Module) -> Iterator[Errors]:
         """Batch by batch.

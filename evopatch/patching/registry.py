@@ -21,6 +21,7 @@ _BUILT_IN = {
         "evopatch_timm.levit:LevitAdapter",
         "evopatch_timm.swin:SwinAdapter",
         "evopatch_timm.naflex:NaFlexAdapter",
+        "evopatch_timm.towers:TowerAdapter",
     ),
     "transformers": (
         "evopatch_transformers.vit:ViTAdapter",

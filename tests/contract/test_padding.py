@@ -6,7 +6,7 @@ import pytest
 import torch
 from comparing import moved
 from correcting import correct
-from internals import plans
+from internals import new_pass, plans
 from matrix import EACH_REPRESENTATIVE, EACH_SELECTION, config, every
 from torch.utils.checkpoint import checkpoint
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
@@ -302,3 +302,9 @@ def test_other_masks_at_other_blocks_are_refused():
             model(x, attn_mask=mask)
     model.blocks[2].given = mask.clone()
     assert torch.isfinite(model(x, attn_mask=mask)).all()
+
+
+def test_masks_of_flash_attention_are_refused():
+    model, x = evopatch.apply(build("hf_vit")), torch.randn(2, 26, 48)
+    with pytest.raises(UnsupportedInputError, match=r"use model\.set_attn_implementation\('sdpa'\)"):
+        model.vit.layers[0](x, torch.ones(2, 26, dtype=torch.long), **new_pass(model))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from timm.models import vision_transformer
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.levit import Levit, LevitDistilled
@@ -49,6 +50,8 @@ FLAT: dict[str, Callable[..., nn.Module]] = {
     "relpos_shared": lambda **k: VisionTransformerRelPos(
         **_SMALL | {"init_values": 0.5, "shared_rel_pos": True, "block_fn": ResPostRelPosBlock} | k
     ),
+    "beit": lambda **k: Beit(**_SMALL | {"use_rel_pos_bias": True, "init_values": 0.5, "qkv_bias": True} | k),
+    "beit_shared": lambda **k: Beit(**_SMALL | {"use_shared_rel_pos_bias": True, "global_pool": "token"} | k),
     "eva": lambda **k: Eva(**_SMALL | {"global_pool": "token"} | k),
     "rope": lambda **k: Eva(**_SMALL | {"use_rot_pos_emb": True, "attn_type": "rope", "init_values": 0.5} | k),
     "rope_mixed": lambda **k: Eva(

@@ -1,0 +1,37 @@
+"""The methods of timm's flat models that walk over the blocks, where nothing else is to be wrapped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from evopatch.forward.walk import PatchedHost, walk
+
+
+class SlowFastFlat(PatchedHost):
+    """Mixin of a patched model: `forward_features` and `forward_intermediates`."""
+
+    grad_checkpointing: bool
+
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own, on slow-fast blocks."""
+        # A checkpointed block may depend on its arguments only, so it takes and returns the full grid.
+        compact = not self.grad_checkpointing
+        return walk(self, "forward_features", *args, compact=compact, grid=self._grid_of(*args), **kwargs)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own, on slow-fast blocks; intermediate features are the full grid at every block."""
+        return walk(self, "forward_intermediates", *args, compact=False, grid=self._grid_of(*args), **kwargs)
+
+    def _grid_of(self, *args: Any) -> tuple[int, int] | None:
+        if not args or not isinstance(args[0], Tensor) or args[0].dim() != 4:
+            return None  # patches, as many for every image
+        return grid_of(self, (args[0].shape[-2], args[0].shape[-1]))
+
+
+def grid_of(host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patch tokens, as the model embeds images of `(height, width)` pixels."""
+    embed = host.embeds if hasattr(host, "embeds") else host.patch_embed
+    rows, columns = embed.dynamic_feat_size(image_size)
+    return rows, columns

@@ -1,0 +1,75 @@
+"""Vision towers of language models in timm: flat, without prefix tokens, places told by a rotary table."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from comparing import moved
+from matrix import REPRESENTATIVES, config
+from timm.models.deepseek_vit import DeepseekVitClassifier, DeepseekVitEncoder
+from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
+
+import evopatch
+
+SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 4}
+TOWERS = {
+    "deepseek": functools.partial(DeepseekVitEncoder, **SMALL),
+    "qwen3": functools.partial(Qwen3VitEncoder, **SMALL),
+    "deepseek_classifier": functools.partial(DeepseekVitClassifier, **SMALL, num_classes=7),
+    "qwen3_classifier": functools.partial(Qwen3VitClassifier, **SMALL, num_classes=7),
+}
+
+
+def made(name):
+    torch.manual_seed(0)
+    model = TOWERS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.08)
+    return model, torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("representative", REPRESENTATIVES)
+@pytest.mark.parametrize("name", sorted(TOWERS))
+@torch.no_grad()
+def test_a_tower(name, representative):
+    model, x = made(name)
+    original = model(x)
+    evopatch.apply(model, keep_ratio=1.0)
+    assert torch.equal(model(x), original)
+    evopatch.set_config(model, config(representative))
+    found = model(x)
+    assert found.shape == original.shape
+    assert moved(found, original) > 1e-4
+    torch.testing.assert_close(torch.cat([model(each) for each in x.split(1)]), found, atol=2e-5, rtol=2e-5)
+    assert torch.equal(copy.deepcopy(model)(x), found)
+    with evopatch.full_grid(model):
+        torch.testing.assert_close(model(x), found, atol=2e-5, rtol=2e-5)
+    assert evopatch.token_selection(model, x).shape == (2, 6, 6, 6)
+    assert torch.equal(evopatch.remove(model)(x), original)
+
+
+@pytest.mark.parametrize("name", ["deepseek", "qwen3"])
+@torch.no_grad()
+def test_features_compiled_and_other_sizes(name):
+    model, x = made(name)
+    evopatch.apply(model)
+    final = model.forward_features(x)
+    _, maps = model.forward_intermediates(x)
+    assert [m.shape for m in maps] == [(2, 48, 6, 6)] * 6
+    torch.testing.assert_close(maps[-1].permute(0, 2, 3, 1), final if name == "qwen3" else maps[-1].permute(0, 2, 3, 1))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["deepseek", "qwen3"])
+def test_gradients_under_checkpointing(name):
+    model, x = made(name)
+    evopatch.apply(model)
+    plain = torch.autograd.grad(model(x).square().sum(), list(model.blocks.parameters()))
+    model.set_grad_checkpointing()
+    saving = torch.autograd.grad(model(x).square().sum(), list(model.blocks.parameters()))
+    for found, expected in zip(saving, plain, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
