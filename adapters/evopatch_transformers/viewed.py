@@ -45,8 +45,12 @@ class ViewedLayer(SlowFastBlock):
         return interface.traceable(block, cores[-1])
 
 
-def runs_on_view(host: nn.Module) -> bool:
+def runs_on_view(host: nn.Module, name: str) -> bool:
     """Whether a host doesn't pass keyword arguments on to its layers, in which the state could travel.
+
+    Args:
+        host: Loops over its layers.
+        name: Fully qualified, for errors.
 
     Raises:
         UnsupportedModelError: If it doesn't, and is a whole model, whose class has to stay.
@@ -57,9 +61,9 @@ def runs_on_view(host: nn.Module) -> bool:
         return False
     if isinstance(host, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{cls.__module__}.{cls.__qualname__} doesn't pass its **kwargs on to its layers in transformers "
-            f"{transformers.__version__}: expected it to take and pass them, since the state of a forward pass travels "
-            "in them. Use a newer version of transformers, or pass **kwargs on"
+            f"'{name or 'model'}' ({cls.__module__}.{cls.__qualname__}) doesn't pass its **kwargs on to its layers in "
+            f"transformers {transformers.__version__}: expected it to take and pass them, since the state of a forward "
+            "pass travels in them. Use a newer version of transformers, or pass **kwargs on"
         )
     return True
 

@@ -50,7 +50,7 @@ class ViTAdapter(Adapter):
         return heads.plan(holder, host)
 
     def plan(self, host: nn.Module, state: HostState) -> list[Change]:
-        return viewed.plan(host, state) if viewed.runs_on_view(host) else layer.plan(host, state)
+        return viewed.plan(host, state) if viewed.runs_on_view(host, state.name) else layer.plan(host, state)
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
         if reason := family_of(host).no_grid:

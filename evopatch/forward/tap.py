@@ -127,14 +127,15 @@ class AttentionTap:
                 f"a boolean attention mask inside {self.block}: slow and fast tokens are chosen among all tokens, so "
                 "attention can't be masked. Use evopatch.set_keep_ratio(model, 1.0), or leave the model unpatched"
             )
+        given = own = bias
         if bias is not None:
-            bias = bias[(None,) * (4 - bias.dim())]
-        bias = self._bias(bias, query)
+            own = bias[(None,) * (4 - bias.dim())]
+        bias = self._bias(own, query)
         if self.everything is not None and bias is not None and bias.shape[-2] > 1:
             bias = bias[:, :, : self.prefix]
         if self.observe:
             self._observe(query, key, default_scale(query) if scale is None else scale, bias)
-        return bias
+        return given if bias is own else bias  # as many axes as it had choose torch's kernel
 
     def position_bias(self, bias: Tensor) -> Tensor:
         """Stands around the position bias that a block adds to its logits before it calls `softmax`.

@@ -35,6 +35,8 @@ PLAIN_NOT |= {
     "own_function",
     "own_softmax",
     "own_parts",
+    "beit",
+    "beit_shared",
 }
 LOOK_AHEAD = FLAT - PLAIN_NOT
 

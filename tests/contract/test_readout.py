@@ -14,7 +14,7 @@ from evopatch import EvoConfig
 from evopatch.patching.handle import Patched
 
 READ_PREFIX = {"vit", "deit_distilled", "registers", "dinov2", "clip", "qk_norm", "post_norm", "parallel", "diff"}
-READ_PREFIX |= {"diff_parallel", "relpos_class", "eva", "rope_mixed", "rope_dinov3", "torchvision"}
+READ_PREFIX |= {"diff_parallel", "relpos_class", "beit_shared", "eva", "rope_mixed", "rope_dinov3", "torchvision"}
 READ_PREFIX |= {"hf_vit", "hf_vit_eager", "hf_deit", "hf_deit_teacher", "hf_msn"}
 """Whose heads read prefix tokens only, and whose blocks have one attention core that takes query, key and value."""
 CLASSIFIERS = ["vit", "hf_vit"]

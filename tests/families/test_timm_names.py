@@ -39,9 +39,9 @@ def test_name(name):
     evopatch.apply(model, keep_ratio=0.5)
     assert evopatch.is_patched(model)
     assert model(x).shape == shape
-    selection = evopatch.token_selection(model, x)
-    blocks = model.blocks if hasattr(model, "blocks") else [block for stage in model.stages for block in stage.blocks]
-    assert selection.shape[1] == len(blocks)
+    if name in FAST:
+        blocks = model.blocks if hasattr(model, "blocks") else [each for stage in model.stages for each in stage.blocks]
+        assert evopatch.token_selection(model, x).shape[1] == len(blocks)
     if sum(p.numel() for p in model.parameters()) > SMALL:
         return
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ import evopatch
 
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 4}
 TOWERS = {
-    "deepseek": functools.partial(DeepseekVitEncoder, **SMALL),
+    "deepseek": functools.partial(DeepseekVitEncoder, **SMALL, out_features=32),
     "qwen3": functools.partial(Qwen3VitEncoder, **SMALL),
     "deepseek_classifier": functools.partial(DeepseekVitClassifier, **SMALL, num_classes=7),
     "qwen3_classifier": functools.partial(Qwen3VitClassifier, **SMALL, num_classes=7),

@@ -15,7 +15,7 @@ from variants import FLAT, TIMM, build, images
 import evopatch
 
 
-@every(TIMM & FLAT - {"relpos", "relpos_class", "relpos_shared"})
+@every(TIMM & FLAT - {"relpos", "relpos_class", "relpos_shared", "beit", "beit_shared"})
 @torch.no_grad()
 def test_unfused_attention_gives_the_same(name):
     fused, x = evopatch.apply(build(name)), images()

@@ -5,7 +5,7 @@ import functools
 import pytest
 import timm
 import torch
-from matrix import EACH_REPRESENTATIVE, EACH_SELECTION, cases, config
+from matrix import cases, config
 
 import evopatch
 from evopatch.measure.memory import peak_memory
@@ -20,6 +20,7 @@ NAMES = [
     "swin_tiny_patch4_window7_224",
     "swinv2_tiny_window8_256",
 ]
+ROWS = [(name, *mode) for name in NAMES for mode in (("matched", "stage"), ("single", "stage"), ("none", "layer"))]
 FAST = ["deit_small_patch16_224", "levit_128s", "swin_tiny_patch4_window7_224"]
 
 
@@ -42,9 +43,7 @@ def unpatched(name, batch, train):
     return peak(timm.create_model(name, device="meta"), batch, train)
 
 
-@cases("name", sorted(NAMES), fast=FAST)
-@EACH_SELECTION
-@EACH_REPRESENTATIVE
+@cases(("name", "representative", "selection"), ROWS, fast=FAST)
 @pytest.mark.filterwarnings("ignore::evopatch.errors.SpeedWarning")
 def test_a_patched_model_needs_no_more_memory(name, representative, selection):
     model = timm.create_model(name, device="meta")
