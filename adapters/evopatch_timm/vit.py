@@ -11,24 +11,24 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
-from torch import Tensor, nn
+from torch import nn
 
-from evopatch.forward.walk import PatchedHost, refuse_symbolic, walk
+from evopatch.forward.walk import refuse_symbolic
 from evopatch.forward.whole import reads_prefix_only
 from evopatch.patching.adapter import Adapter, HostSpec
 from evopatch.rewrite.reading import is_of, rows_read
 from evopatch.rewrite.tracing import TraceSpec
 from evopatch.rewrite.view import View
 
+from .walks import SlowFastFlat, grid_of
+
 _WHOLE = ("forward", "forward_features", "forward_head", "pool")
 
 
-class SlowFast(PatchedHost):
-    """Mixin of a patched timm ViT: the two methods that walk over the blocks, and the one that calls the first."""
+class SlowFast(SlowFastFlat):
+    """Mixin of a patched timm ViT: also of the method that calls the first of those that walk over the blocks."""
 
-    grad_checkpointing: bool
     global_pool: str
-    patch_embed: Any
     norm: Any
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -39,25 +39,6 @@ class SlowFast(PatchedHost):
         if pools_token and reads_prefix_only(self, "timm", _WHOLE, (self.norm,)):
             host = View(self, {"forward_features": partial(self._features, reads_prefix=True)})
         return self._evo_host_class.forward(host, x, *args, **kwargs)
-
-    def forward_features(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's own, on slow-fast blocks."""
-        return self._features(x, *args, **kwargs)
-
-    def _features(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        # A checkpointed block may depend on its arguments only, so it takes and returns the full grid.
-        compact = not self.grad_checkpointing
-        return walk(self, "forward_features", x, *args, compact=compact, grid=self._grid_of(x), **kwargs)
-
-    def forward_intermediates(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's own, on slow-fast blocks; intermediate features are the full grid at every block."""
-        return walk(self, "forward_intermediates", x, *args, compact=False, grid=self._grid_of(x), **kwargs)
-
-    def _grid_of(self, x: Any) -> tuple[int, int] | None:
-        if not isinstance(x, Tensor) or not hasattr(self.patch_embed, "dynamic_feat_size"):
-            return None
-        rows, columns = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-        return rows, columns
 
 
 class ViTAdapter(Adapter):
@@ -88,8 +69,7 @@ class ViTAdapter(Adapter):
         )
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
-        height, width = host.patch_embed.dynamic_feat_size(image_size)
-        return height, width
+        return grid_of(host, image_size)
 
     @staticmethod
     def _readout(host: Any) -> int:

@@ -1,4 +1,4 @@
-"""The methods of timm's flat models that walk over the blocks, where nothing else is to be wrapped."""
+"""The methods of timm's flat models that walk over the blocks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ class SlowFastFlat(PatchedHost):
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         """The host's own, on slow-fast blocks."""
+        return self._features(*args, **kwargs)
+
+    def _features(self, *args: Any, **kwargs: Any) -> Any:
         # A checkpointed block may depend on its arguments only, so it takes and returns the full grid.
         compact = not self.grad_checkpointing
         return walk(self, "forward_features", *args, compact=compact, grid=self._grid_of(*args), **kwargs)
@@ -27,11 +30,16 @@ class SlowFastFlat(PatchedHost):
     def _grid_of(self, *args: Any) -> tuple[int, int] | None:
         if not args or not isinstance(args[0], Tensor) or args[0].dim() != 4:
             return None  # patches, as many for every image
+        if not hasattr(_embedding(self), "dynamic_feat_size"):
+            return None
         return grid_of(self, (args[0].shape[-2], args[0].shape[-1]))
 
 
 def grid_of(host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of patch tokens, as the model embeds images of `(height, width)` pixels."""
-    embed = host.embeds if hasattr(host, "embeds") else host.patch_embed
-    rows, columns = embed.dynamic_feat_size(image_size)
+    rows, columns = _embedding(host).dynamic_feat_size(image_size)
     return rows, columns
+
+
+def _embedding(host: Any) -> Any:
+    return host.embeds if hasattr(host, "embeds") else host.patch_embed

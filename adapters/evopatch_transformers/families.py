@@ -22,7 +22,7 @@ def _two(config: Any) -> int:
 
 
 class Family(NamedTuple):
-    """One module that loops over its layers and passes keyword arguments on to them."""
+    """One module that loops over its layers."""
 
     blocks: str
     """Path of the container."""

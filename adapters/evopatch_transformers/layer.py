@@ -24,7 +24,7 @@ from evopatch.patching.adapter import Change, block_changes, named_blocks
 from evopatch.rewrite.view import check_steered
 
 from . import heads, interface
-from .recording import is_recorded
+from .recording import is_looked_between
 
 
 class SlowFastLayer(SlowFastBlock):
@@ -133,12 +133,7 @@ def start_pass(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
             f"attention_mask was passed to '{state.name or type(host).__name__}', which adds its position bias to it: "
             "expected none while the model is patched. Leave it out, or use evopatch.set_keep_ratio(model, 1.0)"
         )
-    # Hidden states are recorded between the layers, and a checkpointed layer may depend on its arguments only: in both
-    # cases layers take and return the full grid.
-    asked = kwargs.get("output_hidden_states", getattr(host.config, "output_hidden_states", False))
-    checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers.values())
-    recorded = asked or is_recorded("hidden_states")
-    forward_pass = TokenPass(state, compact=not recorded and not checkpointed)
+    forward_pass = TokenPass(state, compact=not is_looked_between(host, layers.values(), kwargs))
     kwargs = dict(kwargs)
     forward_pass.reads_prefix = heads.nobody_looks(host, kwargs)
     pixels = kwargs.get("pixel_values", args[0] if args else None)

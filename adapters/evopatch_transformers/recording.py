@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ except ImportError:  # older versions record in the models' own code
 
 
 # torch.compile before torch 2.11 follows no context variable.
-_CAN_BE_ASKED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+_CAN_BE_ASKED = torch.__version__ >= "2.11"
 
 
 def is_recorded(name: str) -> bool:
@@ -27,3 +28,17 @@ def is_recorded(name: str) -> bool:
     active = getattr(_capturing, "_active_collector", None)
     collected = None if active is None else active.get()
     return collected is not None and name in collected
+
+
+def is_looked_between(host: Any, layers: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether layers have to take and return the full grid: hidden states are recorded between them, and a checkpointed
+    layer may depend on its arguments only.
+
+    Args:
+        host: The module that loops over them.
+        layers: Its own.
+        kwargs: What it is called with.
+    """
+    asked = kwargs.get("output_hidden_states", getattr(host.config, "output_hidden_states", False))
+    checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    return bool(asked) or checkpointed or is_recorded("hidden_states")

@@ -20,7 +20,7 @@ from evopatch.patching.adapter import Change, block_changes, named_blocks, passa
 
 from . import interface
 from .passing import passes_keywords
-from .recording import is_recorded
+from .recording import is_looked_between
 
 
 class SlowFastEncoder(PatchedHost):
@@ -29,12 +29,8 @@ class SlowFastEncoder(PatchedHost):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder's own, on slow-fast layers."""
         host: Any = self
-        asked = kwargs.get("output_hidden_states", getattr(host.config, "output_hidden_states", False))
-        # A checkpointed layer may depend on its arguments only.
         layers = host.get_submodule(str(self._evo_state.spec.blocks))
-        checkpointed = any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers)
-        compact = not asked and not is_recorded("hidden_states") and not checkpointed
-        return walk(self, "forward", *args, compact=compact, **kwargs)
+        return walk(self, "forward", *args, compact=not is_looked_between(host, layers, kwargs), **kwargs)
 
 
 class ViewedLayer(SlowFastBlock):

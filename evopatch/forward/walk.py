@@ -94,7 +94,8 @@ def _viewed(module: Any, path: str, forward_pass: ForwardPass, steps: list[Step]
     index = forward_pass.index_of.get(path)
     if index is not None:
         check_steered(module, qualified(forward_pass.name, path))
-        steps.append(Step(forward_pass, index, module))
+        kind = AddingStep if forward_pass.spec.adds else Step
+        steps.append(kind(forward_pass, index, module))
         return steps[-1]
     if path not in forward_pass.around_blocks:
         return module
@@ -133,21 +134,30 @@ class Step:
         self.followers: list[nn.Module] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Through the block's __call__, so that its hooks run, and whatever shards or offloads its weights.
-        out = self.block(*args, evo=partial(self._pass.run, self.index), **kwargs)
-        if self._pass.spec.adds:
-            out = out + self._pass.given.pop(self.index, args[0])
-        if self.followers:
-            out = self._pass.leave(self.index, self._follow(out))
-        return _added(out, args[0]) if self._pass.spec.adds else out
-
-    def _follow(self, x: Tensor) -> Tensor:
+        out = self._run(*args, **kwargs)
+        if not self.followers:
+            return out
         for module in self.followers:
-            x = module(x) + x if self._pass.spec.adds else module(x)
-        return x
+            out = module(out)
+        return self._pass.leave(self.index, out)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        # Through the block's __call__, so that its hooks run, and whatever shards or offloads its weights.
+        return self.block(*args, evo=partial(self._pass.run, self.index), **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)
+
+
+class AddingStep(Step):
+    """The same where the host adds what each module of a block gives to what the module was given."""
+
+    def __call__(self, x: Tensor) -> Any:
+        out = self._run(x)
+        out = out + self._pass.given.pop(self.index, x)
+        for module in self.followers:
+            out = module(out) + out
+        return _added(self._pass.leave(self.index, out), x)
 
 
 class Added:

@@ -14,7 +14,7 @@ from ..rewrite.tracing import TraceSpec, attention_cores
 from ..rewrite.walking import adds_parts
 
 
-def parts(path: str, container: nn.Module) -> Iterable[Block]:
+def parts(path: str, container: Any) -> Iterable[Block]:
     """The paths of every block's parts.
 
     Args:
@@ -22,7 +22,7 @@ def parts(path: str, container: nn.Module) -> Iterable[Block]:
         container: Of lists of parts.
     """
     for name, block in container._modules.items():
-        yield tuple(f"{path}.{name}.{part}" for part in (block or nn.ModuleList())._modules)
+        yield tuple(f"{path}.{name}.{part}" for part in block._modules)
 
 
 def check_parts(host: nn.Module, path: str, blocks: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ def parts_of(loop: ast.For) -> list[str]:
 
 def adds_up(loop: ast.For) -> tuple[bool, bool]:
     """Whether a loop runs `x = attn(x) + x` and `x = ff(x) + x`, for every part in order and with nothing in between;
-    and whether it looks at the tokens or the parts before the first of these steps, or after the last."""
+    and whether it looks at the tokens before the first of these steps, or after the last."""
     parts = parts_of(loop)
     steps = [_step(statement) for statement in loop.body]
     called = [step[0] if step is not None else "" for step in steps]
@@ -27,11 +27,12 @@ def adds_up(loop: ast.For) -> tuple[bool, bool]:
     first = called.index(parts[0])
     own = steps[first : first + len(parts)]
     tokens = {step[1] for step in own if step is not None}
-    if [step[0] for step in own if step is not None] != parts or len(tokens) != 1:
-        return False, False
     others = loop.body[:first] + loop.body[first + len(parts) :] + loop.orelse
     names = {node.id for other in others for node in ast.walk(other) if isinstance(node, ast.Name)}
-    return True, bool(names & {*parts, *tokens})
+    in_order = [step[0] for step in own if step is not None] == parts and len(tokens) == 1
+    if not in_order or names.intersection(parts):
+        return False, False
+    return True, bool(names & tokens)
 
 
 def _step(statement: ast.stmt) -> tuple[str, str] | None:

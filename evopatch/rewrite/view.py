@@ -19,7 +19,7 @@ from ..errors import BypassError
 from .classes import Steered, Swapped, host_class
 
 # torch.compile before torch 2.9 can't follow the question, and such methods neither.
-_CAN_BE_ASKED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+_CAN_BE_ASKED = torch.__version__ >= "2.9"
 
 
 def on_view(function: Callable[..., Any], view: Any, *args: Any, **kwargs: Any) -> Any:

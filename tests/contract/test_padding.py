@@ -10,12 +10,13 @@ from internals import new_pass, plans
 from matrix import EACH_REPRESENTATIVE, EACH_SELECTION, config, every
 from torch.utils.checkpoint import checkpoint
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
-from variants import between, build, images_for
+from variants import between, build, call, images_for
 
 import evopatch
 from evopatch import EvoConfig, UnsupportedInputError
 from evopatch.algorithm import foresight
 from evopatch.algorithm.selection import num_slow
+from evopatch.patching.handle import Patched
 
 MASKED = {
     "vit": "attn_mask",
@@ -75,6 +76,19 @@ def test_what_is_left_out_changes_nothing(name, representative, selection):
     # Without the mask it does, and other tokens are left out than nothing.
     assert moved(call_features(name, model, outside(x), {}), call_features(name, model, x, {})) > 1e-4
     assert moved(features, call_features(name, model, x, {})) > 1e-4
+
+
+@every(["vit", "registers", "hf_vit"])
+@torch.no_grad()
+def test_nor_does_it_where_the_last_block_does_for_prefix_tokens_alone(name):
+    x, mask = images_for(name), mask_for(name)
+    model = evopatch.apply(build(name))
+    found = call(model, x, **mask)
+    assert Patched(model).host.state.reads_out
+    assert torch.equal(call(model, outside(x), **mask), found)
+    evopatch.set_config(model, EvoConfig(readout=False))
+    torch.testing.assert_close(found, call(model, x, **mask), atol=2e-5, rtol=2e-5)
+    assert moved(found, call(model, x)) > 1e-4
 
 
 def call_features(name, model, x, mask):

@@ -92,6 +92,16 @@ class WithoutSum(OwnParts):
         return self.norm(x)
 
 
+class CallsAgain(OwnParts):
+    def encode(self, x):
+        x, self.seen = self.embed(x), []
+        for attn, ff in self.blocks:
+            x = attn(x) + x
+            x = ff(x) + x
+            self.seen.append(attn(x))
+        return self.norm(x)
+
+
 class Kept(OwnParts):
     def encode(self, x):
         x = start = self.embed(x)
@@ -101,7 +111,7 @@ class Kept(OwnParts):
         return self.norm(x)
 
 
-@pytest.mark.parametrize("cls", [Other, InBetween, OtherOrder, WithoutSum, Kept])
+@pytest.mark.parametrize("cls", [Other, InBetween, OtherOrder, WithoutSum, CallsAgain, Kept])
 def test_what_else_is_done_with_the_parts_is_refused(cls):
     model = made(cls)
     with pytest.raises(UnsupportedModelError, match=r"the parts of the blocks in 'blocks' one by one, and not as"):
@@ -214,10 +224,10 @@ def test_a_second_part_that_mixes_tokens_is_refused():
 
 
 class Changed(OwnParts):
-    scale = 1.0
+    """Of its own, as its method is changed below."""
 
-    def embed(self, x):
-        return OwnParts.embed(self, x)
+    def encode(self, x):
+        return OwnParts.encode(self, x)
 
 
 def test_a_source_that_isnt_what_runs():
