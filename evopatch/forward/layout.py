@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from ..algorithm.partition import Partition, merge_positions
 from .spec import HostSpec
 
 
@@ -39,3 +42,11 @@ class Layout:
         if not self._spec.channels_first:
             return x
         return x.flatten(2).transpose(1, 2)
+
+
+def merged_tables(table: Any, partition: Partition, prefix: int) -> Any:
+    """Of an input with one entry per patch token, or a tuple of such, that of the compact set; see
+    `merge_positions`."""
+    if isinstance(table, tuple):
+        return tuple(merge_positions(part, partition, prefix) for part in table)
+    return merge_positions(table, partition, prefix)

@@ -12,16 +12,17 @@ from torch import Tensor
 from ..algorithm.correction import Correction, missed
 from ..algorithm.foresight import foreseen
 from ..algorithm.importance import accumulate, accumulate_compact, coarsen
-from ..algorithm.partition import Partition, distribute, merge, merge_positions
+from ..algorithm.partition import Partition, distribute, merge
 from ..algorithm.selection import num_slow, select_matched, select_top
 from ..errors import BypassError
 from ..rewrite.classes import host_class
 from ..rewrite.linear_map import given
+from .beside import Beside
 from .block import SlowFastBlock, answering_tokens, can_read_out, run_tapped, seen_tokens, unwrapped
 from .forward_pass import ForwardPass
 from .hooks import FullGrid
 from .host_state import HostState
-from .layout import Layout
+from .layout import Layout, merged_tables
 from .learned import correction_of, foresight_of
 from .look_ahead import Look, can_look_ahead
 from .mask import Mask
@@ -50,12 +51,11 @@ class TokenPass(ForwardPass):
         self.entered: dict[int, Tensor] | None = None if state.passes is None else {}
         """Where somebody collects the passes, the tokens before each block, and after the last."""
 
-    def run(self, index: int, block: PatchedBlock, *args: Any, **kwargs: Any) -> Tensor:
+    def run(self, index: int, block: PatchedBlock, *args: Any, **kwargs: Any) -> Any:
         """One block that takes `(B, M, C)`, or `(B, C, h, w)`, and the inputs that its adapter names."""
         own = host_class(block).forward
         if not self.active and not self._reads_out(index, block):
-            out: Tensor = own(block, *args, **kwargs)
-            return out
+            return own(block, *args, **kwargs)
         x, *others = args
         inputs = dict(zip(block._evo_metric.parameters[1:], others, strict=False)) | kwargs
         for name, value in inputs.items():
@@ -64,12 +64,15 @@ class TokenPass(ForwardPass):
                     self.refuse(name, index)
                 self.reads_prefix = self.reads_prefix and self.active
 
+        beside = Beside(block._evo_name)
+
         def run(x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
             x = self._layout.of_block(index, x)
             out = own(block, x, **inputs) if tap is None else run_tapped(block, tap, x, **inputs)
-            return self._layout.of_tokens(out)
+            return self._layout.of_tokens(beside.tokens_of(out))
 
-        return self._layout.of_block(index, self.advance(index, block, self._layout.of_tokens(x), inputs, run))
+        tokens = self.advance(index, block, self._layout.of_tokens(x), inputs, run)
+        return beside.again(self._layout.of_block(index, tokens), self.partitions.get(index))
 
     def advance(self, index: int, block: PatchedBlock, x: Tensor, inputs: Mapping[str, Any], run: Run) -> Tensor:
         """One block.
@@ -257,7 +260,7 @@ class TokenPass(ForwardPass):
         spec, accumulates = self.spec, self._accumulates(index)
         if partition is not None:
             for name in spec.token_inputs:
-                inputs[name] = _merge_positions(inputs[name], partition, spec.prefix)
+                inputs[name] = merged_tables(inputs[name], partition, spec.prefix)
         everything = None
         if reads_out:
             everything = answering_tokens(block, x, tuple(inputs[name] for name in block._evo_metric.inputs))
@@ -291,9 +294,3 @@ class TokenPass(ForwardPass):
                 g = accumulate_compact(before, attention, tradeoff, partition)
             self.g[index] = self._carried(index, g)
         return out
-
-
-def _merge_positions(table: Any, partition: Partition, prefix: int) -> Any:
-    if isinstance(table, tuple):
-        return tuple(merge_positions(part, partition, prefix) for part in table)
-    return merge_positions(table, partition, prefix)

@@ -156,11 +156,14 @@ class _Runner:
                 "with one entry per patch token, such as a rotary table, are named in token_inputs, and need images=. "
                 "See evopatch.inspect(model)"
             ) from error
+        if isinstance(out, (tuple, list)) and out:
+            out = out[0]
         if not isinstance(out, Tensor) or out.shape != x.shape:
             found = f"{tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
             raise UnsupportedModelError(
                 f"{self._name} ({type(self._block).__name__}) gives {found} for tokens {tuple(x.shape)}: expected a "
-                "tensor of the same shape. See evopatch.inspect(model) for containers that would do"
+                "tensor of the same shape, or a tuple that begins with one. See evopatch.inspect(model) for containers "
+                "that would do"
             )
         return out
 

@@ -189,7 +189,10 @@ def _loop(loop: ast.For) -> Manner | None:
 def _collect(
     statements: Iterable[ast.stmt], items: set[str], steps: list[tuple[str, Manner]], others: list[ast.AST]
 ) -> None:
-    """Sort a loop's statements into steps, `x = block(x, ...)`, and others."""
+    """Sort a loop's statements into steps, `x = block(x, ...)`, and others.
+
+    Of a block that gives a tuple, `x, weights = block(x)` and `x = block(x)[0]` are steps, too.
+    """
     for statement in statements:
         found = _steps(statement, items)
         if found:
@@ -207,6 +210,10 @@ def _steps(statement: ast.stmt, items: set[str]) -> list[tuple[str, Manner]]:
     if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
         return []
     target, value = statement.targets[0], statement.value
+    if isinstance(target, ast.Tuple):
+        target = target.elts[0]
+    elif isinstance(value, ast.Subscript) and ast.unparse(value.slice) == "0":
+        value = value.value
     if not isinstance(target, ast.Name) or (isinstance(value, ast.IfExp) and target.id in _items(value.test)):
         return []
     calls = [value.body, value.orelse] if isinstance(value, ast.IfExp) else [value]

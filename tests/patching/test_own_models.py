@@ -123,6 +123,14 @@ class Walking(nn.Module):
             x = checkpoint(block, x) if self.training else block(x)
         return x
 
+    def weighed(self, x):
+        for block in self.blocks:
+            if self.training:
+                x, _ = block(x)
+            else:
+                x = block(x)[0]
+        return x
+
     def indirect(self, x):
         return self.plain(x).mean(1)
 
@@ -132,6 +140,17 @@ class Walking(nn.Module):
             x = block(x)
             found.append(x)
         return found
+
+    def weighing(self, x):
+        for block in self.blocks:
+            out = block(x)
+            x = out[0]
+        return x
+
+    def last_ones(self, x):
+        for block in self.blocks:
+            x = block(x)[1]
+        return x
 
     def taking_one(self, x):
         for i, block in enumerate(self.blocks):
@@ -183,10 +202,10 @@ PLAIN, CHECKPOINTED, LOOKING = Manner.PLAIN, Manner.CHECKPOINTED, Manner.LOOKING
 
 def test_which_methods_walk_and_how():
     assert walkers(Walking, "blocks") == {
-        **dict.fromkeys(("plain", "called", "counted", "indirect"), PLAIN),
+        **dict.fromkeys(("plain", "called", "counted", "weighed", "indirect"), PLAIN),
         **dict.fromkeys(("checkpointed", "either"), CHECKPOINTED),
         **dict.fromkeys(("collecting", "taking_one", "adding_outside", "twice"), LOOKING),
-        **dict.fromkeys(("by_index", "partly", "first_alone", "listed"), LOOKING),
+        **dict.fromkeys(("by_index", "partly", "first_alone", "listed", "weighing", "last_ones"), LOOKING),
     }
 
 
@@ -275,7 +294,7 @@ class Placed(Block):
 
 class Paired(Block):
     def forward(self, x):
-        return super().forward(x), None
+        return "first", super().forward(x)
 
 
 class Alone(Block):
@@ -307,7 +326,7 @@ def with_blocks(cls):
     [
         (Smoothed, r"blocks\.0 \(Smoothed\) gives other results when its patch tokens come in another order"),
         (Placed, r"blocks\.0 \(Placed\) gives other results when its patch tokens come in another order"),
-        (Paired, r"blocks\.0 \(Paired\) gives a tuple for tokens .*: expected a tensor of the same shape"),
+        (Paired, r"blocks\.0 \(Paired\) gives a str for tokens .*: expected a tensor of the same shape, or a tuple"),
         (Alone, r"blocks\.0 \(Alone\): run on random tokens, what one token gives doesn't depend on others"),
         (AcrossImages, r"blocks\.0 \(AcrossImages\): run on random tokens, images are mixed"),
         (OfTwo, r"blocks\.0 \(OfTwo\) can't be run on random tokens.*token_inputs.*images="),

@@ -76,6 +76,15 @@ class SoftmaxModule(Attention):
         return self.proj(rearrange(torch.matmul(weights, v), "b h n d -> b n (h d)"))
 
 
+class Weighing(SoftmaxModule):
+    """Gives its weights, too."""
+
+    def forward(self, x):
+        q, k, v = map(split_heads, self.qkv(x).chunk(3, dim=-1))
+        weights = self.attend(torch.matmul(q, k.transpose(-1, -2)) * (WIDTH // HEADS) ** -0.5)
+        return self.proj(rearrange(torch.matmul(weights, v), "b h n d -> b n (h d)")), weights
+
+
 class ByFunction(nn.Module):
     """torch's function with parameters of its own; takes and gives `(T, B, C)`."""
 
@@ -112,6 +121,15 @@ class Block(nn.Module):
 class RotaryBlock(Block):
     def forward(self, x, rope):
         return Block.forward(self, x, rope=rope)
+
+
+class TupleBlock(Block):
+    """Gives the weights beside the tokens."""
+
+    def forward(self, x):
+        y, weights = self.attn(self.norm1(x))
+        x = x + y
+        return x + self.mlp(self.norm2(x)), weights
 
 
 class MultiheadBlock(nn.Module):
@@ -233,8 +251,33 @@ class OwnWrittenOut(OwnViT):
 
 
 class OwnSoftmaxModule(OwnViT):
+    """Blocks give tuples."""
+
     def block(self):
-        return Block(SoftmaxModule, self.dropout)
+        return TupleBlock(Weighing, self.dropout)
+
+    def encode(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                x, _ = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)[0]
+        return self.norm(x)
+
+    def features(self, x):
+        x, found = self.embed(x), []
+        for block in self.blocks:
+            x, _ = block(x)
+            found.append(x)
+        return found
+
+    def attentions(self, x):
+        x, found = self.embed(x), []
+        for block in self.blocks:
+            x, weights = block(x)
+            found.append(weights)
+        return found
 
 
 class OwnByFunction(OwnViT):
