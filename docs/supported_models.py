@@ -24,6 +24,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import evopatch
+from evopatch.patching.registry import unserved
 from evopatch.progress import progress_bar
 
 PAGE = Path(__file__).with_name("supported-models.md")
@@ -117,7 +118,10 @@ def _outcome(model: nn.Module, image: torch.Tensor) -> str:
             warnings.simplefilter("ignore", evopatch.SpeedWarning)
             evopatch.apply(model)
     except evopatch.EvoPatchError as error:
-        return NO_ADAPTER if str(error).startswith("found nothing to patch") else " ".join(str(error).split())
+        known = unserved(model)
+        if str(error).startswith("found nothing to patch") and not known:
+            return NO_ADAPTER
+        return "; ".join(sorted(set(known.values()))) or " ".join(str(error).split())
     evopatch.set_keep_ratio(model, 1.0)
     try:
         expected = _shapes(model(image))
@@ -156,8 +160,12 @@ def _tables(found: list[Found]) -> Iterator[str]:
             )
     plain = (PATCHED, APPLIED, NO_ADAPTER, NOT_BUILT)
     if refused := [entry for entry in found if entry.outcome not in plain]:
-        yield "### Refused\n\n| name | family | reason |\n|---|---|---|\n" + "\n".join(
-            f"| `{e.name}` | `{e.family}` | {e.outcome.replace('|', '/')} |" for e in refused
+        rows = sorted({(entry.family, entry.outcome) for entry in refused})
+        names = {row: [f"`{e.name}`" for e in sorted(refused) if (e.family, e.outcome) == row] for row in rows}
+        yield "### Refused\n\n| family | | names | reason |\n|---|---|---|---|\n" + "\n".join(
+            f"| `{family}` | {len(names[family, reason])} | {', '.join(names[family, reason])} | "
+            f"{reason.replace('|', '/')} |"
+            for family, reason in rows
         )
     for title, outcome, attends in (
         ("No adapter", NO_ADAPTER, True),
@@ -217,7 +225,9 @@ def read(page: str) -> Page:
         body = body.partition("\n## ")[0]
         rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", body, re.MULTILINE)
         if title == "Refused":
-            outcomes |= {name: rest.partition(" | ")[2] for name, rest in rows}
+            for _, rest in rows:
+                _, names, reason = rest.split(" | ", 2)
+                outcomes |= dict.fromkeys(re.findall(r"`([^`]+)`", names), reason)
         elif title in ("Patched", "Patched, not run"):
             outcomes |= dict.fromkeys((n for _, rest in rows for n in re.findall(r"`([^`]+)`", rest)), title.lower())
         elif title.startswith("No adapter"):

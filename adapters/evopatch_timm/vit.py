@@ -20,6 +20,7 @@ from evopatch.rewrite.reading import is_of, rows_read
 from evopatch.rewrite.tracing import TraceSpec
 from evopatch.rewrite.view import View
 
+from . import refusals
 from .walks import SlowFastFlat, grid_of
 
 _WHOLE = ("forward", "forward_features", "forward_head", "pool")
@@ -70,6 +71,9 @@ class ViTAdapter(Adapter):
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
         return grid_of(host, image_size)
+
+    def why_not(self, module: nn.Module) -> str:
+        return refusals.why_not(module)
 
     @staticmethod
     def _readout(host: Any) -> int:

@@ -37,6 +37,8 @@ class Family(NamedTuple):
     of a mask."""
     pads: bool = False
     """Its model masks the tokens that fill up smaller images."""
+    own_attention: bool = False
+    """Its attention modules don't call transformers' interface."""
     no_grid: str = ""
     """Why its patch tokens aren't the grid of one image's patches, where they aren't."""
 
@@ -65,6 +67,7 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("dinov2.modeling_dinov2", "Dinov2Encoder"): Family("layer", _one),
     ("dinov2_with_registers.modeling_dinov2_with_registers", "Dinov2WithRegistersEncoder"): Family("layer", _registers),
     ("dinov3_vit.modeling_dinov3_vit", "DINOv3ViTEncoder"): Family("layer", _registers, rotary=True),
+    ("sapiens2.modeling_sapiens2", "Sapiens2Encoder"): Family("layer", _registers, rotary=True),
     ("clip.modeling_clip", "CLIPVisionModel"): _CLIP_LIKE,
     ("siglip.modeling_siglip", "SiglipVisionModel"): Family("encoder.layers", _none, readout=_none),
     ("siglip2.modeling_siglip2", "Siglip2VisionModel"): Family(
@@ -93,7 +96,7 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("clipseg.modeling_clipseg", "CLIPSegVisionModel"): _CLIP_LIKE,
     ("owlvit.modeling_owlvit", "OwlViTVisionTransformer"): _CLIP_LIKE,
     ("owlv2.modeling_owlv2", "Owlv2VisionTransformer"): _CLIP_LIKE,
-    ("blip.modeling_blip", "BlipVisionModel"): _CLIP_LIKE,
+    ("blip.modeling_blip", "BlipVisionModel"): _CLIP_LIKE._replace(own_attention=True),
     ("blip_2.modeling_blip_2", "Blip2VisionModel"): _CLIP_LIKE,
     ("instructblip.modeling_instructblip", "InstructBlipVisionModel"): _CLIP_LIKE,
     ("instructblipvideo.modeling_instructblipvideo", "InstructBlipVideoVisionModel"): _CLIP_LIKE,

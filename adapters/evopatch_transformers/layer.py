@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from evopatch.algorithm.rows import exporting
 from evopatch.errors import BypassError, UnsupportedInputError
-from evopatch.forward.block import SlowFastBlock, run_tapped
+from evopatch.forward.block import SlowFastBlock, TappedAttention, run_tapped
 from evopatch.forward.host_state import HostState
 from evopatch.forward.spec import qualified
 from evopatch.forward.tap import AttentionTap
@@ -94,16 +94,23 @@ def _assert_nothing_masked(mask: Tensor | BlockMask) -> None:
     torch._assert_async(nothing, "a patched model can't be given an attention mask that masks tokens")
 
 
-def plan(host: nn.Module, state: HostState) -> list[Change]:
+def plan(
+    host: nn.Module, state: HostState, mixin: type[SlowFastLayer], attention_mixin: type[TappedAttention]
+) -> list[Change]:
     """Every change to a host, its layers and their attention modules.
+
+    Args:
+        host: Passes keyword arguments on to its layers.
+        state: Its.
+        mixin: For the layers.
+        attention_mixin: For their attention modules.
 
     Raises:
         UnsupportedModelError: If a layer can't be patched; names it.
     """
     changes = [Change(host, None, {"_evo_state": state}, pre_hook=start_pass)]
     for index, (name, layer) in enumerate(named_blocks(host, state)):
-        interface.check_attends(layer, name, state.spec.trace)
-        layer_change, *others = block_changes(layer, name, state, SlowFastLayer, interface.TappedInterface)
+        layer_change, *others = block_changes(layer, name, state, mixin, attention_mixin)
         own = {**layer_change.attributes, "_evo_index": index}
         changes += [dataclasses.replace(layer_change, attributes=own), *others]
     return changes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,13 @@ from torch import nn
 
 from evopatch.errors import UnsupportedInputError
 from evopatch.forward.host_state import HostState
-from evopatch.patching.adapter import Adapter, Change, HostSpec
+from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks
 from evopatch.rewrite.tracing import TraceSpec
 
-from . import heads, layer, viewed
+from . import heads, layer, refusals, viewed
 from .families import family_of, served
-from .interface import CORE_NAMES, CORES
+from .interface import CORE_NAMES, CORES, TappedInterface, check_attends
+from .own_attention import OwnAttention, OwnLayer
 
 
 class ViTAdapter(Adapter):
@@ -31,10 +33,10 @@ class ViTAdapter(Adapter):
         trace = TraceSpec(
             (*tables, *biases),
             absent=() if family.biased else ("attention_mask",),
-            leaf_functions=_rotations() if family.rotary else (),
-            core_names=CORE_NAMES,
-            cores=CORES,
+            leaf_functions=_rotations(host) if family.rotary else (),
         )
+        if not family.own_attention:
+            trace = dataclasses.replace(trace, core_names=CORE_NAMES, cores=CORES)
         return HostSpec(
             family.blocks,
             family.prefix(host.config),
@@ -46,11 +48,20 @@ class ViTAdapter(Adapter):
             pads=family.pads,
         )
 
+    def why_not(self, module: nn.Module) -> str:
+        return refusals.why_not(module)
+
     def plan_holder(self, holder: nn.Module, host: nn.Module) -> list[Change]:
         return heads.plan(holder, host)
 
     def plan(self, host: nn.Module, state: HostState) -> list[Change]:
-        return viewed.plan(host, state) if viewed.runs_on_view(host, state.name) else layer.plan(host, state)
+        if viewed.runs_on_view(host, state.name):
+            return viewed.plan(host, state)
+        if family_of(host).own_attention:
+            return layer.plan(host, state, OwnLayer, OwnAttention)
+        for name, each in named_blocks(host, state):
+            check_attends(each, name, state.spec.trace)
+        return layer.plan(host, state, layer.SlowFastLayer, TappedInterface)
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
         if reason := family_of(host).no_grid:
@@ -58,6 +69,6 @@ class ViTAdapter(Adapter):
         return layer.grid_of(host.config, image_size)
 
 
-def _rotations() -> tuple[Callable[..., Any], ...]:
-    module = importlib.import_module("transformers.models.dinov3_vit.modeling_dinov3_vit")
-    return (module.apply_rotary_pos_emb,)
+def _rotations(host: nn.Module) -> tuple[Callable[..., Any], ...]:
+    rotation: Callable[..., Any] = vars(sys.modules[type(host).__module__])["apply_rotary_pos_emb"]
+    return (rotation,)

@@ -21,7 +21,7 @@ def class_attention(
     Args:
         query: `(B, H, R, D)`, the queries of the tokens that the head reads: the class token, class and distillation
             token, or all patch tokens where the head averages them. Of the latter their mean query is used.
-        key: `(B, H, M, D)`.
+        key: `(B, H, M, D)`, or of fewer heads, each shared by as many heads of queries (grouped-query attention).
         scale: Factor on the logits, `D ** -0.5` as a rule.
         bias: Added to the logits, broadcastable to `(B, H, R, M)`: log sizes and position biases.
         share: `(B, R)`, sums to 1 over `R`: take the mean query weighted so. None: attend with each query, then
@@ -31,6 +31,8 @@ def class_attention(
         `(B, M)` float32, sums to 1 (section 3.2 of the paper: the class attention averaged over heads).
     """
     query, key = detached(query), detached(key)
+    if key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     if share is not None:
         query = torch.einsum("br,bhrd->bhd", share.to(query.dtype), query).unsqueeze(2)
         if bias is not None and bias.shape[-2] > 1:

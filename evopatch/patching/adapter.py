@@ -55,6 +55,17 @@ class Adapter(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} says neither grid nor pyramid of {type(host).__name__}")
 
+    def why_not(self, module: nn.Module) -> str:
+        """Why a module of the library that looks like a host isn't served, after its name: "attends inside windows".
+
+        Args:
+            module: Any part of a model in which no adapter serves anything.
+
+        Returns:
+            Empty where there is nothing to say.
+        """
+        return ""
+
     def plan(self, host: nn.Module, state: HostState) -> list[Change]:
         """Every change to the host and its blocks. Everything that can fail, and nothing that changes the model.
 

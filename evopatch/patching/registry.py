@@ -111,3 +111,15 @@ def find_hosts(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
         if (adapter := find(module, among)) is not None:
             found.append((name, module, adapter))
     return found
+
+
+def unserved(model: nn.Module) -> dict[str, str]:
+    """By path, the outermost modules of a model that adapters know not to be served, each with its class and why."""
+    among = adapters()
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") or not outer for outer in found):
+            continue
+        if reason := next(filter(None, (adapter.why_not(module) for adapter in among)), ""):
+            found[name] = f"{type(module).__name__} {reason}"
+    return found

@@ -54,8 +54,9 @@ def inspect(model: nn.Module) -> Inspection:
         model: An unpatched one.
 
     Returns:
-        Every module that an adapter serves, and every list or sequence of modules of which some hold attention. Where
-        the number of prefix tokens can't be read from a position embedding, the call has `PREFIX_TOKENS` in its place.
+        Every module that an adapter serves, or knows not to be served, and every list or sequence of modules of which
+        some hold attention. Where the number of prefix tokens can't be read from a position embedding, the call has
+        `PREFIX_TOKENS` in its place.
 
     Raises:
         AlreadyPatchedError: If the model, or a part of it, is patched.
@@ -63,12 +64,14 @@ def inspect(model: nn.Module) -> Inspection:
     check_unpatched(model)
     hosts = [name for name, _, _ in registry.find_hosts(model)]
     found = [Candidate(name, "evopatch.apply(model)", "") for name in hosts]
+    unserved = registry.unserved(model)
+    found += [Candidate(name, "", reason) for name, reason in unserved.items()]
     likely = containers(model)
     for name, module in model.named_modules():
-        served = any(not host or name == host or name.startswith(f"{host}.") for host in hosts)
+        known = any(not host or name == host or name.startswith(f"{host}.") for host in (*hosts, *unserved))
         inside = any(name.startswith(f"{outer}.") for outer in likely)
         around = any(host.startswith(f"{name}.") or not name for host in hosts)
-        if not served and not inside and not around and isinstance(module, SEQUENCES) and _attends(module):
+        if not known and not inside and not around and isinstance(module, SEQUENCES) and _attends(module):
             found.append(_candidate(model, name, module, name in likely))
     return Inspection(type(model).__name__, tuple(found))
 

@@ -110,7 +110,7 @@ def _met_in_logits(softmax: fx.Node) -> tuple[Any, Any, float] | None:
     if not _is(logits, "call_function", *_MATMULS) or len(logits.args) != 2:
         return None
     (query, query_scale), (transposed, key_scale) = map(_unscaled, logits.args)
-    if not _is(transposed, "call_method", "transpose") or transposed.args[1:] not in ((-2, -1), (2, 3)):
+    if not _is(transposed, "call_method", "transpose") or set(transposed.args[1:]) not in ({-2, -1}, {2, 3}):
         return None
     return query, transposed.args[0], scale * query_scale * key_scale
 
@@ -131,16 +131,21 @@ def _projection(node: Any, module: nn.Module) -> tuple[Projection, int] | None:
     """What a query or key comes from, and its number of heads.
 
     By `linear -> view(B, N, H, D) -> transpose(1, 2)`, or
-    `linear -> reshape(B, N, 3, H, D) -> permute(2, 0, 3, 1, 4) -> unbind(0)`; or by `unflatten(-1, (3, H, D))`.
+    `linear -> reshape(B, N, 3, H, D) -> permute(2, 0, 3, 1, 4) -> unbind(0)`; or by `unflatten(-1, (3, H, D))`, or by
+    `[0]` and `[1]` in the place of `unbind`.
     """
     while _is(node, "call_module") and type(module.get_submodule(node.target)) is nn.Identity:
         node = node.args[0]
     part, parts, layout = 0, 1, node
     order: tuple[str, tuple[int, ...]] = ("transpose", (1, 2))
-    if _is(node, "call_function", operator.getitem) and _is(node.args[0], "call_method", "unbind"):
-        part, parts, layout = node.args[1], 3, node.args[0].args[0]
+    if _is(node, "call_function", operator.getitem) and _is(node.args[0], "call_method", "unbind", "permute"):
+        part, parts, layout = node.args[1], 3, node.args[0]
         order = ("permute", (2, 0, 3, 1, 4))
-        if node.args[0].args[1:] not in ((), (0,)):
+        if layout.target == "unbind":
+            if layout.args[1:] not in ((), (0,)):
+                return None
+            layout = layout.args[0]
+        if part not in range(3):
             return None
     if not _is(layout, "call_method", order[0]) or layout.args[1:] != order[1]:
         return None
@@ -160,7 +165,8 @@ def _projection(node: Any, module: nn.Module) -> tuple[Projection, int] | None:
         return None
     if not _is(linear.args[0], "placeholder"):
         return None
-    if not isinstance(heads, int) or not isinstance(channels, int):
+    # A division of the number of channels by that of heads is a node.
+    if not isinstance(heads, int) or (heads == -1 and not isinstance(channels, int)):
         return None
     if _is(linear, "call_function", F.linear):
         given = dict(zip(("input", "weight", "bias"), linear.args, strict=False)) | dict(linear.kwargs)

@@ -18,7 +18,7 @@ def regularisation(name, rate):
     """The setting by which a model's blocks draw random numbers in training."""
     if name not in TRANSFORMERS & FLAT or "dino" in name or "registers" in name:
         return {"drop_path_rate": rate}
-    attention = name in ("hf_clip", "hf_siglip", "hf_aimv2", "hf_blip2")
+    attention = name in ("hf_clip", "hf_siglip", "hf_aimv2", "hf_blip", "hf_blip2")
     return {"attention_dropout": rate} if attention else {"hidden_dropout_prob": rate}
 
 

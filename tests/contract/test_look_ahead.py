@@ -25,7 +25,6 @@ PLAIN_NOT = {
     "relpos_shared",
 }
 PLAIN_NOT |= {
-    "hf_blip2",
     "eva",
     "parallel",
     "parallel_things",

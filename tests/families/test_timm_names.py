@@ -1,8 +1,12 @@
 """Every name of timm's ViT, DeiT, LeViT and Swin families."""
 
+import importlib
+
+import pytest
 import timm
 import torch
 from comparing import moved
+from evopatch_timm import refusals
 from matrix import REPRESENTATIVES, config, every
 from variants import calibrate
 
@@ -83,3 +87,17 @@ def test_name_of_swin(name):
         evopatch.remove(model)
     evopatch.apply(model, keep_ratio=1.0)
     assert torch.equal(model.forward_features(x), original)
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "xcit_nano_12_p8_224", "hiera_tiny_224"])
+def test_what_is_known_not_to_be_served_says_why(name):
+    model = timm.create_model(name, device="meta")
+    reason = refusals.why_not(model)
+    assert reason
+    with pytest.raises(evopatch.UnsupportedModelError, match=f"found nothing .*: {type(model).__name__} {reason}"):
+        evopatch.apply(model)
+
+
+def test_every_class_with_a_reason_exists():
+    for module, name in refusals._REASONS:
+        assert hasattr(importlib.import_module(f"timm.models.{module}"), name), (module, name)

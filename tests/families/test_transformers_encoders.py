@@ -1,11 +1,13 @@
 """Encoders that larger models of transformers see or hear with: the rows of the table that no variant stands for."""
 
 import copy
+import importlib
 
 import pytest
 import torch
 import transformers
 from comparing import moved
+from evopatch_transformers import refusals
 from matrix import cases
 from transformers.models.git.configuration_git import GitVisionConfig
 from transformers.models.git.modeling_git import GitVisionModel
@@ -66,6 +68,12 @@ def of_config(name, **others):
     )
 
 
+def sapiens(key_heads):
+    """Fewer heads of keys than of queries in all but the first layers and the last."""
+    fewer = {"num_key_value_attention_heads": key_heads, "num_first_full_attention_layers": 1}
+    return of_config("Sapiens2", num_register_tokens=2, num_last_full_attention_layers=1, **fewer)
+
+
 MODELS = {
     "beit": (beit, IMAGES),
     "beit_biased": (lambda: beit(use_relative_position_bias=True, use_mean_pooling=False), IMAGES),
@@ -78,6 +86,8 @@ MODELS = {
         IMAGES,
     ),
     "pixio": (lambda: of_config("Pixio", n_cls_tokens=3), IMAGES),
+    "sapiens2": (lambda: sapiens(4), IMAGES),
+    "sapiens2_grouped": (lambda: sapiens(2), IMAGES),
     "tipsv2": (lambda: named("Tipsv2"), IMAGES),
     "radio": (lambda: of_config("Radio", max_img_size=40, num_cls_tokens=2, num_registers=3), IMAGES),
     "altclip": (lambda: named("AltCLIP"), IMAGES),
@@ -177,20 +187,37 @@ def test_patches_of_video_are_no_grid():
     assert torch.isfinite(result(model(x))).all()
 
 
+def of_qwen():
+    config = transformers.Qwen2VLConfig(
+        vision_config={"depth": 2, "embed_dim": 48, "num_heads": 4, "hidden_size": 48},
+        text_config={**SMALL, "num_key_value_heads": 4, "vocab_size": 64},
+    )
+    return transformers.Qwen2VLModel(config)
+
+
 @pytest.mark.parametrize(
     ("build", "text"),
     [
-        (lambda: named("Blip"), r"BlipEncoderLayer\) holds no attention module that calls transformers' attention"),
-        (lambda: transformers.YolosModel(transformers.YolosConfig(**SMALL, image_size=[40, 40])), "found nothing"),
-        (lambda: transformers.ViltModel(transformers.ViltConfig(**SMALL)), "found nothing"),
-        (lambda: transformers.TimesformerModel(transformers.TimesformerConfig(**SMALL)), "found nothing"),
+        (of_qwen, r"visual: Qwen2VisionTransformerPretrainedModel packs the patches of all its images"),
+        (lambda: transformers.YolosModel(transformers.YolosConfig(**SMALL, image_size=[40, 40])), "behind the patch"),
+        (lambda: transformers.ViltModel(transformers.ViltConfig(**SMALL)), "ViltModel has the tokens of a text before"),
+        (lambda: transformers.TimesformerModel(transformers.TimesformerConfig(**SMALL)), r"^found .* encoder: Times"),
+        (lambda: transformers.BertModel(transformers.BertConfig(**SMALL)), "no adapter serves it"),
     ],
 )
 def test_encoders_that_are_refused(build, text):
     model = build()
-    with pytest.raises(UnsupportedModelError, match=text):
+    with pytest.raises(UnsupportedModelError, match=text) as refused:
         evopatch.apply(model)
     assert not evopatch.is_patched(model)
+    reasons = [candidate.reason for candidate in evopatch.inspect(model).candidates]
+    assert any(reason and reason in str(refused.value) for reason in reasons) == ("no adapter" not in text)
+
+
+def test_every_class_with_a_reason_exists():
+    """Of the installed version; a class that is renamed would be refused without one."""
+    for module, name in refusals._REASONS:
+        assert hasattr(importlib.import_module(f"transformers.models.{module}"), name), (module, name)
 
 
 @cases("name", ["idefics2", "idefics3", "smolvlm"], fast=["smolvlm"])

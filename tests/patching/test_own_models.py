@@ -482,8 +482,11 @@ def test_inspect():
     assert found(build("vit")) == {"": "evopatch.apply(model)"}
     assert found(nn.Sequential(build("vit"), nn.Identity())) == {"0": "evopatch.apply(model)"}
     assert found(torchvision.models.resnet18()) == {}
-    cait = found(timm.create_model("cait_xxs24_224"))
-    assert "stands between the product of queries and keys and the softmax" in cait["blocks"]
+    cait = timm.create_model("cait_xxs24_224")
+    assert found(cait).keys() == {""}
+    assert "mixes attention heads after the softmax" in found(cait)[""]
+    with pytest.raises(UnsupportedModelError, match="stands between the product of queries and keys and the softmax"):
+        evopatch.apply(cait, blocks="blocks", prefix_tokens=0)
     text = str(evopatch.inspect(tower()))
     assert text == "Tower:\n  encoder.layers: evopatch.apply(model, blocks='encoder.layers', prefix_tokens=1)"
     with pytest.raises(evopatch.AlreadyPatchedError):

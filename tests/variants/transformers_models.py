@@ -8,6 +8,8 @@ from transformers import (
     Aimv2VisionModel,
     Blip2VisionConfig,
     Blip2VisionModel,
+    BlipVisionConfig,
+    BlipVisionModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     DeiTConfig,
@@ -83,6 +85,7 @@ FLAT: dict[str, Callable[..., nn.Module]] = {
     "hf_ijepa": lambda **k: IJepaForImageClassification(IJepaConfig(**_SMALL | k)),
     "hf_clip": lambda **k: CLIPVisionModelWithProjection(CLIPVisionConfig(**_SMALL | {"projection_dim": 16} | k)),
     "hf_blip2": lambda **k: Blip2VisionModel(Blip2VisionConfig(**_SMALL | k)),
+    "hf_blip": lambda **k: BlipVisionModel(BlipVisionConfig(**_SMALL | k)),
     "hf_aimv2": lambda **k: Aimv2VisionModel(Aimv2VisionConfig(**_SMALL | k)),
     "hf_siglip": lambda **k: SiglipVisionModel(SiglipVisionConfig(**_SMALL | k)),
 }

@@ -1,0 +1,54 @@
+"""Vision transformers of transformers that are not served, and why."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+_PACKED = "packs the patches of all its images into one sequence: its tokens are no grid of one image's patches"
+_AFTER = "has other tokens behind the patch tokens"
+_PLACES = "works with its tokens' places in the sequence"
+_DIVIDED = "divides attention between time and space"
+_DETECTOR = "attends inside windows of the image in some of its layers"
+
+# By module, below transformers.models, and class.
+_REASONS = {
+    ("data2vec.modeling_data2vec_vision", "Data2VecVisionEncoder"): "makes its position biases layer by layer",
+    ("eomt.modeling_eomt", "EomtForUniversalSegmentation"): "adds queries to its tokens between layers",
+    ("eomt_dinov3.modeling_eomt_dinov3", "EomtDinov3ForUniversalSegmentation"): "adds queries between layers",
+    ("groupvit.modeling_groupvit", "GroupViTVisionEncoder"): _AFTER,
+    ("hiera.modeling_hiera", "HieraEncoder"): "attends inside windows whose tokens lie in an order of their own",
+    ("imagegpt.modeling_imagegpt", "ImageGPTModel"): "attends to earlier tokens alone",
+    ("lw_detr.modeling_lw_detr", "LwDetrViTEncoder"): _DETECTOR,
+    ("mlcd.modeling_mlcd", "MLCDVisionModel"): "takes rotary tables without an axis for images, groups differ by image",
+    ("rf_detr.modeling_rf_detr", "RfDetrDinov2Encoder"): _DETECTOR,
+    ("pixtral.modeling_pixtral", "PixtralVisionModel"): _PACKED,
+    ("segformer.modeling_segformer", "SegformerModel"): "reduces keys and values by a convolution over the grid",
+    ("seggpt.modeling_seggpt", "SegGptEncoder"): "merges the tokens of two images between layers",
+    ("timesformer.modeling_timesformer", "TimesformerEncoder"): _DIVIDED,
+    ("videoprism.modeling_videoprism", "VideoPrismVisionModel"): _DIVIDED,
+    ("vilt.modeling_vilt", "ViltModel"): "has the tokens of a text before the patch tokens",
+    ("vjepa2.modeling_vjepa2", "VJEPA2Encoder"): _PLACES,
+    ("x_clip.modeling_x_clip", "XCLIPVisionEncoder"): "adds a message of the other frames to its tokens in every layer",
+    ("yolos.modeling_yolos", "YolosModel"): _AFTER,
+}
+
+
+def why_not(module: nn.Module) -> str:
+    """Of a transformer that is known not to be served; empty for others."""
+    for cls in type(module).__mro__:
+        package, _, name = cls.__module__.partition("transformers.models.")
+        if not package and (name, cls.__name__) in _REASONS:
+            return _REASONS[name, cls.__name__]
+    return _PACKED if _packs(module) else ""
+
+
+def _packs(module: nn.Module) -> bool:
+    """Whether a module walks over its layers with the lengths of packed sequences."""
+    cls = type(module)
+    if not cls.__module__.startswith("transformers.models."):
+        return False
+    code = inspect.unwrap(cls.forward).__code__
+    walks = any(isinstance(child, nn.ModuleList) for child in module.modules())
+    return walks and "cu_seqlens" in (*code.co_varnames, *code.co_names, *code.co_consts)
