@@ -11,7 +11,7 @@ from .adapter import Adapter
 
 
 class PyramidAdapter(Adapter):
-    """An adapter of a pyramid between whose stages every second token is taken of the whole grid, with its neighbours."""
+    """An adapter of a pyramid between whose stages every second token is taken, of the whole grid."""
 
     def describe(
         self, name: str, blocks: tuple[tuple[Block, ...], ...], grids: tuple[tuple[int, int], ...], **fields: Any
