@@ -63,8 +63,8 @@ class PitAdapter(PyramidAdapter):
         )
 
 
-def _pooled(grid: tuple[int, int], conv: nn.Conv2d) -> tuple[int, int]:
+def _pooled(grid: tuple[int, int], conv: Any) -> tuple[int, int]:
     """Rows and columns after a stage's pooling."""
     sizes = zip(grid, conv.kernel_size, conv.stride, conv.padding, strict=True)
-    rows, columns = ((side + 2 * int(padding) - kernel) // stride + 1 for side, kernel, stride, padding in sizes)
+    rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in sizes)
     return rows, columns

@@ -1,4 +1,4 @@
-"""timm's PiT: what is its own. Runs between its poolings, class tokens alone after the last block, maps for who looks."""
+"""timm's PiT: runs between its poolings, class tokens alone after the last block, whole maps for who looks."""
 
 import pytest
 import timm
