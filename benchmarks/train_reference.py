@@ -1,4 +1,4 @@
-"""Train a timm pyramid (LeViT, Swin) on CIFAR-10 from scratch: a reference to patch, where no weights can be had.
+"""Train a timm pyramid (LeViT, PiT, Swin) on CIFAR-10 from scratch: a reference to patch, where no weights can be had.
 
 The folder that it writes is one that timm's `local-dir:` and `evopatch evaluate --model` read. Killed, it goes on from
 its last epoch when called again:
@@ -86,7 +86,8 @@ def train(arguments: argparse.Namespace, model: Any, output: Path) -> list[dict[
     schedule = CosineLRScheduler(
         optimizer, t_initial=arguments.epochs * steps, lr_min=1e-6, warmup_t=2 * steps, t_in_epochs=False
     )
-    mix = Mixup(arguments.mixup, arguments.cutmix, prob=0.5, label_smoothing=0.1, num_classes=10)
+    mixes = 0.5 if arguments.mixup or arguments.cutmix else 0.0
+    mix = Mixup(arguments.mixup, arguments.cutmix, prob=mixes, label_smoothing=0.1, num_classes=10)
     criterion = SoftTargetCrossEntropy()
     log: list[dict[str, float]] = []
     checkpoint = output / "checkpoint.pt"

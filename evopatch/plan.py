@@ -30,7 +30,9 @@ class BlockPlan(NamedTuple):
     """Blocks whose class attention on the tokens as they are now counts in the selection before this one."""
 
 
-def plan_blocks(config: EvoConfig, *depths: int, taper: float | None = None) -> tuple[BlockPlan, ...]:
+def plan_blocks(
+    config: EvoConfig, *depths: int, taper: float | None = None, looks_ahead: bool = True, start: int | None = None
+) -> tuple[BlockPlan, ...]:
     """One plan per block.
 
     Args:
@@ -38,13 +40,16 @@ def plan_blocks(config: EvoConfig, *depths: int, taper: float | None = None) -> 
         depths: How many blocks each stage of the model has; a flat model is one stage.
         taper: Of a pyramid, by what share of the mean the first run keeps more and the last one less, where they taper.
             None: of a flat model, see `tapered`.
+        looks_ahead: Whether later blocks of its stage can be looked at before a selection.
+        start: Of a pyramid, the first block that selects where the configuration doesn't say. None: that of a flat
+            model, or the middle of the first stage.
 
     Raises:
         ConfigError: If a run starts beyond the depth or goes from one stage into the next, or the number of keep
             ratios or tradeoffs doesn't fit.
     """
     depth = sum(depths)
-    firsts = _first_blocks(config, depths)
+    firsts = _first_blocks(config, depths, start)
     ratios = _keep_ratios(config, firsts, depth, taper)
     tradeoffs = _tradeoffs(config, depth)
     keep = [1.0] * depth
@@ -55,26 +60,27 @@ def plan_blocks(config: EvoConfig, *depths: int, taper: float | None = None) -> 
         if ratio < 1.0:
             selecting.update(range(first, end) if config.selection == "layer" else [first])
     last_selection = max(selecting, default=0)
-    looks = config.representative == "matched" and config.look_ahead > 0.0 and len(depths) == 1
+    looks = looks_ahead and config.representative == "matched" and config.look_ahead > 0.0
+    stage_ends = [sum(depths[: stage + 1]) for stage, blocks in enumerate(depths) for _ in range(blocks)]
     return tuple(
         BlockPlan(
             keep_ratio=keep[i],
             selects=i in selecting,
             ends=keep[i] < 1.0 and (i + 1 == depth or i + 1 in selecting or i + 1 in firsts),
             tradeoff=tradeoffs[i] if i < last_selection else None,
-            looks_at=_looked_at(i, depth) if looks and i in selecting else (),
+            looks_at=_looked_at(i, stage_ends[i]) if looks and i in selecting else (),
         )
         for i in range(depth)
     )
 
 
-def _looked_at(selecting: int, depth: int) -> tuple[int, ...]:
-    """The block itself, the last but one, and the one in the middle between them."""
-    last = max(selecting, depth - 2)
+def _looked_at(selecting: int, end: int) -> tuple[int, ...]:
+    """The block itself, the last but one of its stage, and the one in the middle between them."""
+    last = max(selecting, end - 2)
     return tuple(sorted({selecting, (selecting + last) // 2, last}))
 
 
-def _first_blocks(config: EvoConfig, depths: tuple[int, ...]) -> list[int]:
+def _first_blocks(config: EvoConfig, depths: tuple[int, ...], default: int | None) -> list[int]:
     depth = sum(depths)
     if depth < 2:
         raise ConfigError(f"a model with {depth} block(s): expected at least 2, one to rank the tokens by")
@@ -87,7 +93,7 @@ def _first_blocks(config: EvoConfig, depths: tuple[int, ...]) -> list[int]:
                 f"{crossed} of stages with {depths} blocks; expected the first block of each stage among them"
             )
     else:
-        start = _start(config, depths)
+        start = _start(config, depths, default)
         runs = cast(int, config.stages or (_default_runs(config) if len(depths) == 1 else 1))
         growth = 1 if config.schedule == "taper" else 0
         firsts = []
@@ -107,8 +113,10 @@ def _default_runs(config: EvoConfig) -> int:
     return 3 if config.schedule == "taper" else 2
 
 
-def _start(config: EvoConfig, depths: tuple[int, ...]) -> int:
+def _start(config: EvoConfig, depths: tuple[int, ...], default: int | None) -> int:
     depth = sum(depths)
+    if config.start is None and default is not None:
+        return default
     if config.start is None:
         early = config.schedule == "taper" and not isinstance(config.keep_ratio, tuple)
         early = early and cast(float, config.keep_ratio) < EARLY_BELOW

@@ -1,8 +1,9 @@
-"""Matched selection written with Python loops."""
+"""Matched selection, and what goes to the next stage of a pyramid, written with Python loops."""
 
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -33,3 +34,15 @@ def matched_reference(g: Tensor, features: Tensor, keep: int, importance: float 
     slow = sorted(top(loss, keep))
     leader = [i if i in slow else max(slow, key=lambda j: similarity[i][j]) for i in range(patches)]
     return set(slow), leader
+
+
+def coarser(g: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Importance `(N,)` on the next stage's grid: the mean over the 3 by 3 tokens around every second one."""
+    rows, columns = grid
+    found = []
+    for i in range(0, rows, 2):
+        for j in range(0, columns, 2):
+            near = [g[a * columns + b] for a in range(i - 1, i + 2) for b in range(j - 1, j + 2)
+                    if 0 <= a < rows and 0 <= b < columns]  # fmt: skip
+            found.append(sum(near) / len(near))
+    return torch.stack(found)

@@ -11,13 +11,13 @@ from variants import FLAT, build
 
 import evopatch
 
-FAST = frozenset({"vit", "gap", "hf_vit", "levit", "hf_levit", "swin", "hf_swin"})
+FAST = frozenset({"vit", "gap", "hf_vit", "levit", "hf_levit", "pit", "swin", "hf_swin"})
 """One structure of each kind and library, and one that reads its pooled patches: what `-m "not slow"` covers."""
 
 SAME_GRAPH = frozenset(
     """
     clip deit_distilled dinov2 siglip reg_gap naflex hf_deit hf_deit_masked hf_vit_masked hf_vit_model hf_msn
-    hf_registers_backbone hf_ijepa levit_distilled hf_levit_model
+    hf_registers_backbone hf_ijepa levit_distilled pit_distilled hf_levit_model
     """.split()  # noqa: SIM905
 )
 """Structures whose blocks and walk are those of another one, with another embedding or head around them: what is

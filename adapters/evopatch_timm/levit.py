@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from evopatch.errors import UnsupportedInputError
 from evopatch.forward.walk import PatchedHost, refuse_symbolic, walk
 from evopatch.patching.adapter import HostSpec
-from evopatch.patching.pyramid import PyramidAdapter
+from evopatch.patching.pyramid import BiasedPyramidAdapter
 
 
 class SlowFastLevit(PatchedHost):
@@ -45,7 +45,7 @@ class SlowFastLevit(PatchedHost):
             )
 
 
-class LevitAdapter(PyramidAdapter):
+class LevitAdapter(BiasedPyramidAdapter):
     """Linear and convolutional LeViT, distilled or not."""
 
     mixin = SlowFastLevit

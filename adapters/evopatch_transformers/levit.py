@@ -11,7 +11,7 @@ from transformers.models.levit.modeling_levit import LevitAttention, LevitEncode
 from evopatch.forward.spec import Block
 from evopatch.forward.walk import PatchedHost, walk
 from evopatch.patching.adapter import HostSpec
-from evopatch.patching.pyramid import PyramidAdapter
+from evopatch.patching.pyramid import BiasedPyramidAdapter
 
 
 class SlowFastLevit(PatchedHost):
@@ -22,7 +22,7 @@ class SlowFastLevit(PatchedHost):
         return walk(self, "forward", *args, compact=True, **kwargs)
 
 
-class LevitAdapter(PyramidAdapter):
+class LevitAdapter(BiasedPyramidAdapter):
     """The encoder that every LeViT model and head of transformers holds."""
 
     mixin = SlowFastLevit

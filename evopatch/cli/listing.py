@@ -13,7 +13,7 @@ from .tables import console
 
 
 def list_models(
-    pattern: Annotated[str, typer.Argument(help="A timm wildcard. Default: ViT, DeiT, LeViT and Swin.")] = "",
+    pattern: Annotated[str, typer.Argument(help="A timm wildcard. Default: ViT, DeiT, LeViT, PiT and Swin.")] = "",
     config: ConfigFile = None,
 ) -> None:
     """Names of the timm models that `evopatch.apply` takes.
@@ -24,7 +24,7 @@ def list_models(
 
     from ..patching.apply import supported
 
-    names = timm.list_models([pattern] if pattern else ["vit_*", "deit*", "levit*", "swin*"])
+    names = timm.list_models([pattern] if pattern else ["vit_*", "deit*", "levit*", "pit_*", "swin*"])
     if not names:
         raise UnsupportedModelError(f"no timm model is named like '{pattern}'")
     taken = []

@@ -67,10 +67,11 @@ class HostState:
         Raises:
             ConfigError: If the configuration doesn't fit the depth, or leaves no slow token on a pyramid's grid.
         """
-        plans = plan_blocks(config, *self.depths, taper=self.spec.taper)
-        if self.spec.pyramid is not None:
+        spec = self.spec
+        plans = plan_blocks(config, *self.depths, taper=spec.taper, looks_ahead=spec.looks_ahead, start=spec.start)
+        if spec.pyramid is not None:
             for plan, stage in zip(plans, self.stage_of, strict=True):
-                _check_keeps_any(plan.keep_ratio, stage, self.spec.pyramid.grids[stage])
+                _check_keeps_any(plan.keep_ratio, stage, spec.pyramid.grids[stage])
         return plans
 
     def describe(self, block: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..algorithm.partition import Partition, merge_positions
@@ -35,8 +36,16 @@ class Layout:
         channels_first: Tensor = x.transpose(1, 2).unflatten(2, (rows, columns))
         return channels_first
 
+    def given_back(self, index: int, x: Tensor) -> Tensor:
+        """The same of what a block gives. Its stage in a pyramid makes a map of it: where only the prefix tokens went
+        through the last block, and nothing else is read, there are zeros in the map."""
+        if self._spec.pyramid is not None and x.shape[1] == self._spec.prefix:
+            rows, columns = self._spec.pyramid.grids[self._stage_of[index]]
+            x = F.pad(x, (0, 0, 0, rows * columns))
+        return self.of_block(index, x)
+
     def of_tokens(self, x: Tensor) -> Tensor:
-        """The inverse."""
+        """The inverse of `of_block`."""
         if self._spec.tokens_first:
             return x.transpose(0, 1)
         if not self._spec.channels_first:

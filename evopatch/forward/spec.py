@@ -75,6 +75,8 @@ class HostSpec:
     their share in the pooled output of the attention. False: by the mean query's, which needs no attention weights."""
     taper: float | None = None
     """Of a pyramid, how much less the last run of blocks keeps than the first, see `plan.plan_blocks`."""
+    start: int | None = None
+    """Of a pyramid, the first block that selects where nothing else is asked for, see `plan.plan_blocks`."""
     caches: tuple[str, ...] = ()
     """Attributes of modules in the host that hold a dict of what they computed from their weights, and keep it when the
     weights change: such as LeViT's position biases."""
@@ -88,6 +90,13 @@ class HostSpec:
     """Blocks take `(T, B, C)` instead of `(B, T, C)`."""
     patch_size: tuple[int, int] | None = None
     """Height and width in pixels of an image's patches, where no adapter's `grid` says how many there are."""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether tokens are ranked by what later blocks will attend to, where their weights can tell: in flat models,
+        and in pyramids by a class token."""
+        one_stage = isinstance(self.blocks, str) or len(self.blocks) == 1
+        return self.readout > 0 or (self.pyramid is None and one_stage)
 
     def stages(self, host: nn.Module) -> tuple[tuple[Block, ...], ...]:
         """The blocks of each stage; a flat model has one."""

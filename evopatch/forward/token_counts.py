@@ -45,6 +45,6 @@ def check_stage(found: int, grids: Sequence[tuple[int, int]], stage: int, name: 
     rows, columns = grids[stage]
     if found != rows * columns:
         raise UnsupportedInputError(
-            f"{found} patch tokens reached stage {stage + 1} of '{name or 'model'}', whose position "
-            f"biases are for {rows * columns} ({rows}x{columns}): give images of the model's own size"
+            f"{found} patch tokens reached stage {stage + 1} of '{name or 'model'}', which had {rows * columns} "
+            f"({rows}x{columns}) at evopatch.apply: give images of the model's own size"
         )

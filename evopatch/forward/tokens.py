@@ -72,7 +72,7 @@ class TokenPass(ForwardPass):
             return self._layout.of_tokens(beside.tokens_of(out))
 
         tokens = self.advance(index, block, self._layout.of_tokens(x), inputs, run)
-        return beside.again(self._layout.of_block(index, tokens), self.partitions.get(index))
+        return beside.again(self._layout.given_back(index, tokens), self.partitions.get(index))
 
     def advance(self, index: int, block: PatchedBlock, x: Tensor, inputs: Mapping[str, Any], run: Run) -> Tensor:
         """One block.
@@ -102,7 +102,7 @@ class TokenPass(ForwardPass):
         if index == 0 and self.grid is not None:
             check_tokens(x.shape[1], self.spec.prefix, self.grid, self.name)
         if self.spec.pyramid is not None and (index == 0 or self.stage_of[index - 1] != self.stage_of[index]):
-            check_stage(x.shape[1], self.spec.pyramid.grids, self.stage_of[index], self.name)
+            check_stage(x.shape[1] - self.spec.prefix, self.spec.pyramid.grids, self.stage_of[index], self.name)
         plan = self.plans[index]
         named = dict(inputs) | {name: inputs.get(name) for name in self.spec.trace.inputs}
         self.mask.read(index, named, x, self.refuse)
@@ -198,7 +198,7 @@ class TokenPass(ForwardPass):
         if self.representative != "matched":
             g, single = self._accumulated(index, x.device), self.representative == "single"
             return select_top(g, keep, prefix, single, left_out)
-        if self.spec.pyramid is not None:
+        if not self.spec.looks_ahead:
             seen = self._layout.of_tokens(seen_tokens(block, self._layout.of_block(index, x), inputs))
             features, g = F.normalize(seen[:, prefix:], dim=-1), self._accumulated(index, x.device)
         else:

@@ -1,4 +1,4 @@
-"""What adapters of pyramids whose stages have flat blocks (LeViT) have in common."""
+"""What adapters of pyramids whose stages have flat blocks (LeViT, PiT) have in common."""
 
 from __future__ import annotations
 
@@ -9,17 +9,9 @@ from ..forward.spec import Block, HostSpec, Pyramid
 from ..rewrite.tracing import TraceSpec
 from .adapter import Adapter
 
-# Coarse grids are more redundant than fine ones.
-TAPER = 0.5
-
 
 class PyramidAdapter(Adapter):
-    """An adapter of a pyramid without a class token, whose blocks add a position bias to their attention logits."""
-
-    notice = (
-        "LeViT's blocks are so small that a patched model may be slower than unpatched for single images (see "
-        "docs/speed.md); measure yours with evopatch.benchmark"
-    )
+    """An adapter of a pyramid between whose stages every second token is taken, of the whole grid."""
 
     def describe(
         self, name: str, blocks: tuple[tuple[Block, ...], ...], grids: tuple[tuple[int, int], ...], **fields: Any
@@ -38,14 +30,35 @@ class PyramidAdapter(Adapter):
             raise UnsupportedModelError(f"{name} has a stage without blocks: expected at least one in each stage")
         pyramid = Pyramid(grids, kernel=3)
         pyramid.check(name)
-        return HostSpec(
-            blocks=blocks,
+        return HostSpec(blocks=blocks, pyramid=pyramid, **fields)
+
+
+# Coarse grids are more redundant than fine ones.
+TAPER = 0.5
+
+
+class BiasedPyramidAdapter(PyramidAdapter):
+    """LeViT's, without a class token: blocks add a position bias to their attention logits, and attention weights are
+    at hand."""
+
+    notice = (
+        "LeViT's blocks are so small that a patched model may be slower than unpatched for single images (see "
+        "docs/speed.md); measure yours with evopatch.benchmark"
+    )
+
+    def describe(
+        self, name: str, blocks: tuple[tuple[Block, ...], ...], grids: tuple[tuple[int, int], ...], **fields: Any
+    ) -> HostSpec:
+        """As of every pyramid."""
+        return super().describe(
+            name,
+            blocks,
+            grids,
             prefix=0,
             readout=0,
             received=True,
             taper=TAPER,
             trace=TraceSpec(position_biases=("get_attention_biases",)),
             caches=("attention_bias_cache",),
-            pyramid=pyramid,
             **fields,
         )

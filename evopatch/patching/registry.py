@@ -19,6 +19,7 @@ _BUILT_IN = {
     "timm": (
         "evopatch_timm.vit:ViTAdapter",
         "evopatch_timm.levit:LevitAdapter",
+        "evopatch_timm.pit:PitAdapter",
         "evopatch_timm.swin:SwinAdapter",
         "evopatch_timm.naflex:NaFlexAdapter",
         "evopatch_timm.towers:TowerAdapter",

@@ -41,7 +41,9 @@ def test_selections_look_ahead_at_three_blocks():
     assert [plan.looks_at for plan in plan_blocks(EvoConfig(stages=[11]), 12) if plan.selects] == [(11,)]
     for config in (EvoConfig.paper(), EvoConfig(look_ahead=0.0), EvoConfig(representative="none")):
         assert not marks(config, "looks_at")
-    assert not [plan for plan in plan_blocks(EvoConfig(), 2, 3, taper=0.5) if plan.looks_at]  # pyramids have none
+    pyramid = plan_blocks(EvoConfig(), 2, 6, 4)  # blocks of another stage take other tokens
+    assert [plan.looks_at for plan in pyramid if plan.selects] == [(1,), (2, 4, 6), (8, 9, 10)]
+    assert not [plan for plan in plan_blocks(EvoConfig(), 2, 3, looks_ahead=False) if plan.looks_at]
 
 
 def test_paper():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparing import moved
-from loop_reference import matched_reference, top
+from loop_reference import coarser, matched_reference, top
 from matrix import EACH_REPRESENTATIVE, EACH_SELECTION
 from variants import build, images_for
 
@@ -54,18 +54,6 @@ def merged_bias(bias, groups, shares, slow, representative):
         for n, second in enumerate(places):
             rows[:, m, n] = sum(w * v * bias[:, i, j] for i, w in first for j, v in second)
     return rows
-
-
-def coarser(g, grid):
-    """The mean over the 3 by 3 tokens around every second one."""
-    rows, columns = grid
-    found = []
-    for i in range(0, rows, 2):
-        for j in range(0, columns, 2):
-            near = [g[a * columns + b] for a in range(i - 1, i + 2) for b in range(j - 1, j + 2)
-                    if 0 <= a < rows and 0 <= b < columns]  # fmt: skip
-            found.append(sum(near) / len(near))
-    return torch.stack(found)
 
 
 def reference(model, image, config):

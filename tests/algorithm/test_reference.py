@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparing import moved
-from loop_reference import matched_reference, top
+from loop_reference import coarser, matched_reference, top
 from matrix import EACH_REPRESENTATIVE, EACH_SELECTION
-from variants import between, build, images
+from variants import between, build, images, images_for
 
 import evopatch
 from evopatch import EvoConfig
@@ -35,12 +35,10 @@ def block_forward(block, x, log_size):
     return x + block.mlp(block.norm2(x)), weights, qkv
 
 
-def readout(model, block, weights, qkv, sizes, log_size):
+def readout(prefix, readouts, block, weights, qkv, sizes, log_size):
     """Class attention over the tokens of one image: the readout tokens', or the mean query's."""
-    prefix = model.num_prefix_tokens
-    if model.global_pool == "token":
-        count = 2 if hasattr(model, "head_dist") else 1
-        return weights[:, :count].mean(dim=(0, 1))
+    if readouts:
+        return weights[:, :readouts].mean(dim=(0, 1))
     rows = []
     for h in range(block.attn.num_heads):
         query = sum(s * q for s, q in zip(sizes, qkv[prefix:, 0, h], strict=True)) / sum(sizes)
@@ -48,37 +46,46 @@ def readout(model, block, weights, qkv, sizes, log_size):
     return torch.stack(rows).mean(0)
 
 
-def looked_ahead(model, x, plan, g, look_ahead):
+def looked_ahead(prefix, readouts, blocks, x, g, look_ahead):
     """What tokens are ranked by: class attention so far, and that of later blocks on the tokens (T, C) as they are."""
-    if not plan.looks_at:
+    if not blocks:
         return g
-    prefix, zeros = model.num_prefix_tokens, torch.zeros(len(x))
-    total = 0
-    for index in plan.looks_at:
-        block = model.blocks[index]
+    zeros, total = torch.zeros(len(x)), 0
+    for block in blocks:
         _, weights, qkv = attention(block.attn, block.norm1(x), zeros)
-        total = total + readout(model, block, weights, qkv, [1] * (len(x) - prefix), zeros)[prefix:]
-    return (1 - look_ahead) * g + look_ahead * total / len(plan.looks_at)
+        total = total + readout(prefix, readouts, block, weights, qkv, [1] * (len(x) - prefix), zeros)[prefix:]
+    return (1 - look_ahead) * g + look_ahead * total / len(blocks)
 
 
-def reference(model, image, config):
-    """Tokens (T, C) after every block, for one image."""
-    prefix = model.num_prefix_tokens
-    x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
-    g, groups, outputs = None, None, []
-    for block, plan in zip(model.blocks, plan_blocks(config, len(model.blocks)), strict=True):
-        patches = x.shape[0] - prefix
+def run_blocks(blocks, plans, x, g, prefix, readouts, config):
+    """Blocks of one grid, for one image.
+
+    Args:
+        blocks: By index in the model.
+        plans: By index, of those that run.
+        x: (T, C).
+        g: Accumulated class attention of the patch tokens, None before the first block.
+        prefix: Number of prefix tokens.
+        readouts: How many of them the head reads.
+        config: As of `evopatch.apply`.
+
+    Returns:
+        Tokens (T, C) after every block, and `g` after the last.
+    """
+    groups, outputs = None, []
+    for index, plan in plans.items():
+        block, patches = blocks[index], x.shape[0] - prefix
         if plan.keep_ratio == 1.0:
             zeros = torch.zeros(len(x))
             x, weights, qkv = block_forward(block, x, zeros)
-            a = readout(model, block, weights, qkv, [1] * patches, zeros)[prefix:]
+            a = readout(prefix, readouts, block, weights, qkv, [1] * patches, zeros)[prefix:]
             g = a if g is None else (1 - config.tradeoff) * g + config.tradeoff * a
             outputs.append(x)
             continue
         if plan.selects:
             keep = num_slow(patches, plan.keep_ratio)
             if config.representative == "matched":
-                rank = looked_ahead(model, x, plan, g, config.look_ahead)
+                rank = looked_ahead(prefix, readouts, [blocks[i] for i in plan.looks_at], x, g, config.look_ahead)
                 slow, leader = matched_reference(rank, F.layer_norm(x, x.shape[-1:])[prefix:], keep)
                 groups = [[i for i in range(patches) if leader[i] == s] for s in sorted(slow)]
                 shares = [[rank[i].sqrt() / sum(rank[j].sqrt() for j in m) for i in m] for m in groups]
@@ -94,7 +101,7 @@ def reference(model, image, config):
         rows = [sum(w * x[prefix + i] for i, w in zip(m, s, strict=True)) for m, s in zip(groups, shares, strict=True)]
         entry = torch.cat([x[:prefix], torch.stack(rows)])
         out, weights, qkv = block_forward(block, entry, log_size)
-        a = readout(model, block, weights, qkv, sizes, log_size)
+        a = readout(prefix, readouts, block, weights, qkv, sizes, log_size)
         x = torch.cat([out[:prefix], x[prefix:]])
         g = g.clone()
         for row, members in enumerate(groups, start=prefix):
@@ -103,7 +110,34 @@ def reference(model, image, config):
                 if config.representative == "matched" or i in slow:
                     g[i] = (1 - config.tradeoff) * g[i] + config.tradeoff * a[row] / sizes[row - prefix]
         outputs.append(x)
-    return torch.stack(outputs)
+    return outputs, g
+
+
+def reference(model, image, config):
+    """Tokens (T, C) after every block, for one image."""
+    x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
+    plans = dict(enumerate(plan_blocks(config, len(model.blocks))))
+    readouts = 0 if model.global_pool != "token" else 2 if hasattr(model, "head_dist") else 1
+    return torch.stack(run_blocks(model.blocks, plans, x, None, model.num_prefix_tokens, readouts, config)[0])
+
+
+def pit_reference(model, image, config):
+    """Class tokens (P, C) after the last block and tokens (T, C) after every stage, for one image."""
+    x, prefix = model.pos_drop(model.patch_embed(image[None]) + model.pos_embed), model.cls_token[0]
+    blocks = [block for stage in model.transformers for block in stage.blocks]
+    plans, stages, g, begin = plan_blocks(config, *(len(stage.blocks) for stage in model.transformers)), [], None, 0
+    for stage in model.transformers:
+        if stage.pool is not None:
+            g = None if g is None else coarser(g, x.shape[2:])
+            x, prefix = stage.pool(x, prefix)
+        end = begin + len(stage.blocks)
+        own = {index: plans[index] for index in range(begin, end)}
+        tokens = torch.cat([prefix, x.flatten(2)[0].T])
+        outputs, g = run_blocks(blocks, own, tokens, g, len(prefix), len(prefix), config)
+        stages.append(outputs[-1])
+        prefix, patches = stages[-1].split([len(prefix), len(tokens) - len(prefix)])
+        x, begin = patches.T.unflatten(1, x.shape[2:])[None], end
+    return prefix, stages
 
 
 @pytest.mark.parametrize("name", ["vit", "deit_distilled", "clip", "gap", "reg_gap"])
@@ -130,3 +164,29 @@ def test_every_block_of_the_patched_model_equals_the_reference(name, selection, 
         model, EvoConfig(keep_ratio=[0.56, 0.3], stages=[2, 4], representative=representative, tradeoff=0.4)
     )
     assert moved(model.forward_features(x), model.norm(expected[-1])) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["pit", "pit_distilled"])
+@EACH_SELECTION
+@EACH_REPRESENTATIVE
+@torch.no_grad()
+def test_every_stage_of_a_patched_pit_equals_the_reference(name, selection, representative):
+    model, x = build(name), images_for(name, 3)
+    config = EvoConfig(
+        keep_ratio=[0.6, 0.5, 0.5],
+        stages=[1, 2, 5],
+        selection=selection,
+        representative=representative,
+        tradeoff=0.4,
+        look_ahead=0.6,
+    )
+    expected = [pit_reference(model, image, config) for image in x]
+    evopatch.apply(model, config=config)
+    for number, found in enumerate(model.forward_intermediates(x)[1]):
+        tokens = torch.stack([stages[number] for _, stages in expected])[:, model.num_tokens :]
+        torch.testing.assert_close(found.flatten(2).transpose(1, 2), tokens, atol=5e-5, rtol=5e-5)
+    head = model.norm(torch.stack([prefix for prefix, _ in expected]))
+    torch.testing.assert_close(model.forward_features(x), head, atol=5e-5, rtol=5e-5)
+    torch.testing.assert_close(model(x), model.forward_head(head), atol=5e-5, rtol=5e-5)
+    evopatch.set_config(model, EvoConfig(keep_ratio=[0.4, 0.5, 0.5], start=1, representative=representative))
+    assert moved(model.forward_features(x), head) > 1e-3

@@ -120,6 +120,7 @@ FAMILIES = [
     ("vit", "none", "stage"),
     ("levit", "matched", "stage"),
     ("levit", "single", "stage"),
+    ("pit", "matched", "stage"),
     ("swin", "matched", "stage"),
     ("swin", "single", "layer"),
     ("swin", "none", "stage"),
@@ -127,6 +128,7 @@ FAMILIES = [
 ]
 QUICK = [("vit", "matched", "stage"), ("levit", "matched", "stage"), ("hf_vit", "matched", "stage")]
 NOT_CONVERTED = [("vit", "none", "stage"), ("levit", "single", "stage"), ("swin", "single", "layer")]
+NOT_CONVERTED += [("pit", "matched", "stage")]
 """Of operators that other rows have."""
 EVERY_FAMILY = cases(("name", "representative", "selection"), FAMILIES, fast=QUICK)
 

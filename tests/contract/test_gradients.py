@@ -7,11 +7,11 @@ import torch
 from comparing import assert_same_gradients, checkpoint, gradients, moved
 from matrix import FAST, REPRESENTATIVES, cases, config, every, patched
 from timm import layers
-from variants import EVERY, FLAT, PYRAMIDS, TRANSFORMERS, WINDOWED, build, call, images_for
+from variants import EVERY, FLAT, PIT, PYRAMIDS, TRANSFORMERS, WINDOWED, build, call, images_for
 
 import evopatch
 
-CHECKPOINTING = EVERY - (PYRAMIDS & TRANSFORMERS) - {"torchvision"}  # which have no checkpointing
+CHECKPOINTING = EVERY - (PYRAMIDS & TRANSFORMERS) - PIT - {"torchvision"}  # which have no checkpointing
 
 
 def regularisation(name, rate):

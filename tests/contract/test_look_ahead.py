@@ -7,7 +7,7 @@ import torch
 from comparing import moved
 from matrix import every, patched
 from torch import nn
-from variants import FLAT, PYRAMIDS, call, images_for
+from variants import FLAT, PIT, PYRAMIDS, call, images_for
 
 import evopatch
 from evopatch import EvoConfig
@@ -37,7 +37,7 @@ PLAIN_NOT |= {
     "beit",
     "beit_shared",
 }
-LOOK_AHEAD = FLAT - PLAIN_NOT
+LOOK_AHEAD = (FLAT - PLAIN_NOT) | PIT
 
 
 @every(FLAT | PYRAMIDS)

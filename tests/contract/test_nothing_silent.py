@@ -458,7 +458,8 @@ def one_process(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-SHARDED = ["vit", "registers", "gap", "rope", "relpos_class", "parallel", "hf_vit", "hf_dinov2", "hf_dinov3", "levit"]
+SHARDED = ["vit", "registers", "gap", "rope", "relpos_class", "parallel", "hf_vit", "hf_dinov2", "hf_dinov3"]
+SHARDED += ["levit", "pit"]
 
 
 @pytest.mark.usefixtures("one_process")
@@ -584,7 +585,7 @@ def test_explanations_see_every_token(name):
     handle.remove()
 
 
-@pytest.mark.parametrize("name", ["vit", "levit", "hf_vit"])
+@pytest.mark.parametrize("name", ["vit", "levit", "pit", "hf_vit"])
 @torch.no_grad()
 def test_full_grid_shows_all_tokens_to_hooks_that_it_does_not_know_of(name):
     model, x = evopatch.apply(build(name)), images_for(name)

@@ -10,7 +10,7 @@ from variants import build, call, images_for, shallow
 import evopatch
 
 NAMES = ["vit", "gap", "relpos", "rope", "levit", "levit_conv", "hf_vit", "hf_dinov2_swiglu", "hf_siglip", "hf_levit"]
-ROWS = [(*row, "stage", None) for row in by_representative([*NAMES, "swin"], ["vit", "relpos", "levit", "swin"])]
+ROWS = [(*row, "stage", None) for row in by_representative([*NAMES, "pit", "swin"], ["vit", "relpos", "levit", "swin"])]
 ROWS += [("vit", "single", "layer", None), ("swin", "single", "layer", None)]
 ROWS += [("swinv2", "matched", "stage", None), ("hf_swin", "matched", "stage", (72, 88))]
 FAST = [(name, "matched", "stage", None) for name in ("vit", "hf_vit", "levit")] + [("swin", "single", "stage", None)]

@@ -7,7 +7,7 @@ from comparing import assert_same_gradients, gradients, moved
 from matrix import every, patched
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from variants import FLAT, TRANSFORMERS, build, call, images_for
+from variants import FLAT, PIT, TRANSFORMERS, build, call, images_for
 
 import evopatch
 from evopatch import EvoConfig
@@ -15,7 +15,7 @@ from evopatch.patching.handle import Patched
 
 READ_PREFIX = {"vit", "deit_distilled", "registers", "dinov2", "clip", "qk_norm", "post_norm", "parallel", "diff"}
 READ_PREFIX |= {"diff_parallel", "relpos_class", "beit_shared", "eva", "rope_mixed", "rope_dinov3", "torchvision"}
-READ_PREFIX |= {"hf_vit", "hf_vit_eager", "hf_deit", "hf_deit_teacher", "hf_msn"}
+READ_PREFIX |= {"hf_vit", "hf_vit_eager", "hf_deit", "hf_deit_teacher", "hf_msn", *PIT}
 """Whose heads read prefix tokens only, and whose blocks have one attention core that takes query, key and value."""
 CLASSIFIERS = ["vit", "hf_vit"]
 MADE = {
@@ -63,7 +63,7 @@ def prefix_of(model):
     return Patched(model).host.state.spec.prefix
 
 
-@every(FLAT)
+@every(FLAT | PIT)
 @torch.no_grad()
 def test_exact_is_the_original_but_for_rounding_and_costs_less(name):
     model, x = build(name), images_for(name)

@@ -12,7 +12,7 @@ from matrix import every
 from timm.utils.model import reparameterize_model
 from torch import nn
 from transformers import LevitConfig, LevitForImageClassification
-from variants import PYRAMIDS, build, call, images_for
+from variants import LEVIT, build, call, images_for
 
 import evopatch
 from evopatch import ConfigError, EvoConfig, UnsupportedInputError
@@ -35,7 +35,7 @@ def test_features_only_and_pruned_models():
     assert whole(images_for("levit")).shape == (2, 9, 48)
 
 
-@every(PYRAMIDS)
+@every(LEVIT)
 @torch.no_grad()
 def test_hooks_on_stages_and_blocks_run(name):
     model, x = evopatch.apply(build(name)), images_for(name)
@@ -72,7 +72,7 @@ def test_batch_norms_fused_into_the_layers(name, fused_first):
     assert moved(call(fused, x), expected) > 1e-3
 
 
-@every(PYRAMIDS)
+@every(LEVIT)
 def test_batch_norms_learn_from_what_goes_through_the_block_once(name):
     model, x = evopatch.apply(build(name)), images_for(name, 8)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
@@ -119,54 +119,12 @@ def _attentions(model):
     return [m for m in model.modules() if hasattr(m, "attention_bias_idxs")]
 
 
-@every(PYRAMIDS)
-@torch.no_grad()
-def test_selection_on_the_finest_grid(name):
-    model, x = evopatch.apply(build(name), config=EvoConfig(keep_ratio=[0.6, 0.34, 0.5])), images_for(name)
-    selection, groups = evopatch.token_selection(model, x), evopatch.token_groups(model, x)
-    assert selection.shape == groups.shape == (2, 7, 5, 5)
-    assert selection[:, 0].all()
-    assert selection[:, 1].sum(dim=(1, 2)).tolist() == [15, 15]
-    place = torch.arange(5) * 2 // 5
-    coarse = groups[:, 6][:, [0, 3]][:, :, [0, 3]]
-    assert torch.equal(groups[:, 6], coarse[:, place][:, :, place])
-    assert [len(g.unique()) for g in coarse] == [2, 2]
-
-
-@every(PYRAMIDS)
-def test_profile(name):
-    size = 80 if "hf" in name else 40
-    profile = evopatch.profile(evopatch.apply(build(name), keep_ratio=[0.6, 0.5, 0.5]), (3, size, size))
-    assert [b.tokens_unpatched for b in profile.blocks] == [25, 25, 9, 9, 9, 4, 4]
-    assert [b.tokens for b in profile.blocks] == [25, 15, 5, 5, 5, 2, 2]
-    assert profile.blocks_ratio < profile.ratio < 1
-    assert profile.blocks[3].flops < 0.6 * profile.blocks[3].flops_unpatched
-    assert profile.blocks[3].activations < profile.blocks[3].activations_unpatched
-
-
 @pytest.mark.parametrize("name", ["levit", "levit_conv"])
 @torch.no_grad()
 def test_another_image_size_is_refused_with_the_numbers(name):
     model = evopatch.apply(build(name))
     with pytest.raises(UnsupportedInputError, match=r"56x56 px make 7x7 patch tokens in .* for 5x5"):
         model(torch.zeros(1, 3, 56, 56))
-
-
-@every(PYRAMIDS)
-@torch.no_grad()
-def test_a_keep_ratio_that_leaves_no_slow_token_is_refused(name):
-    model, x = build(name), images_for(name)
-    original = call(model, x)
-    with pytest.raises(ConfigError, match=r"0.1 leaves no slow token .* 4 of stage 3 \(2x2\): expected at least 0.125"):
-        evopatch.apply(model, keep_ratio=[0.5, 0.5, 0.1])
-    assert not evopatch.is_patched(model)
-    evopatch.apply(model)
-    patched = call(model, x)
-    with pytest.raises(ConfigError, match="leaves no slow token"):
-        evopatch.set_keep_ratio(model, [0.5, 0.01, 0.5])
-    assert torch.equal(call(model, x), patched)
-    evopatch.set_keep_ratio(model, 1.0)
-    assert torch.equal(call(model, x), original)
 
 
 def test_a_stage_with_a_single_token_needs_a_keep_ratio_of_one():
@@ -210,13 +168,13 @@ def test_saved_and_loaded(tmp_path):
             assert torch.equal(call(twin, x), call(model, x))
 
 
-@every(PYRAMIDS)
+@every(LEVIT)
 def test_one_keep_ratio_tapers_over_the_stages(name):
     model = evopatch.apply(build(name), keep_ratio=0.5)
     assert [plan.keep_ratio for plan in plans(model)] == [1.0, 0.75, 0.5, 0.5, 0.5, 0.25, 0.25]
 
 
-@every(PYRAMIDS)
+@every(LEVIT)
 @torch.no_grad()
 def test_no_position_biases_of_other_weights(name):
     """Attention modules keep them from their first forward in eval mode on; evopatch's own functions must not."""
@@ -238,7 +196,7 @@ def test_no_position_biases_of_other_weights(name):
     assert torch.equal(call(model, x), call(fresh, x))
 
 
-@every(PYRAMIDS)
+@every(LEVIT)
 def test_copies_after_a_forward_with_gradients(name):
     model, x = evopatch.apply(build(name)), images_for(name)
     call(model, x)

@@ -1,4 +1,6 @@
-"""Every name of timm's ViT, DeiT, LeViT and Swin families."""
+"""Every name of timm's ViT, DeiT, LeViT, PiT and Swin families."""
+
+import re
 
 import importlib
 
@@ -12,9 +14,10 @@ from variants import calibrate
 
 import evopatch
 
-NAMES = {*timm.list_models("vit_*"), *timm.list_models("deit*"), *timm.list_models("levit*")}
+NAMES = {name for family in ("vit_*", "deit*", "levit*", "pit_*") for name in timm.list_models(family)}
 SWIN_NAMES = {*timm.list_models("swin_*"), *timm.list_models("swinv2*")}
 FAST = ("vit_tiny_patch16_224", "vit_small_patch14_dinov2", "deit_tiny_distilled_patch16_224", "levit_128s")
+FAST += ("pit_ti_224",)
 SWIN_FAST = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224")
 SHRUNK = {"embed_dim": 16, "num_heads": (2, 2, 4, 4), "depths": (2, 2, 2, 2)}
 SMALL = 30_000_000
@@ -24,6 +27,7 @@ def test_the_families_are_as_large_as_expected():
     assert len(timm.list_models("vit_*")) >= 214
     assert len(timm.list_models("deit*")) >= 16
     assert len(timm.list_models("levit*")) >= 20
+    assert len(timm.list_models("pit_*")) >= 8
     assert len(timm.list_models("swin_*")) >= 9
     assert len(timm.list_models("swinv2*")) >= 28
     assert NAMES.issuperset(FAST)
@@ -44,7 +48,7 @@ def test_name(name):
     assert evopatch.is_patched(model)
     assert model(x).shape == shape
     if name in FAST:
-        blocks = model.blocks if hasattr(model, "blocks") else [each for stage in model.stages for each in stage.blocks]
+        blocks = [path for path, _ in model.named_modules() if re.search(r"blocks\.\d+$", path)]
         assert evopatch.token_selection(model, x).shape[1] == len(blocks)
     if sum(p.numel() for p in model.parameters()) > SMALL:
         return

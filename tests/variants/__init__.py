@@ -18,7 +18,9 @@ OWN = frozenset(own_models.FLAT)
 FLAT = frozenset({*timm_models.FLAT, *naflex, *transformers_models.FLAT, "torchvision"}) | OWN
 """Names of models with one grid of tokens: ViT, DeiT, DINO, EVA and their like; 6 blocks."""
 PYRAMIDS = frozenset({*timm_models.PYRAMIDS, *transformers_models.PYRAMIDS})
-"""Names of LeViT models: three stages of 2, 3 and 2 blocks on grids of 5x5, 3x3 and 2x2."""
+"""Names of pyramids of flat blocks: three stages of 2, 3 and 2 blocks on grids of 5x5, 3x3 and 2x2."""
+PIT = frozenset({"pit", "pit_distilled"})
+LEVIT = PYRAMIDS - PIT
 WINDOWED = frozenset({*windowed.TIMM, *windowed.TRANSFORMERS})
 """Names of Swin models: three stages of 2 blocks on grids of 16x16, 8x8 and 4x4 with windows of 4x4."""
 TIMM = frozenset({*timm_models.FLAT, *naflex, *timm_models.PYRAMIDS, *windowed.TIMM})

@@ -1,4 +1,4 @@
-"""Small random flat models and LeViT of timm, one per structure that its adapters serve."""
+"""Small random flat models, LeViT and PiT of timm, one per structure that its adapters serve."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,7 @@ from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.levit import Levit, LevitDistilled
+from timm.models.pit import PoolingVisionTransformer
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
@@ -77,11 +78,15 @@ FLAT: dict[str, Callable[..., nn.Module]] = {
 if not hasattr(vision_transformer, "DiffParallelScalingBlock"):  # before timm 1.0.23
     del FLAT["diff"], FLAT["diff_parallel"]
 
-_PYRAMID = {"img_size": SIZE, "num_classes": 7, "embed_dim": (32, 48, 64), "key_dim": 8, "depth": (2, 3, 2)}
-_PYRAMID |= {"num_heads": (2, 3, 4), "stem_type": "s8"}  # grids of 5x5, 3x3 and 2x2
+# Grids of 5x5, 3x3 and 2x2.
+_PYRAMID = {"img_size": SIZE, "num_classes": 7, "depth": (2, 3, 2)}
+_LEVIT = _PYRAMID | {"embed_dim": (32, 48, 64), "key_dim": 8, "num_heads": (2, 3, 4), "stem_type": "s8"}
+_PIT = _PYRAMID | {"patch_size": 12, "stride": 7, "base_dims": (12, 12, 12), "heads": (2, 4, 8)}
 
 PYRAMIDS: dict[str, Callable[..., nn.Module]] = {
-    "levit": lambda **k: Levit(**_PYRAMID | k),
-    "levit_conv": lambda **k: Levit(**_PYRAMID | {"use_conv": True} | k),
-    "levit_distilled": lambda **k: LevitDistilled(**_PYRAMID | {"act_layer": "silu"} | k),
+    "levit": lambda **k: Levit(**_LEVIT | k),
+    "levit_conv": lambda **k: Levit(**_LEVIT | {"use_conv": True} | k),
+    "levit_distilled": lambda **k: LevitDistilled(**_LEVIT | {"act_layer": "silu"} | k),
+    "pit": lambda **k: PoolingVisionTransformer(**_PIT | k),
+    "pit_distilled": lambda **k: PoolingVisionTransformer(**_PIT | {"distilled": True} | k),
 }
