@@ -12,10 +12,9 @@ from torch import nn
 
 from evopatch.forward.host_state import HostState
 from evopatch.forward.walk import PatchedHost, viewed, walk
-from evopatch.forward.window_blocks import SlowFastWindowBlock
 from evopatch.forward.windowed import WindowedPass
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks, passages
-from evopatch.rewrite.classes import Steered
+from evopatch.patching.window_changes import window_block_changes
 from evopatch.rewrite.view import View
 
 from .swin_blocks import SwinBlocks, SwinV2Blocks, SwinV2CrBlocks
@@ -86,8 +85,7 @@ class SwinAdapter(Adapter):
         for (path, *_), (name, block) in zip(state.blocks, named_blocks(host, state), strict=True):
             stage = host.get_submodule(path.partition(".blocks.")[0])
             kind = next(kind for cls, kind in _KINDS.items() if isinstance(stage, cls))
-            own = {"_evo_state": state, "_evo_name": name, "_evo_blocks": kind()}
-            changes += [Change(block, SlowFastWindowBlock, own), Change(block.get_submodule("attn"), Steered, {})]
+            changes += window_block_changes(block, name, state, kind())
         return changes
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:

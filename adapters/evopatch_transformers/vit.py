@@ -14,7 +14,7 @@ from evopatch.patching.adapter import Adapter, Change, HostSpec
 from evopatch.rewrite.tracing import TraceSpec
 
 from . import heads, layer, viewed
-from .families import family_of, served
+from .families import FAMILIES, loaded, row_of
 from .interface import CORE_NAMES, CORES
 
 
@@ -22,10 +22,10 @@ class ViTAdapter(Adapter):
     """The modules that loop over the layers; every head and every model that holds one is served through them."""
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
-        return tuple(served())
+        return tuple(loaded(FAMILIES))
 
     def inspect(self, host: Any, name: str) -> HostSpec:
-        family = family_of(host)
+        family = row_of(host, FAMILIES)
         tables = ("position_embeddings",) if family.rotary else ()
         biases = ("attention_mask", "resolution") if family.biased else ()
         trace = TraceSpec(
@@ -53,7 +53,7 @@ class ViTAdapter(Adapter):
         return viewed.plan(host, state) if viewed.runs_on_view(host, state.name) else layer.plan(host, state)
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
-        if reason := family_of(host).no_grid:
+        if reason := row_of(host, FAMILIES).no_grid:
             raise UnsupportedInputError(f"{type(host).__name__} {reason}")
         return layer.grid_of(host.config, image_size)
 

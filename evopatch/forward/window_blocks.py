@@ -18,7 +18,7 @@ class Cut(NamedTuple):
 
     windows: Windows
     mask: Tensor | None
-    """`(V, A, A)`, the block's own shift mask."""
+    """`(V, A, A)`, the shift mask."""
 
 
 class WindowedBlocks(ABC):
@@ -26,6 +26,8 @@ class WindowedBlocks(ABC):
 
     attention: str
     """The block's submodule that is called with windows `(windows, A, C)` and a mask."""
+    inside_attention: tuple[str, ...] = ()
+    """Paths in that of the modules that are called with something else to run than their own forward."""
     single: Mapping[str, Any]
     """The block's attributes with which windows are single tokens, unshifted."""
     last_norm: str | None = None
@@ -53,15 +55,15 @@ class WindowedBlocks(ABC):
 
         Args:
             attention: The block's attention module.
-            bias: `(windows, H, R, R)`.
+            bias: `(windows, H, R, R)`, or the same for all windows `(1, H, R, R)`.
 
         Returns:
             A view of the attention whose own forward runs, and keyword arguments for it.
         """
 
-    def masked(self, mask: Tensor | None) -> Any:
-        """A shift mask `(windows, A, A)` as the attention takes it."""
-        return mask
+    def laid_out(self, windows: Tensor) -> Tensor:
+        """Windows `(windows, R, C)` as the attention takes them."""
+        return windows
 
     @abstractmethod
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..algorithm.importance import accumulate, coarsen
 from ..algorithm.partition import Partition, distribute
 from ..algorithm.selection import num_slow
-from ..algorithm.window_bias import compact_bias, compact_mask
+from ..algorithm.window_bias import compact_bias
 from ..algorithm.window_selection import WindowPartition, match_tokens, merge_windows, select_windows, window_novelty
 from ..algorithm.windows import Windows, window_means
 from ..rewrite.view import View, check_steered
@@ -110,8 +110,8 @@ class WindowedPass(ForwardPass):
         if index == 0:
             return None
         g = self.g[index - 1].to(x.device)
-        same_stage = self.stage_of[index] == self.stage_of[index - 1]
-        return g if same_stage else coarsen(g, self._grids[index - 1], kernel=2)
+        same_grid = self.stage_of[index] == self.stage_of[index - 1] or not self.spec.coarsens
+        return g if same_grid else coarsen(g, self._grids[index - 1], kernel=2)
 
     def _selection(self, index: int, block: Any, tokens: Tensor, cut: Cut) -> WindowPartition | None:
         """Who goes through the block for whom; None: every token for itself."""
@@ -170,19 +170,15 @@ class _Attention:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         selected, blocks = self._selected, self._blocks
         kwargs.pop("mask", None)  # its own is for single tokens: none
-        x = x.view(-1, selected.partition.rows // selected.windows, x.shape[-1])
+        shape = x.shape
+        x = x.reshape(-1, selected.partition.rows // selected.windows, shape[-1])
         if selected.held is not None:
             x = x * selected.held.flatten(0, 1).unsqueeze(2).to(x.dtype)
-        if selected.place is None:
-            mask = compact_mask(self._cut.mask, selected)
-            out = self._attention(x, blocks.masked(mask), **kwargs)
-        else:
-            bias = blocks.bias(self._attention)
-            bias = compact_bias(bias, self._cut.mask, self._cut.windows, selected)
-            check_steered(self._attention, self._name)
-            view, given = blocks.biased(self._attention, bias)
-            # By its own call, so that its hooks run.
-            out = self._attention(x, evo=view.instead, **kwargs, **given)
+        bias = compact_bias(blocks.bias(self._attention), self._cut.mask, self._cut.windows, selected)
+        check_steered(self._attention, self._name)
+        view, given = blocks.biased(self._attention, bias)
+        # By its own call, so that its hooks run.
+        out = self._attention(blocks.laid_out(x), evo=view.instead, **kwargs, **given)
         if isinstance(out, tuple):
-            return out[0].reshape(-1, 1, out[0].shape[-1]), None
-        return out.reshape(-1, 1, out.shape[-1])
+            return (out[0].reshape(shape), *(None for _ in out[1:]))
+        return out.reshape(shape)

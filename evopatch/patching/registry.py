@@ -28,7 +28,7 @@ _BUILT_IN = {
         "evopatch_transformers.levit:LevitAdapter",
         "evopatch_transformers.swin:SwinAdapter",
     ),
-    "torchvision": ("evopatch_torchvision.vit:ViTAdapter",),
+    "torchvision": ("evopatch_torchvision.vit:ViTAdapter", "evopatch_torchvision.swin:SwinAdapter"),
 }
 _LEAST = {"timm": "1.0.12", "transformers": "5.9", "torchvision": "0.21"}
 """The oldest versions that the built-in adapters serve."""

@@ -11,7 +11,8 @@ from variants import EVERY, FLAT, PYRAMIDS, TRANSFORMERS, WINDOWED, build, call,
 
 import evopatch
 
-CHECKPOINTING = EVERY - (PYRAMIDS & TRANSFORMERS) - {"torchvision"}  # which have no checkpointing
+# LeViT of transformers, and torchvision's models, have no checkpointing.
+CHECKPOINTING = EVERY - (PYRAMIDS & TRANSFORMERS) - {"torchvision", "torchvision_swin", "torchvision_swinv2"}
 
 
 def regularisation(name, rate):
@@ -64,7 +65,8 @@ def reentrant(model):
         switch(False)
 
 
-REENTRANT = {"vit", "gap", "dinov2", "parallel"} | (TRANSFORMERS & FLAT) | WINDOWED  # timm's others pass keywords
+# timm's others pass keywords.
+REENTRANT = {"vit", "gap", "dinov2", "parallel"} | (TRANSFORMERS & FLAT) | (WINDOWED & CHECKPOINTING)
 
 
 @every(REENTRANT)
@@ -78,7 +80,7 @@ def test_reentrant_checkpointing_changes_no_gradient(name):
     assert any(gradient.abs().max() > 1e-3 for gradient in plain.values())
 
 
-@pytest.mark.parametrize("name", ["hf_swin", "hf_swinv2", "hf_swin_backbone", "hf_swinv2_backbone"])
+@pytest.mark.parametrize("name", ["hf_swin", "hf_swinv2", "hf_donut", "hf_swin_backbone", "hf_swinv2_backbone"])
 def test_checkpointed_stages_keep_less(name):
     """The stages really are checkpointed while patched."""
     model, x = evopatch.apply(build(name).train()), images_for(name)
@@ -139,8 +141,8 @@ def test_training_with_drop_path(name):
     [
         *((name, "attn_drop_rate") for name in ("vit", "parallel", "eva", "diff", "swin", "swinv2", "swinv2_cr")),
         *((name, "attention_probs_dropout_prob") for name in ("hf_vit", "hf_vit_eager", "hf_deit", "hf_dinov2")),
-        *((name, "attention_probs_dropout_prob") for name in ("hf_swin", "hf_swinv2")),
-        *((name, "attention_dropout") for name in ("hf_clip", "hf_dinov3")),
+        *((name, "attention_probs_dropout_prob") for name in ("hf_swin", "hf_swinv2", "hf_donut")),
+        *((name, "attention_dropout") for name in ("torchvision_swin", "hf_clip", "hf_dinov3")),
     ],
 )
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The one list of model structures: small random models of both libraries, and what tests do with any of them."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ FLAT = frozenset({*timm_models.FLAT, *naflex, *transformers_models.FLAT, "torchv
 """Names of models with one grid of tokens: ViT, DeiT, DINO, EVA and their like; 6 blocks."""
 PYRAMIDS = frozenset({*timm_models.PYRAMIDS, *transformers_models.PYRAMIDS})
 """Names of LeViT models: three stages of 2, 3 and 2 blocks on grids of 5x5, 3x3 and 2x2."""
-WINDOWED = frozenset({*windowed.TIMM, *windowed.TRANSFORMERS})
+WINDOWED = frozenset({*windowed.TIMM, *windowed.TORCHVISION, *windowed.TRANSFORMERS})
 """Names of Swin models: three stages of 2 blocks on grids of 16x16, 8x8 and 4x4 with windows of 4x4."""
 TIMM = frozenset({*timm_models.FLAT, *naflex, *timm_models.PYRAMIDS, *windowed.TIMM})
 TRANSFORMERS = frozenset({*transformers_models.FLAT, *transformers_models.PYRAMIDS, *windowed.TRANSFORMERS})
@@ -34,6 +34,7 @@ _BUILDERS = {
     **transformers_models.FLAT,
     **transformers_models.PYRAMIDS,
     **windowed.TIMM,
+    **windowed.TORCHVISION,
     **windowed.TRANSFORMERS,
 }
 SIZE = timm_models.SIZE
@@ -101,9 +102,9 @@ def call(model: nn.Module, x: torch.Tensor, **options: object) -> torch.Tensor:
     return torch.cat([m for m in out.feature_maps if m.shape == out.feature_maps[-1].shape], dim=1)
 
 
-def _hooked(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+def _hooked(modules: Iterable[nn.Module], model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     found = []
-    hooks = [block.register_forward_hook(lambda module, args, out: found.append(out)) for block in model.encoder.layers]
+    hooks = [module.register_forward_hook(lambda module, args, out: found.append(out)) for module in modules]
     model(x)
     for hook in hooks:
         hook.remove()
@@ -124,7 +125,9 @@ def between(name: str, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     if name in OWN:
         return model.features(x)
     if name == "torchvision":
-        return _hooked(model, x)
+        return _hooked(model.encoder.layers, model, x)
+    if name in windowed.TORCHVISION:
+        return _hooked(model.features[1::2], model, x)
     if name not in FLAT:
         return model.forward_intermediates(x, intermediates_only=True)
     prefix = model.num_prefix_tokens > 0
