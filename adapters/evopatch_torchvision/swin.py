@@ -48,7 +48,7 @@ class SwinAdapter(Adapter):
                 for path in paths:
                     _check(host.get_submodule(path), qualified(name, path))
                 stages.append(tuple((path,) for path in paths))
-        return HostSpec(blocks=tuple(stages), prefix=0, readout=0, taper=0.0)
+        return HostSpec(blocks=tuple(stages), prefix=0, readout=0, taper=0.0, windowed=True)
 
     def plan(self, host: nn.Module, state: HostState) -> list[Change]:
         changes = [Change(host, self.mixin, {"_evo_state": state}), *passages(host, state.index_of)]

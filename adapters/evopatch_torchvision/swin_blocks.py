@@ -11,11 +11,11 @@ from torch import Tensor
 
 from evopatch.algorithm.window_bias import cosine_logits, shift_mask
 from evopatch.algorithm.windows import Windows
-from evopatch.forward.window_blocks import Cut, WindowedBlocks
+from evopatch.forward.window_blocks import BiasedBlocks, Cut
 from evopatch.rewrite.view import View
 
 
-class SwinBlocks(WindowedBlocks):
+class SwinBlocks(BiasedBlocks):
     """Swin: norm before attention, position biases from a table."""
 
     attention = "attn"

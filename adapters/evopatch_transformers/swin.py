@@ -118,7 +118,7 @@ class SwinAdapter(Adapter):
             tuple((f"{path}.{family.blocks}.{name}",) for name, _ in getattr(stage, family.blocks).named_children())
             for path, stage in _stages(host, family)
         )
-        return HostSpec(blocks=blocks, prefix=0, readout=0, taper=0.0, coarsens=family.coarsens)
+        return HostSpec(blocks=blocks, prefix=0, readout=0, taper=0.0, windowed=True, coarsens=family.coarsens)
 
     def plan(self, host: Any, state: HostState) -> list[Change]:
         family = row_of(host, FAMILIES)

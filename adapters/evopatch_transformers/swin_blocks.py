@@ -9,11 +9,11 @@ from torch import Tensor
 
 from evopatch.algorithm.window_bias import continuous_bias, cosine_logits, shift_mask
 from evopatch.algorithm.windows import Windows
-from evopatch.forward.window_blocks import Cut, MaskByHead, WindowedBlocks
+from evopatch.forward.window_blocks import BiasedBlocks, Cut, MaskByHead
 from evopatch.rewrite.view import Call, View
 
 
-class SwinBlocks(WindowedBlocks):
+class SwinBlocks(BiasedBlocks):
     """Swin: norm before attention, a module of its own for position biases from a table."""
 
     attention = "attention"

@@ -20,6 +20,7 @@ _BUILT_IN = {
         "evopatch_timm.vit:ViTAdapter",
         "evopatch_timm.levit:LevitAdapter",
         "evopatch_timm.swin:SwinAdapter",
+        "evopatch_timm.sam:SamAdapter",
         "evopatch_timm.naflex:NaFlexAdapter",
         "evopatch_timm.towers:TowerAdapter",
     ),
@@ -27,6 +28,7 @@ _BUILT_IN = {
         "evopatch_transformers.vit:ViTAdapter",
         "evopatch_transformers.levit:LevitAdapter",
         "evopatch_transformers.swin:SwinAdapter",
+        "evopatch_transformers.sam:SamAdapter",
     ),
     "torchvision": ("evopatch_torchvision.vit:ViTAdapter", "evopatch_torchvision.swin:SwinAdapter"),
 }
