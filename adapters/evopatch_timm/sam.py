@@ -21,6 +21,9 @@ from .walks import SlowFastWindowed, grid_of
 class SamBlocks(JoinedBlocks):
     """Of SAM."""
 
+    def normed(self, attention: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return attention.q_norm.forward(query), attention.k_norm.forward(key)
+
     def between(self, attention: Any, length: int, table: Tensor) -> Tensor:
         between: Tensor = get_rel_pos(length, length, table)
         return between
@@ -44,7 +47,6 @@ class SamAdapter(Adapter):
             readout=0,
             taper=0.0,
             windowed=True,
-            matched_only=True,
             trace=TraceSpec(replaced={get_decomposed_rel_pos_bias: "relative_bias"}),
         )
 

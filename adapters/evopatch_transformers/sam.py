@@ -28,6 +28,9 @@ class SamBlocks(JoinedBlocks):
 
     norm = "layer_norm1"
 
+    def heads(self, attention: Any) -> int:
+        return int(attention.num_attention_heads)
+
     def between(self, attention: Any, length: int, table: Tensor) -> Tensor:
         between: Tensor = attention.get_rel_pos(length, length, table)
         return between
@@ -117,7 +120,6 @@ class SamAdapter(Adapter):
             readout=0,
             taper=0.0,
             windowed=True,
-            matched_only=True,
             trace=TraceSpec(replaced=replaced),
         )
 

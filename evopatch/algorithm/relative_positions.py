@@ -36,33 +36,62 @@ class Places(NamedTuple):
 def places_of(selected: WindowPartition, windows: Windows, joined: bool) -> Places:
     """
     Args:
-        selected: Of `match_tokens`.
+        selected: Of `match_tokens` or `select_windows`.
         windows: How the map is cut.
-        joined: All windows attend together: `G = B`, and places are those of the map. False: `G = B * V`.
+        joined: All windows attend together: `G = B`, and places are those of the map. False: `G = B * W`.
     """
-    place, log_size = selected.place, selected.partition.log_size
-    assert place is not None
-    assert log_size is not None
-    batch, count, _ = place.shape
+    place, device = selected.place, selected.partition.group.device
+    batch, rows = selected.partition.group.shape[0], selected.partition.rows // selected.windows
+    if place is None:
+        place = torch.arange(windows.area, device=device).expand(batch, selected.windows, -1)
     row, column = place.div(windows.window[1], rounding_mode="floor"), place.remainder(windows.window[1])
-    if windows.padded:  # one more, for the padding
+    if rows > place.shape[2]:  # one more, for the padding
         row, column = F.pad(row, (0, 1)), F.pad(column, (0, 1))
+    log_size = _log_sizes(selected, row, only_tokens=joined)
     if joined:
-        window = torch.arange(count, device=place.device).unsqueeze(1)
-        row = row + window.div(windows.across[1], rounding_mode="floor") * windows.window[0]
-        column = column + window.remainder(windows.across[1]) * windows.window[1]
+        down, beside = _origins(selected, windows, device)
         # Rows that stand for nothing may lie beyond the map.
-        row, column = row.clamp(max=windows.grid[0] - 1), column.clamp(max=windows.grid[1] - 1)
-        return Places(windows.grid, row.flatten(1), column.flatten(1), log_size, None)
-    row, column, log_size = row.flatten(0, 1), column.flatten(0, 1), log_size.view(batch * count, -1)
-    if not windows.padded:
+        row = (row + down.unsqueeze(2)).clamp(0, windows.grid[0] - 1)
+        column = (column + beside.unsqueeze(2)).clamp(0, windows.grid[1] - 1)
+        return Places(windows.grid, row.flatten(1), column.flatten(1), log_size.flatten(1), None)
+    row, column, log_size = row.flatten(0, 1), column.flatten(0, 1), log_size.flatten(0, 1)
+    if selected.place is None or not windows.padded:
         return Places(windows.window, row, column, log_size, None)
-    tokens = windows.tokens(windows.places(place.device))
-    empty = (tokens == windows.grid[0] * windows.grid[1]).view(count, *windows.window).float()
+    tokens = windows.tokens(windows.places(device))
+    empty = (tokens == windows.grid[0] * windows.grid[1]).view(windows.number, *windows.window).float()
     number = empty.sum((1, 2))
     log_size = torch.cat([log_size[:, :-1], number.log().repeat(batch).unsqueeze(1)], dim=1)
     share = number.clamp_min(1.0).unsqueeze(1)
     return Places(windows.window, row, column, log_size, (empty.sum(2) / share, empty.sum(1) / share))
+
+
+def _log_sizes(selected: WindowPartition, like: Tensor, only_tokens: bool) -> Tensor:
+    """`(B, W, R)`: of groups those of their sizes; of whole windows none, but nothing attends to what isn't there."""
+    if selected.partition.log_size is not None:
+        return selected.partition.log_size.view(like.shape)
+    zeros = torch.zeros(like.shape, device=like.device)
+    # Inside a window padding is attended to like tokens; on the map there is none.
+    return zeros if selected.held is None or not only_tokens else zeros.masked_fill(~selected.held, -torch.inf)
+
+
+def _origins(selected: WindowPartition, windows: Windows, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`(B or 1, W)` each: the row and the column of the map where each window of the compact set begins.
+
+    The representative window is where the mean of those that it stands for is, by their shares, to the next place.
+    """
+    window = torch.arange(windows.number, device=device).unsqueeze(0)
+    down = window.div(windows.across[1], rounding_mode="floor") * windows.window[0]
+    beside = window.remainder(windows.across[1]) * windows.window[1]
+    if selected.window is None:
+        return down, beside
+    origins = []
+    for origin in (down, beside):
+        own = origin.expand(selected.window.shape[0], -1).gather(1, selected.window)
+        if selected.share is not None:
+            mean = (selected.share * origin).sum(1, keepdim=True).round().long()
+            own = torch.cat([own, mean], dim=1)
+        origins.append(own)
+    return origins[0], origins[1]
 
 
 def table_of(between: Tensor) -> Tensor:

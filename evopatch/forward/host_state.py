@@ -68,11 +68,6 @@ class HostState:
             ConfigError: If the configuration doesn't fit the depth, or leaves no slow token on a pyramid's grid.
         """
         plans = plan_blocks(config, *self.depths, taper=self.spec.taper)
-        if self.spec.matched_only and config.representative != "matched" and any(p.keep_ratio < 1.0 for p in plans):
-            raise ConfigError(
-                f"representative={config.representative!r} for '{self.name or 'model'}', some of whose blocks attend "
-                "over all of its windows: expected 'matched', as windows can't be slow or fast as a whole there"
-            )
         if self.spec.pyramid is not None:
             for plan, stage in zip(plans, self.stage_of, strict=True):
                 _check_keeps_any(plan.keep_ratio, stage, self.spec.pyramid.grids[stage])

@@ -53,6 +53,23 @@ class JoinedBlocks(WindowedBlocks):
     def laid_out(self, windows: Tensor) -> Tensor:
         return windows.unsqueeze(2)
 
+    def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
+        queries, keys = (
+            attention.qkv.forward(x).unflatten(-1, (3, self.heads(attention), -1)).permute(2, 0, 3, 1, 4)
+            for x in (query, key)
+        )
+        asked, answering = self.normed(attention, queries[0], keys[1])
+        logits: Tensor = asked * attention.scale @ answering.transpose(2, 3)
+        return logits.squeeze(2)
+
+    def heads(self, attention: Any) -> int:
+        """`H`."""
+        return int(attention.num_heads)
+
+    def normed(self, attention: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys `(B, H, T, D)` as they meet."""
+        return query, key
+
     @abstractmethod
     def between(self, attention: Any, length: int, table: Tensor) -> Tensor:
         """What stands between two of `length` rows, or columns, by a table `(L, D)`: `(length, length, D)`."""

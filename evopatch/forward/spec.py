@@ -82,8 +82,6 @@ class HostSpec:
     """None for a flat model."""
     windowed: bool = False
     """Blocks attend inside windows, or some of them do."""
-    matched_only: bool = False
-    """Windows are never slow or fast as a whole, as some blocks attend over all of them together."""
     coarsens: bool = True
     """Of several stages without a `pyramid`: each has a grid half as fine as the one before. False: all have one."""
     adds: bool = False

@@ -75,12 +75,9 @@ class WindowedBlocks(ABC):
         """Windows `(windows, R, C)` as the attention takes them."""
         return windows
 
+    @abstractmethod
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
-        """Attention logits `(B, H, T)` of one token `(B, 1, C)` over others `(B, T, C)`, by the block's projections.
-
-        Not for hosts whose windows are never slow as a whole.
-        """
-        raise NotImplementedError(f"{type(self).__name__} doesn't rank windows")
+        """Attention logits `(B, H, T)` of one token `(B, 1, C)` over others `(B, T, C)`, by the block's projections."""
 
 
 class BiasedBlocks(WindowedBlocks):
