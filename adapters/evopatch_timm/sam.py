@@ -50,10 +50,10 @@ class SamAdapter(Adapter):
             trace=TraceSpec(replaced={get_decomposed_rel_pos_bias: "relative_bias"}),
         )
 
-    def plan(self, host: nn.Module, state: HostState) -> list[Change]:
+    def plan(self, host: Any, state: HostState) -> list[Change]:
         changes = [Change(host, self.mixin, {"_evo_state": state}), *passages(host, state.index_of)]
         blocks = named_blocks(host, state)
-        kind = SamBlocks(common_window(blocks, host.get_submodule("patch_embed").grid_size))
+        kind = SamBlocks(common_window(blocks, host.patch_embed.grid_size))
         for name, block in blocks:
             changes += window_block_changes(block, name, state, kind)
         return changes
@@ -65,8 +65,8 @@ class SamAdapter(Adapter):
 def _check(block: Any, name: str) -> None:
     if not isinstance(block, Block):
         raise UnsupportedModelError(
-            f"{name} is a {type(block).__qualname__}: expected a Block of timm's vision_transformer_sam. Leave the model "
-            "unpatched"
+            f"{name} is a {type(block).__qualname__}: expected a Block of timm's vision_transformer_sam. Leave the "
+            "model unpatched"
         )
     if getattr(block.attn, "rope", None) is not None:
         raise UnsupportedModelError(

@@ -1,13 +1,14 @@
-"""SAM's encoder, its copies in other models of transformers, and ViTDet: most layers attend inside windows, some over the
-whole map.
+"""SAM's encoder, its copies in other models of transformers, and ViTDet.
+
+Most of their layers attend inside windows, some over the whole map.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from transformers.models.vitdet.modeling_vitdet import add_decomposed_relative_positions, get_rel_pos
 
 from evopatch.errors import UnsupportedInputError
 from evopatch.forward.host_state import HostState
@@ -56,7 +57,7 @@ class VitDetBlocks(JoinedBlocks):
         return out.squeeze(3).transpose(1, 2), ()
 
     def between(self, attention: Any, length: int, table: Tensor) -> Tensor:
-        between: Tensor = _vitdet().get_rel_pos(length, length, table)
+        between: Tensor = get_rel_pos(length, length, table)
         return between
 
 
@@ -93,8 +94,8 @@ class SlowFastEncoder(PatchedHost):
         asked = kwargs.get("output_attentions", default)
         if self._evo_state.active and (asked or is_recorded("attentions")):
             raise UnsupportedInputError(
-                f"output_attentions was asked of '{self._evo_state.name or 'model'}', whose layers attend inside windows "
-                "of merged tokens: expected no such output while the model is patched. Leave it out, or use "
+                f"output_attentions was asked of '{self._evo_state.name or 'model'}', whose layers attend among "
+                "merged tokens: expected no such output while the model is patched. Leave it out, or use "
                 "evopatch.set_keep_ratio(model, 1.0) or evopatch.remove(model) for this call"
             )
         return walk(self, "forward", *args, compact=True, pass_class=WindowedPass, **kwargs)
@@ -113,7 +114,7 @@ class SamAdapter(Adapter):
         container = getattr(host, family.blocks)
         replaced: dict[Any, str] = {"get_decomposed_rel_pos": "relative_bias"}
         if family.vitdet:
-            replaced = {_vitdet().add_decomposed_relative_positions: "add_relative_bias"}
+            replaced = {add_decomposed_relative_positions: "add_relative_bias"}
         return HostSpec(
             blocks=(tuple((f"{family.blocks}.{index}",) for index, _ in container.named_children()),),
             prefix=0,
@@ -139,7 +140,3 @@ class SamAdapter(Adapter):
 def _image_size(config: Any) -> tuple[int, int]:
     size = config.image_size
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _vitdet() -> Any:
-    return importlib.import_module("transformers.models.vitdet.modeling_vitdet")

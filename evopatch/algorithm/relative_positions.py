@@ -41,10 +41,13 @@ def places_of(selected: WindowPartition, windows: Windows, joined: bool) -> Plac
         joined: All windows attend together: `G = B`, and places are those of the map. False: `G = B * W`.
     """
     place, device = selected.place, selected.partition.group.device
+    within = torch.arange(windows.area, device=device)
     batch, rows = selected.partition.group.shape[0], selected.partition.rows // selected.windows
     if place is None:
-        place = torch.arange(windows.area, device=device).expand(batch, selected.windows, -1)
-    row, column = place.div(windows.window[1], rounding_mode="floor"), place.remainder(windows.window[1])
+        place = within.expand(batch, selected.windows, -1)
+    # Looked up, as some runtimes don't know whole quotients of what isn't constant.
+    row = within.div(windows.window[1], rounding_mode="floor")[place]
+    column = within.remainder(windows.window[1])[place]
     if rows > place.shape[2]:  # one more, for the padding
         row, column = F.pad(row, (0, 1)), F.pad(column, (0, 1))
     log_size = _log_sizes(selected, row, only_tokens=joined)
@@ -132,6 +135,6 @@ def relative_bias(query: Tensor, tables: tuple[Tensor, Tensor], places: Places) 
 
 
 def _said_of(said: Tensor, asking: Tensor, answering: Tensor, length: int) -> Tensor:
-    """Of `(G, H, R, 2 length - 1)`, by distance, what is said of places `(G, S)` from places `(G, R)`: `(G, H, R, S)`."""
+    """Of `(G, H, R, 2 length - 1)`, by distance, what `(G, R)` places say of `(G, S)` others: `(G, H, R, S)`."""
     distance = asking.unsqueeze(2) - answering.unsqueeze(1) + (length - 1)
     return said.gather(3, distance.unsqueeze(1).expand(-1, said.shape[1], -1, -1))

@@ -44,7 +44,7 @@ class WindowedBlocks(ABC):
 
     @abstractmethod
     def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
-        """How the block would cut `x`, `(B, h, w, C)` or `(B, N, C)`, as its host calls it with these other arguments."""
+        """How the block would cut `(B, h, w, C)` or `(B, N, C)`, as its host calls it with these other arguments."""
 
     @abstractmethod
     def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:

@@ -49,7 +49,9 @@ class WindowTap:
         """The same where the module adds it to its logits `(G * H, R, R)` at once."""
         return logits + self.relative_bias(query, rows, columns, *sizes)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         """Stands where the module calls `scaled_dot_product_attention`.
 
         Args:
@@ -58,11 +60,13 @@ class WindowTap:
             **kwargs: As it takes them.
         """
         bias = self._log_sizes(query) if attn_mask is None else attn_mask
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **kwargs)
+        if query.dim() == 4:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **kwargs)
+        # torch has no fast kernels for three axes.
+        query, key, value, bias = (x.unflatten(0, (self._places.row.shape[0], -1)) for x in (query, key, value, bias))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **kwargs).flatten(0, 1)
 
-    def softmax(
-        self, logits: Tensor, dim: int = -1, dtype: torch.dtype | None = None, _stacklevel: int = 3
-    ) -> Tensor:
+    def softmax(self, logits: Tensor, dim: int = -1, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Tensor:
         """Stands where the module takes the softmax of its logits `(G * H, R, R)`."""
         if not self._sizes_added:
             logits = logits + self._log_sizes(logits)

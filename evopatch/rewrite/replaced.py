@@ -1,4 +1,4 @@
-"""Calls in a graph that make a position bias of queries, handed to the tap: what they give depends on tokens' places."""
+"""Calls in a graph that make a position bias of queries, handed to the tap."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from comparing import moved
 from internals import block_paths, keep_all_in_windows, plans
 from matrix import EACH_REPRESENTATIVE, every
 from transformers_weights import swin
-from variants import TIMM, TRANSFORMERS, WINDOWED, build, call, images_for
+from variants import SWIN, TIMM, TRANSFORMERS, build, call, images_for
 from variants.windowed import DEPTH, SIZE
 
 import evopatch
@@ -23,7 +23,7 @@ def images(batch=2, size=SIZE):
     return images_for("swin", batch, size)
 
 
-@every(WINDOWED)
+@every(SWIN)
 @torch.no_grad()
 def test_hooks_on_blocks_see_the_full_grid(name):
     model, x = evopatch.apply(build(name)), images()
@@ -141,7 +141,7 @@ def test_windows_larger_than_the_grid_in_transformers():
     assert torch.equal(call(model, x), original)
 
 
-@every(TRANSFORMERS & WINDOWED)
+@every(TRANSFORMERS & SWIN)
 @torch.no_grad()
 def test_attentions_between_windows_are_refused(name):
     model, x = build(name, attn_implementation="eager"), images()
@@ -155,7 +155,7 @@ def test_attentions_between_windows_are_refused(name):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@every(TRANSFORMERS & WINDOWED)
+@every(TRANSFORMERS & SWIN)
 @torch.no_grad()
 def test_hidden_states_of_transformers_are_complete(name):
     model, x = build(name), images()
@@ -167,7 +167,7 @@ def test_hidden_states_of_transformers_are_complete(name):
     assert moved(found.hidden_states[2], expected.hidden_states[2]) > 1e-4
 
 
-@every(TIMM & WINDOWED)
+@every(TIMM & SWIN)
 @torch.no_grad()
 def test_features_only(name):
     architecture = {
