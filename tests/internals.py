@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from evopatch.forward import block as block_module
+from evopatch.forward import windowed
 from evopatch.forward.tokens import TokenPass
 from evopatch.patching import adapter as adapter_module
 from evopatch.patching import apply as applying
@@ -69,6 +70,20 @@ def fail_at_block(monkeypatch: pytest.MonkeyPatch, number: int, error: Exception
     monkeypatch.setattr(block_module, "generate_metric", failing)
     monkeypatch.setattr(adapter_module, "fingerprint", lambda block: object())
     return names
+
+
+def keep_all_in_windows(monkeypatch: pytest.MonkeyPatch, matched: bool) -> list[Tensor]:
+    """Let every window, or of matched windows every token, be slow, whatever the keep ratio.
+
+    Returns:
+        Filled with what enters the blocks.
+    """
+    match, merge = windowed.match_tokens, windowed.merge_windows
+    entered: list[Tensor] = []
+    monkeypatch.setattr(windowed, "num_slow", lambda number, ratio: number - matched)
+    monkeypatch.setattr(windowed, "match_tokens", lambda metric, keep, *a: match(metric, a[1].area, *a))
+    monkeypatch.setattr(windowed, "merge_windows", lambda *a: entered.append(merge(*a)) or entered[-1])
+    return entered
 
 
 def say_again() -> None:

@@ -11,32 +11,20 @@ from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr, SwinTransfor
 from torch import nn
 
 from evopatch.forward.host_state import HostState
-from evopatch.forward.walk import PatchedHost, viewed, walk
-from evopatch.forward.window_blocks import SlowFastWindowBlock
+from evopatch.forward.walk import PatchedHost, viewed
 from evopatch.forward.windowed import WindowedPass
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks, passages
-from evopatch.rewrite.classes import Steered
+from evopatch.patching.window_changes import window_block_changes
 from evopatch.rewrite.view import View
 
 from .swin_blocks import SwinBlocks, SwinV2Blocks, SwinV2CrBlocks
+from .walks import SlowFastWindowed
 
 _KINDS = {
     SwinTransformerStage: SwinBlocks,
     SwinTransformerV2Stage: SwinV2Blocks,
     SwinTransformerV2CrStage: SwinV2CrBlocks,
 }
-
-
-class SlowFastSwin(PatchedHost):
-    """Mixin of a patched timm Swin: the two methods that walk over the stages."""
-
-    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's own, on slow-fast blocks."""
-        return walk(self, "forward_features", *args, compact=True, pass_class=WindowedPass, **kwargs)
-
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's own, on slow-fast blocks; intermediate features are those between the stages."""
-        return walk(self, "forward_intermediates", *args, compact=True, pass_class=WindowedPass, **kwargs)
 
 
 class SlowFastFeatures(PatchedHost):
@@ -70,7 +58,7 @@ class SwinFeatures(metaclass=_IsSwinFeatures):
 class SwinAdapter(Adapter):
     """All Swin models of timm."""
 
-    mixin = SlowFastSwin
+    mixin = SlowFastWindowed
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
         return (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr, SwinFeatures)  # type: ignore[return-value]
@@ -78,7 +66,7 @@ class SwinAdapter(Adapter):
     def inspect(self, host: Any, name: str) -> HostSpec:
         stages: list[tuple[str, Any]] = [(p, m) for p, m in host.named_modules() if isinstance(m, tuple(_KINDS))]
         blocks = tuple(tuple((f"{path}.blocks.{i}",) for i in range(len(stage.blocks))) for path, stage in stages)
-        return HostSpec(blocks=blocks, prefix=0, readout=0, taper=0.0)
+        return HostSpec(blocks=blocks, prefix=0, readout=0, taper=0.0, windowed=True)
 
     def plan(self, host: nn.Module, state: HostState) -> list[Change]:
         mixin = SlowFastFeatures if isinstance(host, SwinFeatures) else self.mixin
@@ -86,8 +74,7 @@ class SwinAdapter(Adapter):
         for (path, *_), (name, block) in zip(state.blocks, named_blocks(host, state), strict=True):
             stage = host.get_submodule(path.partition(".blocks.")[0])
             kind = next(kind for cls, kind in _KINDS.items() if isinstance(stage, cls))
-            own = {"_evo_state": state, "_evo_name": name, "_evo_blocks": kind()}
-            changes += [Change(block, SlowFastWindowBlock, own), Change(block.get_submodule("attn"), Steered, {})]
+            changes += window_block_changes(block, name, state, kind())
         return changes
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from evopatch.algorithm.window_bias import continuous_bias, cosine_logits
 from evopatch.algorithm.windows import Windows
-from evopatch.forward.window_blocks import Cut, MaskByHead, WindowedBlocks
+from evopatch.forward.window_blocks import BiasedBlocks, Cut, MaskByHead
 from evopatch.rewrite.view import View
 
 
-class SwinBlocks(WindowedBlocks):
+class SwinBlocks(BiasedBlocks):
     """Swin: norm before attention, position biases from a table."""
 
     attention = "attn"
@@ -78,7 +78,7 @@ class SwinV2Blocks(SwinBlocks):
 class SwinV2CrBlocks(SwinV2Blocks):
     """Swin V2 as timm had it first: some blocks end with a norm on the main branch."""
 
-    last_norm = "norm3"
+    last = "norm3"
 
     def bias(self, attention: Any) -> Tensor:
         bias: Tensor = attention._relative_positional_encodings()

@@ -1,4 +1,4 @@
-"""The methods of timm's flat models that walk over the blocks."""
+"""The methods of timm's models that walk over the blocks."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from evopatch.forward.walk import PatchedHost, walk
+from evopatch.forward.windowed import WindowedPass
 
 
 class SlowFastFlat(PatchedHost):
-    """Mixin of a patched model: `forward_features` and `forward_intermediates`."""
+    """Mixin of a patched flat model: `forward_features` and `forward_intermediates`."""
 
     grad_checkpointing: bool
 
@@ -33,6 +34,18 @@ class SlowFastFlat(PatchedHost):
         if not hasattr(_embedding(self), "dynamic_feat_size"):
             return None
         return grid_of(self, (args[0].shape[-2], args[0].shape[-1]))
+
+
+class SlowFastWindowed(PatchedHost):
+    """Mixin of a patched model of windowed blocks, between which there is always the full grid: the same methods."""
+
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own, on slow-fast blocks."""
+        return walk(self, "forward_features", *args, compact=True, pass_class=WindowedPass, **kwargs)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own, on slow-fast blocks."""
+        return walk(self, "forward_intermediates", *args, compact=True, pass_class=WindowedPass, **kwargs)
 
 
 def grid_of(host: Any, image_size: tuple[int, int]) -> tuple[int, int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -113,16 +113,23 @@ FAMILIES: dict[tuple[str, str], Family] = {
 }
 
 
-def served() -> dict[type[nn.Module], Family]:
-    """The classes of the table that are loaded: there are no instances of others."""
-    found: dict[type[nn.Module], Family] = {}
-    for (module, name), family in FAMILIES.items():
+Row = TypeVar("Row")
+
+
+def loaded(table: Mapping[tuple[str, str], Row]) -> dict[type[nn.Module], Row]:
+    """The classes of a table that are loaded: there are no instances of others.
+
+    Args:
+        table: By module, below transformers.models, and class.
+    """
+    found: dict[type[nn.Module], Row] = {}
+    for (module, name), row in table.items():
         cls = getattr(sys.modules.get(f"transformers.models.{module}"), name, None)
         if cls is not None:
-            found[cls] = family
+            found[cls] = row
     return found
 
 
-def family_of(host: nn.Module) -> Family:
+def row_of(host: nn.Module, table: Mapping[tuple[str, str], Row]) -> Row:
     """Of an instance of one of the classes, or of a subclass."""
-    return next(family for cls, family in served().items() if isinstance(host, cls))
+    return next(row for cls, row in loaded(table).items() if isinstance(host, cls))

@@ -1,104 +1,61 @@
-"""Swin and Swin V2 of transformers, and every model that holds their encoders: with heads, as backbones, in detectors.
+"""Swin and Swin V2 of transformers, and every model that holds their encoders or a copy of them: with heads, as
+backbones, in detectors.
 
-The class of an encoder that records outputs stays: the state travels in its keyword arguments. Swin V2's takes none,
-and records nothing: it runs on a view.
+The class of an encoder that records outputs stays: the state travels in its keyword arguments. Those that take none,
+and record nothing, run on a view.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
-from transformers.models.swin.modeling_swin import SwinEncoder
-from transformers.models.swinv2.modeling_swinv2 import Swinv2Encoder
+from torch import nn
+from transformers import PreTrainedModel
 
-from evopatch.algorithm.window_bias import continuous_bias, cosine_logits
-from evopatch.algorithm.windows import Windows
 from evopatch.errors import UnsupportedInputError
 from evopatch.forward.host_state import HostState
 from evopatch.forward.spec import qualified
 from evopatch.forward.walk import viewed
-from evopatch.forward.window_blocks import Cut, MaskByHead, SlowFastWindowBlock, WindowedBlocks
+from evopatch.forward.window_blocks import WindowedBlocks
 from evopatch.forward.windowed import WindowedPass
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks
-from evopatch.rewrite.classes import Steered, Swapped
-from evopatch.rewrite.view import Call, View
+from evopatch.patching.window_changes import window_block_changes
+from evopatch.rewrite.classes import Swapped
+from evopatch.rewrite.view import View
+
+from .families import loaded, row_of
+from .swin_blocks import ShrinkingBlocks, SwinBlocks, SwinV2Blocks, TableBlocks
 
 
-class _Swin(WindowedBlocks):
-    attention = "attention"
-    single: Mapping[str, Any] = {"window_size": 1, "shift_size": 0}
+class Family(NamedTuple):
+    """One encoder, which loops over its stages."""
 
-    def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
-        if not options.get("always_partition"):
-            block.set_shift_and_window_size(inputs[0])  # as the block itself does now
-        return _cut(block, x, inputs[0])
-
-    def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        out, _ = block.forward(x, (x.shape[1], 1), **{**options, "always_partition": True})
-        return out, (None,)
-
-    def seen(self, block: Any, x: Tensor) -> Tensor:
-        normalised: Tensor = block.layernorm_before.forward(x)  # its hooks are for the block's own run
-        return normalised
-
-    def bias(self, attention: Any) -> Tensor:
-        bias: Tensor = attention.relative_position_bias()
-        return bias.squeeze(0)
-
-    def biased(self, attention: Any, bias: Tensor) -> tuple[View, dict[str, Any]]:
-        return View(attention, {"relative_position_bias": lambda: bias}), {}
-
-    def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
-        queries = attention.q_proj.forward(query).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-        keys = attention.k_proj.forward(key).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-        logits: Tensor = queries * attention.scaling @ keys.transpose(2, 3)
-        return logits.squeeze(2)
+    kind: type[WindowedBlocks]
+    """Of its blocks."""
+    stages: str = "layers"
+    """Path of the container of its stages."""
+    blocks: str = "blocks"
+    """Path in a stage of the container of its blocks."""
+    coarsens: bool = True
+    """Its stages have coarser and coarser grids."""
+    no_grid: str = ""
+    """Why its tokens aren't the grid of one image's patches, where they aren't."""
 
 
-class _Swinv2(_Swin):
-    def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
-        return _cut(block, x, inputs[0])
-
-    def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        (out,) = block.forward(x, (x.shape[1], 1))
-        return out, ()
-
-    def seen(self, block: Any, x: Tensor) -> Tensor:
-        return x
-
-    def bias(self, attention: Any) -> Tensor:
-        inner = attention.self
-        return continuous_bias(
-            inner.continuous_position_bias_mlp, inner.relative_coords_table, inner.relative_position_index
-        )
-
-    def masked(self, mask: Tensor | None) -> Any:
-        return None if mask is None else MaskByHead(mask.unsqueeze(1))
-
-    def biased(self, attention: Any, bias: Tensor) -> tuple[View, dict[str, Any]]:
-        # Its own bias is that of a single place then, the same for all: no matter to a softmax.
-        inner = attention.self
-        alone = {"window_size": (1, 1), "relative_position_index": inner.relative_position_index[:1, :1]}
-        seen = Call(inner, View(inner, alone).instead)
-        return View(attention, {"self": seen}), {"attention_mask": MaskByHead(bias)}
-
-    def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
-        inner = attention.self
-        queries = inner.query.forward(query).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
-        keys = inner.key.forward(key).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
-        return cosine_logits(queries, keys, inner.logit_scale).squeeze(2)
-
-
-def _cut(layer: Any, x: Tensor, grid: tuple[int, int]) -> Cut:
-    windows = Windows((grid[0], grid[1]), (layer.window_size,) * 2, (layer.shift_size,) * 2, pads_first=True)
-    if "device" not in inspect.signature(layer.get_attn_mask).parameters:  # Swin V2 before transformers 5.18
-        mask = layer.get_attn_mask(*windows.padded_grid, dtype=x.dtype)
-        return Cut(windows, None if mask is None else mask.to(x.device))
-    return Cut(windows, layer.get_attn_mask(*windows.padded_grid, dtype=x.dtype, device=x.device))
+# By module, below transformers.models, and class.
+FAMILIES: dict[tuple[str, str], Family] = {
+    ("swin.modeling_swin", "SwinEncoder"): Family(SwinBlocks),
+    ("swinv2.modeling_swinv2", "Swinv2Encoder"): Family(SwinV2Blocks),
+    ("donut.modeling_donut_swin", "DonutSwinEncoder"): Family(ShrinkingBlocks),
+    ("maskformer.modeling_maskformer_swin", "MaskFormerSwinEncoder"): Family(TableBlocks),
+    ("clap.modeling_clap", "ClapAudioEncoder"): Family(
+        ShrinkingBlocks, no_grid="takes sound, whose patches aren't a grid of an image's"
+    ),
+    ("swin2sr.modeling_swin2sr", "Swin2SREncoder"): Family(
+        SwinV2Blocks, stages="stages", blocks="layers", coarsens=False
+    ),
+}
 
 
 class SlowFastStage(Swapped):
@@ -117,17 +74,18 @@ class SlowFastStage(Swapped):
 
 
 class SlowFastEncoder(Swapped):
-    """Mixin of a patched Swin V2 encoder."""
+    """Mixin of a patched encoder that takes no other keyword arguments than it knows."""
 
     _evo_state: HostState
-    layers: nn.ModuleList
+    _evo_stages: str
+    config: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder's own, whose stages are given the state of this forward."""
         wanted = kwargs.get("output_attentions", args[2] if len(args) > 2 else False)
-        forward_pass = _pass(self._evo_state, bool(wanted))
-        stages = [partial(stage, evo_pass=forward_pass) for stage in self.layers]
-        return View(self, {"layers": stages}).forward(*args, **kwargs)
+        forward_pass = _pass(self._evo_state, bool(wanted) or bool(getattr(self.config, "output_attentions", False)))
+        stages = [partial(stage, evo_pass=forward_pass) for stage in getattr(self, self._evo_stages)]
+        return View(self, {self._evo_stages: stages}).forward(*args, **kwargs)
 
 
 def start_pass(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -152,33 +110,38 @@ class SwinAdapter(Adapter):
     """The encoders, which loop over the stages."""
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
-        return (SwinEncoder, Swinv2Encoder)
+        return tuple(loaded(FAMILIES))
 
     def inspect(self, host: Any, name: str) -> HostSpec:
+        family = row_of(host, FAMILIES)
         blocks = tuple(
-            tuple((f"layers.{number}.blocks.{index}",) for index in range(len(stage.blocks)))
-            for number, stage in enumerate(host.layers)
+            tuple((f"{path}.{family.blocks}.{name}",) for name, _ in getattr(stage, family.blocks).named_children())
+            for path, stage in _stages(host, family)
         )
-        return HostSpec(blocks=blocks, prefix=0, readout=0, taper=0.0)
+        return HostSpec(blocks=blocks, prefix=0, readout=0, taper=0.0, windowed=True, coarsens=family.coarsens)
 
     def plan(self, host: Any, state: HostState) -> list[Change]:
-        second = isinstance(host, Swinv2Encoder)
-        kind = _Swinv2() if second else _Swin()
-        changes = [
-            Change(host, SlowFastEncoder if second else None, {"_evo_state": state}, None if second else start_pass)
-        ]
-        for number, stage in enumerate(host.layers):
-            path = f"layers.{number}"
-            name = qualified(state.name, path)
-            changes.append(Change(stage, SlowFastStage, {"_evo_state": state, "_evo_name": name, "_evo_path": path}))
+        family = row_of(host, FAMILIES)
+        own: dict[str, Any] = {"_evo_state": state}
+        # The class of an encoder that records outputs stays.
+        if isinstance(host, PreTrainedModel):
+            changes = [Change(host, None, own, start_pass)]
+        else:
+            changes = [Change(host, SlowFastEncoder, own | {"_evo_stages": family.stages})]
+        for path, stage in _stages(host, family):
+            named = {"_evo_name": qualified(state.name, path), "_evo_path": path}
+            changes.append(Change(stage, SlowFastStage, own | named))
         for name, block in named_blocks(host, state):
-            own = {"_evo_state": state, "_evo_name": name, "_evo_blocks": kind}
-            changes += [Change(block, SlowFastWindowBlock, own), Change(block.get_submodule("attention"), Steered, {})]
-            if second:
-                changes.append(Change(block.get_submodule("attention.self"), Steered, {}))
+            changes += window_block_changes(block, name, state, family.kind())
         return changes
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
+        if reason := row_of(host, FAMILIES).no_grid:
+            raise UnsupportedInputError(f"{type(host).__name__} {reason}")
         size = host.config.patch_size
         height, width = (size, size) if isinstance(size, int) else size
         return -(-image_size[0] // height), -(-image_size[1] // width)
+
+
+def _stages(host: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
+    return [(f"{family.stages}.{name}", stage) for name, stage in host.get_submodule(family.stages).named_children()]

@@ -15,7 +15,7 @@ from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks
 from evopatch.rewrite.tracing import TraceSpec
 
 from . import heads, layer, refusals, viewed
-from .families import family_of, served
+from .families import FAMILIES, loaded, row_of
 from .interface import CORE_NAMES, CORES, TappedInterface, check_attends
 from .own_attention import OwnAttention, OwnLayer
 
@@ -24,10 +24,10 @@ class ViTAdapter(Adapter):
     """The modules that loop over the layers; every head and every model that holds one is served through them."""
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
-        return tuple(served())
+        return tuple(loaded(FAMILIES))
 
     def inspect(self, host: Any, name: str) -> HostSpec:
-        family = family_of(host)
+        family = row_of(host, FAMILIES)
         tables = ("position_embeddings",) if family.rotary else ()
         biases = ("attention_mask", "resolution") if family.biased else ()
         trace = TraceSpec(
@@ -57,14 +57,14 @@ class ViTAdapter(Adapter):
     def plan(self, host: nn.Module, state: HostState) -> list[Change]:
         if viewed.runs_on_view(host, state.name):
             return viewed.plan(host, state)
-        if family_of(host).own_attention:
+        if row_of(host, FAMILIES).own_attention:
             return layer.plan(host, state, OwnLayer, OwnAttention)
         for name, each in named_blocks(host, state):
             check_attends(each, name, state.spec.trace)
         return layer.plan(host, state, layer.SlowFastLayer, TappedInterface)
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
-        if reason := family_of(host).no_grid:
+        if reason := row_of(host, FAMILIES).no_grid:
             raise UnsupportedInputError(f"{type(host).__name__} {reason}")
         return layer.grid_of(host.config, image_size)
 

@@ -12,8 +12,72 @@ from torch import Tensor
 from .window_selection import WindowPartition
 from .windows import Windows
 
+_MASKED = -100.0
 
-def compact_mask(mask: Tensor | None, partition: WindowPartition) -> Tensor | None:
+
+def shift_mask(windows: Windows, like: Tensor) -> Tensor | None:
+    """Of a shifted map, which places of a window hold parts of the image that lie side by side.
+
+    Args:
+        windows: How the map is cut; padded first.
+        like: Of the type and on the device that are wanted.
+
+    Returns:
+        `(V, A, A)`, 0 or -100, as Swin's own; None where nothing is shifted.
+    """
+    if not any(windows.shift):
+        return None
+    axes = zip(windows.padded_grid, windows.window, windows.shift, strict=True)
+    row, column = (_regions(*axis, like.device) for axis in axes)
+    (down, beside), (height, width) = windows.across, windows.window
+    region = (row.unsqueeze(1) * 3 + column).view(down, height, beside, width).transpose(1, 2).flatten(0, 1).flatten(1)
+    return (region.unsqueeze(1) != region.unsqueeze(2)).to(like.dtype) * _MASKED
+
+
+def _regions(length: int, window: int, shift: int, device: torch.device) -> Tensor:
+    place = torch.arange(length, device=device)
+    if not shift:
+        return torch.zeros_like(place)
+    return (place >= length - window).long() + (place >= length - shift).long()
+
+
+def compact_bias(bias: Tensor, mask: Tensor | None, windows: Windows, partition: WindowPartition) -> Tensor:
+    """Position bias, shift mask and log sizes between the rows of the windows of a compact set.
+
+    A matched group has the position of its slow token; its members are near and alike.
+
+    Args:
+        bias: `(H, A, A)`.
+        mask: `(V, A, A)` or None.
+        windows: How the map is cut.
+        partition: Of `match_tokens` or `select_windows`.
+
+    Returns:
+        `(B * W, H, R, R)`, or `(1, H, A, A)` where it is the same for all windows.
+    """
+    place, log_size = partition.place, partition.partition.log_size
+    if place is None:
+        whole = _compact_mask(mask, partition)
+        return bias.unsqueeze(0) if whole is None else bias + whole.unsqueeze(1).to(bias.dtype)
+    assert log_size is not None
+    batch, count, keep = place.shape
+    area, heads = windows.area, bias.shape[0]
+    pairs = (place.unsqueeze(3) * area + place.unsqueeze(2)).view(batch * count, 1, keep * keep)
+    compact = bias.flatten(1).expand(batch * count, -1, -1).gather(2, pairs.expand(-1, heads, -1))
+    compact = compact.view(batch * count, heads, keep, keep)
+    added = log_size.view(batch * count, 1, 1, -1)[..., :keep]
+    if mask is not None:
+        own = mask.flatten(1).expand(batch, -1, -1).flatten(0, 1).gather(1, pairs.squeeze(1))
+        added = added + own.view(-1, 1, keep, keep)
+    compact = compact + added.to(bias.dtype)
+    if not windows.padded:
+        return compact
+    column = _padding_bias(bias, mask, windows).expand(batch, -1, -1, -1)
+    column = column.gather(3, place.unsqueeze(2).expand(-1, -1, heads, -1)).view(batch * count, heads, keep, 1)
+    return F.pad(torch.cat([compact, column], dim=3), (0, 0, 0, 1))
+
+
+def _compact_mask(mask: Tensor | None, partition: WindowPartition) -> Tensor | None:
     """The shift mask of whole windows, for those of the compact set.
 
     A representative window stands for several. Two places in it attend to each other as far as they do there: their
@@ -35,43 +99,6 @@ def compact_mask(mask: Tensor | None, partition: WindowPartition) -> Tensor | No
         together = share.log().clamp_min(float(_MASKED)).to(mask.dtype)
         compact = torch.cat([compact, together.unsqueeze(1)], dim=1)
     return compact.flatten(0, 1)
-
-
-_MASKED = -100.0
-
-
-def compact_bias(bias: Tensor, mask: Tensor | None, windows: Windows, partition: WindowPartition) -> Tensor:
-    """Position bias, shift mask and log sizes between the rows of matched windows.
-
-    A group has the position of its slow token; its members are near and alike.
-
-    Args:
-        bias: `(H, A, A)`.
-        mask: `(V, A, A)` or None.
-        windows: How the map is cut.
-        partition: Of `match_tokens`.
-
-    Returns:
-        `(B * V, H, R, R)`.
-    """
-    place, log_size = partition.place, partition.partition.log_size
-    assert place is not None
-    assert log_size is not None
-    batch, count, keep = place.shape
-    area, heads = windows.area, bias.shape[0]
-    pairs = (place.unsqueeze(3) * area + place.unsqueeze(2)).view(batch * count, 1, keep * keep)
-    compact = bias.flatten(1).expand(batch * count, -1, -1).gather(2, pairs.expand(-1, heads, -1))
-    compact = compact.view(batch * count, heads, keep, keep)
-    added = log_size.view(batch * count, 1, 1, -1)[..., :keep]
-    if mask is not None:
-        own = mask.flatten(1).expand(batch, -1, -1).flatten(0, 1).gather(1, pairs.squeeze(1))
-        added = added + own.view(-1, 1, keep, keep)
-    compact = compact + added.to(bias.dtype)
-    if not windows.padded:
-        return compact
-    column = _padding_bias(bias, mask, windows).expand(batch, -1, -1, -1)
-    column = column.gather(3, place.unsqueeze(2).expand(-1, -1, heads, -1)).view(batch * count, heads, keep, 1)
-    return F.pad(torch.cat([compact, column], dim=3), (0, 0, 0, 1))
 
 
 def _padding_bias(bias: Tensor, mask: Tensor | None, windows: Windows) -> Tensor:

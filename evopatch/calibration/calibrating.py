@@ -132,7 +132,7 @@ class _Run:
         set_learned(copy.model, {})
         spec, depths = copy.host.state.spec, copy.host.state.depths
         begins = [sum(depths[:stage]) for stage in range(len(depths))]
-        self._flat = spec.pyramid is None and len(depths) == 1
+        self._flat = spec.pyramid is None and not spec.windowed
         self._matched = base.representative == "matched"
         original = unpatch(copy.copy())
         self._search_on, self._report_on = images[::2].split(batch_size), images[1::2].split(batch_size)

@@ -50,7 +50,7 @@ class Trials:
         """The same for settings of the same FLOPs: those that keep as many tokens in every block."""
         host = self.patched.host
         plans = host.state.plan(config)
-        if len(host.state.depths) > 1 and host.state.spec.pyramid is None:
+        if host.state.spec.windowed:
             return plans  # how many tokens a window has is known while it runs
         sizes = (rows * columns for rows, columns in self._grids)
         return tuple(

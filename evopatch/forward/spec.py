@@ -82,6 +82,10 @@ class HostSpec:
     weights change: such as LeViT's position biases."""
     pyramid: Pyramid | None = None
     """None for a flat model."""
+    windowed: bool = False
+    """Blocks attend inside windows, or some of them do."""
+    coarsens: bool = True
+    """Of several stages without a `pyramid`: each has a grid half as fine as the one before. False: all have one."""
     adds: bool = False
     """The host adds what every module of a block gives to what it was given: `x = attn(x) + x`, `x = ff(x) + x`."""
     channels_first: bool = False

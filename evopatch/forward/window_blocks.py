@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..algorithm.window_bias import compact_bias
+from ..algorithm.window_selection import WindowPartition
 from ..algorithm.windows import Windows
 from ..rewrite.view import View
 from .guarded import GuardedBlock
@@ -18,7 +20,9 @@ class Cut(NamedTuple):
 
     windows: Windows
     mask: Tensor | None
-    """`(V, A, A)`, the block's own shift mask."""
+    """`(V, A, A)`, the shift mask."""
+    joined: bool = False
+    """The block attends over all windows together: they only say which tokens may share a group."""
 
 
 class WindowedBlocks(ABC):
@@ -26,22 +30,58 @@ class WindowedBlocks(ABC):
 
     attention: str
     """The block's submodule that is called with windows `(windows, A, C)` and a mask."""
+    inside_attention: tuple[str, ...] = ()
+    """Paths in that of the modules that are called with something else to run than their own forward."""
+    traced: bool = False
+    """Whether the attention runs generated code."""
     single: Mapping[str, Any]
     """The block's attributes with which windows are single tokens, unshifted."""
-    last_norm: str | None = None
-    """The block's norm on the main branch after everything else, if it has one: it's for all tokens."""
+    last: str | None = None
+    """The block's module on the main branch after everything else, if it has one, which is for all tokens: a norm, or
+    a convolution."""
+    channels_first: bool = False
+    """The block takes `(B, C, h, w)`."""
 
     @abstractmethod
     def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
-        """How the block would cut `x`, as it is called by its host with these other arguments."""
+        """How the block would cut `(B, h, w, C)` or `(B, N, C)`, as its host calls it with these other arguments."""
 
     @abstractmethod
     def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        """Run the forward of a view of the block on the compact set `(B, M, C)`."""
+        """Run the forward of a view of the block on the compact set `(B, M, C)`.
+
+        Returns:
+            The same, and a tuple of what else the block returns; None where it returns a tensor.
+        """
 
     @abstractmethod
     def seen(self, block: Any, x: Tensor) -> Tensor:
         """`(B, N, C)` tokens as the block's attention sees them."""
+
+    @abstractmethod
+    def attend(self, attention: Any, cut: Cut, selected: WindowPartition) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """How the attention is called on windows `(windows, R, C)` of the compact set.
+
+        Args:
+            attention: The block's attention module.
+            cut: How the block cuts its map.
+            selected: Who goes through it for whom.
+
+        Returns:
+            What it runs, a function of itself and its arguments, and keyword arguments for it.
+        """
+
+    def laid_out(self, windows: Tensor) -> Tensor:
+        """Windows `(windows, R, C)` as the attention takes them."""
+        return windows
+
+    @abstractmethod
+    def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
+        """Attention logits `(B, H, T)` of one token `(B, 1, C)` over others `(B, T, C)`, by the block's projections."""
+
+
+class BiasedBlocks(WindowedBlocks):
+    """Blocks whose attention adds a position bias of its own, the same for all windows and queries."""
 
     @abstractmethod
     def bias(self, attention: Any) -> Tensor:
@@ -53,19 +93,16 @@ class WindowedBlocks(ABC):
 
         Args:
             attention: The block's attention module.
-            bias: `(windows, H, R, R)`.
+            bias: `(windows, H, R, R)`, or the same for all windows `(1, H, R, R)`.
 
         Returns:
             A view of the attention whose own forward runs, and keyword arguments for it.
         """
 
-    def masked(self, mask: Tensor | None) -> Any:
-        """A shift mask `(windows, A, A)` as the attention takes it."""
-        return mask
-
-    @abstractmethod
-    def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
-        """Attention logits `(B, H, T)` of one token `(B, 1, C)` over others `(B, T, C)`, by the block's projections."""
+    def attend(self, attention: Any, cut: Cut, selected: WindowPartition) -> tuple[Callable[..., Any], dict[str, Any]]:
+        bias = compact_bias(self.bias(attention), cut.mask, cut.windows, selected)
+        view, given = self.biased(attention, bias)
+        return view.instead, given
 
 
 class SlowFastWindowBlock(GuardedBlock):

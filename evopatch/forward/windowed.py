@@ -18,7 +18,6 @@ from torch import Tensor
 from ..algorithm.importance import accumulate, coarsen
 from ..algorithm.partition import Partition, distribute
 from ..algorithm.selection import num_slow
-from ..algorithm.window_bias import compact_bias, compact_mask
 from ..algorithm.window_selection import WindowPartition, match_tokens, merge_windows, select_windows, window_novelty
 from ..algorithm.windows import Windows, window_means
 from ..rewrite.view import View, check_steered
@@ -54,11 +53,12 @@ class WindowedPass(ForwardPass):
         Returns:
             What the block returns.
         """
-        x, *inputs = args
+        given, *inputs = args
         own, blocks, keeps_all = block._evo_host_class.forward, block._evo_blocks, self.keep_ratio(index) == 1.0
         observes = self.plans[index].tradeoff is not None and self.representative != "matched"
         if not self.active or (keeps_all and not observes):
-            return own(block, x, *inputs, **options)
+            return own(block, given, *inputs, **options)
+        x = given.permute(0, 2, 3, 1) if blocks.channels_first else given
         cut: Cut = blocks.cut(block, x, tuple(inputs), options)
         tokens = x.flatten(1, 2) if x.dim() == 4 else x
         with torch.no_grad():
@@ -67,7 +67,7 @@ class WindowedPass(ForwardPass):
                 self.g[index] = self._observe(index, block, tokens, cut.windows)
                 self._grids[index] = cut.windows.grid
         if selected is None:
-            return own(block, x, *inputs, **options)
+            return own(block, given, *inputs, **options)
         partition = selected.partition
         entry = merge_windows(tokens, selected, cut.windows)
         changed = {
@@ -75,13 +75,14 @@ class WindowedPass(ForwardPass):
             **self._shown(block, selected, cut),
             blocks.attention: _Attention(block, cut, selected),
         }
-        if blocks.last_norm is not None:
-            changed[blocks.last_norm] = _unchanged
+        if blocks.last is not None:
+            changed[blocks.last] = _unchanged
         out, rest = blocks.call(View(block, changed), entry, tuple(inputs), options)
-        full = distribute(tokens, out - entry, partition)
-        if blocks.last_norm is not None:
-            full = getattr(block, blocks.last_norm)(full)
-        full = full.view(x.shape)
+        full = distribute(tokens, out - entry, partition).view(x.shape)
+        if blocks.channels_first:
+            full = full.permute(0, 3, 1, 2)
+        if blocks.last is not None:
+            full = getattr(block, blocks.last)(full)
         return full if rest is None else (full, *rest)
 
     def _shown(self, block: Any, selected: WindowPartition, cut: Cut) -> dict[str, Any]:
@@ -110,8 +111,8 @@ class WindowedPass(ForwardPass):
         if index == 0:
             return None
         g = self.g[index - 1].to(x.device)
-        same_stage = self.stage_of[index] == self.stage_of[index - 1]
-        return g if same_stage else coarsen(g, self._grids[index - 1], kernel=2)
+        same_grid = self.stage_of[index] == self.stage_of[index - 1] or not self.spec.coarsens
+        return g if same_grid else coarsen(g, self._grids[index - 1], kernel=2)
 
     def _selection(self, index: int, block: Any, tokens: Tensor, cut: Cut) -> WindowPartition | None:
         """Who goes through the block for whom; None: every token for itself."""
@@ -167,22 +168,19 @@ class _Attention:
         self._cut = cut
         self._selected = selected
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         selected, blocks = self._selected, self._blocks
+        x = args[0] if args else kwargs.pop(next(iter(kwargs)))
         kwargs.pop("mask", None)  # its own is for single tokens: none
-        x = x.view(-1, selected.partition.rows // selected.windows, x.shape[-1])
+        shape = x.shape
+        windows = 1 if self._cut.joined else selected.windows
+        x = x.reshape(-1, selected.partition.rows // windows, shape[-1])
         if selected.held is not None:
-            x = x * selected.held.flatten(0, 1).unsqueeze(2).to(x.dtype)
-        if selected.place is None:
-            mask = compact_mask(self._cut.mask, selected)
-            out = self._attention(x, blocks.masked(mask), **kwargs)
-        else:
-            bias = blocks.bias(self._attention)
-            bias = compact_bias(bias, self._cut.mask, self._cut.windows, selected)
-            check_steered(self._attention, self._name)
-            view, given = blocks.biased(self._attention, bias)
-            # By its own call, so that its hooks run.
-            out = self._attention(x, evo=view.instead, **kwargs, **given)
+            x = x * selected.held.reshape(x.shape[:2]).unsqueeze(2).to(x.dtype)
+        check_steered(self._attention, self._name)
+        run, given = blocks.attend(self._attention, self._cut, selected)
+        # By its own call, so that its hooks run.
+        out = self._attention(blocks.laid_out(x), evo=run, **kwargs, **given)
         if isinstance(out, tuple):
-            return out[0].reshape(-1, 1, out[0].shape[-1]), None
-        return out.reshape(-1, 1, out.shape[-1])
+            return (out[0].reshape(shape), *(None for _ in out[1:]))
+        return out.reshape(shape)

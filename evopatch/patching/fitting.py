@@ -82,7 +82,7 @@ def blocks_of(patched: Patched[Any], host: Host) -> list[nn.Module]:
 
 
 def _is_flat(host: Host) -> bool:
-    return host.state.spec.pyramid is None and len(host.state.depths) == 1
+    return host.state.spec.pyramid is None and not host.state.spec.windowed
 
 
 def _watched(patched: Patched[Any], hosts: Iterable[str]) -> Patched[Any]:

@@ -52,6 +52,8 @@ class Host:
                 "one over patches: expected one, to know the grid. Write an adapter (docs/adapters.md)"
             )
         height, width = adapter.grid(self.module, image_size)
+        if not spec.coarsens:
+            return [(height, width)] * len(stage_of)
         # Between two stages windowed pyramids merge two by two tokens, padded at odd sizes.
         return [(-(-height // 2**stage), -(-width // 2**stage)) for stage in stage_of]
 

@@ -21,6 +21,7 @@ _BUILT_IN = {
         "evopatch_timm.levit:LevitAdapter",
         "evopatch_timm.pit:PitAdapter",
         "evopatch_timm.swin:SwinAdapter",
+        "evopatch_timm.sam:SamAdapter",
         "evopatch_timm.naflex:NaFlexAdapter",
         "evopatch_timm.towers:TowerAdapter",
     ),
@@ -28,8 +29,9 @@ _BUILT_IN = {
         "evopatch_transformers.vit:ViTAdapter",
         "evopatch_transformers.levit:LevitAdapter",
         "evopatch_transformers.swin:SwinAdapter",
+        "evopatch_transformers.sam:SamAdapter",
     ),
-    "torchvision": ("evopatch_torchvision.vit:ViTAdapter",),
+    "torchvision": ("evopatch_torchvision.vit:ViTAdapter", "evopatch_torchvision.swin:SwinAdapter"),
 }
 _LEAST = {"timm": "1.0.12", "transformers": "5.9", "torchvision": "0.21"}
 """The oldest versions that the built-in adapters serve."""

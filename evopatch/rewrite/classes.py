@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -20,6 +20,8 @@ class Swapped:
     """Base of the mixins; comes before the host class in the method resolution order."""
 
     _evo_host_class: type[nn.Module]
+    _evo_keeps_name: ClassVar[bool] = False
+    """The class has the host class's full name: transformers goes by it to find what a model records."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced = super().__reduce_ex__(protocol)
@@ -63,11 +65,9 @@ def swapped_class(host_class: type[nn.Module], mixin: type[Swapped]) -> type[nn.
     """The class of a patched `host_class`, the same object at every call."""
     key = (host_class, mixin)
     if key not in _classes:
-        namespace = {
-            "_evo_host_class": host_class,
-            "__module__": mixin.__module__,
-            "__qualname__": f"{mixin.__name__}[{host_class.__qualname__}]",
-        }
+        own = (mixin.__module__, f"{mixin.__name__}[{host_class.__qualname__}]")
+        module, name = (host_class.__module__, host_class.__qualname__) if mixin._evo_keeps_name else own
+        namespace = {"_evo_host_class": host_class, "__module__": module, "__qualname__": name}
         _classes[key] = type(host_class.__name__, (mixin, host_class), namespace)
     return _classes[key]
 

@@ -22,6 +22,7 @@ from ..errors import AttentionNotFoundError
 from .classes import Swapped, host_class
 from .projections import Projections, find_projections
 from .readout import readout_graph
+from .replaced import adds_replaced, replace_calls
 from .tracing import ROOT, TraceSpec, attention_cores, inputs_of, on_the_way, parameters_of, softmax_of, trace
 
 _SOFTMAX_FUNCTIONS = {torch.softmax, F.softmax, softmax_of}
@@ -181,11 +182,12 @@ def _tap(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> None:
             with graph.inserting_after(node):
                 tapped = graph.call_method("position_bias", (evo, node))
             node.replace_all_uses_with(tapped, delete_user_cb=lambda user, tapped=tapped: user is not tapped)
+    replace_calls(graph, evo, spec)
     cores = [node for node in graph.nodes if _is_core(node, spec) or _is_softmax(node)]
     for node in cores:
         method = spec.cores.get(node.target, "softmax")
         if method == "softmax":
-            _check_logits(node, block, name)
+            _check_logits(node, block, name, spec)
         args, kwargs = node.args, dict(node.kwargs)
         if node.target is softmax_of:
             args, kwargs = args[:1], {"module": args[1]}
@@ -213,17 +215,17 @@ def _is_softmax(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _SOFTMAX_FUNCTIONS
 
 
-def _check_logits(softmax: fx.Node, block: nn.Module, name: str) -> None:
-    """Between the product of queries and keys and the softmax nothing may depend on the tokens' places."""
+def _check_logits(softmax: fx.Node, block: nn.Module, name: str, spec: TraceSpec) -> None:
+    """Between the product of queries and keys and the softmax nothing else may depend on the tokens' places."""
     node: Any = softmax.args[0]
     while isinstance(node, fx.Node):
         if node.op == "call_function" and node.target in _MATMULS:
             return
         masked = node.op == "call_function" and getattr(node.target, "__name__", "") == "maybe_add_mask"
         scaled = node.op == "call_function" and node.target in _SCALINGS and not isinstance(node.args[1], fx.Node)
-        if not masked and not scaled and not _adds_position_bias(node):
+        if not masked and not scaled and not _adds_position_bias(node) and not adds_replaced(node, spec):
             break
-        node = node.args[0]
+        node = node.args[1] if node.op == "call_method" else node.args[0]
     raise AttentionNotFoundError(
         f"{name} ({type(block).__name__}): the graph node '{node}' "
         f"({getattr(node, 'op', '?')} {getattr(node, 'target', '?')}) stands between the product of queries and keys "

@@ -40,10 +40,18 @@ class TraceSpec:
     """Methods, other than `forward`, of submodules that are called, not traced."""
     position_biases: tuple[str, ...] = ()
     """Such methods whose result is added to the attention logits, one entry per head and pair of tokens."""
+    replaced: Mapping[Callable[..., Any] | str, str] = field(default_factory=dict)
+    """Functions, and methods of the module by name, that make a position bias of queries: the method of `evo` that is
+    called with the same arguments in place of each."""
     core_names: frozenset[str] = frozenset({"scaled_dot_product_attention", "softmax", "multi_head_attention_forward"})
     """A module whose forward's code uses one of these names holds an attention core."""
     cores: Mapping[Callable[..., Any], str] = field(default_factory=lambda: {SDPA: "attend", _MULTI_HEAD: "multi_head"})
     """Functions that are attention cores, and the method of `evo` that takes the place of a call."""
+
+
+def leaves_of(spec: TraceSpec) -> tuple[Callable[..., Any], ...]:
+    """Functions that are called, not traced."""
+    return (*spec.leaf_functions, *(target for target in spec.replaced if not isinstance(target, str)))
 
 
 class _Shim(nn.Module):
@@ -95,7 +103,7 @@ class _Shape(fx.proxy.Attribute):
 
 class _Tracer(fx.Tracer):
     def __init__(self, shim: _Shim, spec: TraceSpec, through: Collection[str]) -> None:
-        super().__init__(autowrap_functions=spec.leaf_functions)
+        super().__init__(autowrap_functions=leaves_of(spec))
         self._through = {ROOT, *(f"{ROOT}.{name}" for name in through)}
         self.given: dict[str, tuple[str, ...]] = {}
         """By path of a module that is traced through: what it is given beside its first argument."""
@@ -214,10 +222,11 @@ def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str
     shim = _Shim(module, spec)
     tracer = _Tracer(shim, spec, through)
     try:
-        methods = (*spec.leaf_methods, *spec.position_biases)
+        replaced = (target for target in spec.replaced if isinstance(target, str))
+        methods = (*spec.leaf_methods, *spec.position_biases, *replaced)
         with (
             leaf_methods(shim, tracer, methods),
-            leaf_functions(shim, spec.leaf_functions),
+            leaf_functions(shim, leaves_of(spec)),
             dropout_rates(shim, tracer),
         ):
             graph = tracer.trace(shim)

@@ -9,7 +9,8 @@ from variants import FLAT, PYRAMIDS, build, call, images_for, shallow
 
 import evopatch
 
-WINDOWED = ("swin", "swinv2_cr", "hf_swin", "hf_swinv2")
+WINDOWED = ("swin", "swinv2_cr", "torchvision_swin", "torchvision_swinv2", "hf_swin", "hf_swinv2", "hf_donut",
+            "sam", "hf_sam", "hf_vitdet")  # fmt: skip
 ROWS = [*by_representative((FLAT | PYRAMIDS | {*WINDOWED}) - SAME_GRAPH, ()), ("swin", "single"), ("hf_swin", "none")]
 
 

@@ -3,7 +3,7 @@
 import torch
 from comparing import moved
 from matrix import EACH_REPRESENTATIVE, EACH_SELECTION, config, every, patched
-from variants import EVERY, FLAT, PIT, TIMM, TRANSFORMERS, between, build, call, images_for
+from variants import EVERY, FLAT, ONE_GRID, PIT, TIMM, TRANSFORMERS, between, build, call, images_for
 
 import evopatch
 from evopatch import EvoConfig
@@ -30,9 +30,11 @@ def test_observing_alone_changes_nothing(name, representative):
     """A first run that keeps everything still computes class attention beside the original attention."""
     x = images_for(name)
     original = between(name, build(name), x)
-    first_run = 4 if name in FLAT else 1  # blocks, or stages
+    first_run = 4 if name in ONE_GRID else 1  # blocks, or stages
     settings = (
-        {"keep_ratio": [1.0, 0.3], "stages": [2, 4]} if name in FLAT else {"keep_ratio": [1.0, 0.3, 1.0], "start": 1}
+        {"keep_ratio": [1.0, 0.3], "stages": [2, 4]}
+        if name in ONE_GRID
+        else {"keep_ratio": [1.0, 0.3, 1.0], "start": 1}
     )
     model = patched(name, EvoConfig(**settings, representative=representative))
     observed = between(name, model, x)
@@ -58,9 +60,9 @@ def test_features_between_the_blocks_are_the_full_grid(name, representative, sel
     plain, features = call(model, x), between(name, model, x)
     assert torch.equal(call(model, x), plain)
     assert [f.shape for f in features] == [f.shape for f in original]
-    assert len(features) == (6 if name in FLAT else 3)
-    # Of a flat model the first two blocks don't select, of PiT the first stage; of the others every stage does.
-    unselected = 2 if name in FLAT else len(PIT & {name})
+    assert len(features) == (6 if name in ONE_GRID else 3)
+    # Of a model of one grid the first two blocks don't select, of PiT the first stage; of the others every stage does.
+    unselected = 2 if name in ONE_GRID else len(PIT & {name})
     for index, (found, stock) in enumerate(zip(features, original, strict=True)):
         assert _same(name, found, stock) if index < unselected else moved(found, stock) > 1e-4
 
@@ -94,12 +96,12 @@ def test_looking_between_the_blocks_changes_nothing(name, representative, select
         scale = 1.5 if name == "subclass" else 1.0
         torch.testing.assert_close(final * scale, plain, atol=2e-5, rtol=2e-5)
     else:
-        assert len(intermediates) == 3
+        assert len(intermediates) == (6 if name in ONE_GRID else 3)
         if name in PIT:  # whose last block does for the class tokens alone where nobody sees its map
             torch.testing.assert_close(final, plain, atol=2e-5, rtol=2e-5)
         else:
             assert torch.equal(final, plain)
-    indices = [1, 3] if name in FLAT else [0, 1]
+    indices = [1, 3] if name in ONE_GRID else [0, 1]
     early = model.forward_intermediates(x, indices=indices, stop_early=True, intermediates_only=True)
     assert torch.equal(early[1], intermediates[indices[1]])
     evopatch.set_keep_ratio(model, 1.0)

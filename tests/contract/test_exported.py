@@ -8,8 +8,9 @@ from variants import FLAT, PYRAMIDS, build, call, images_for, shallow
 
 import evopatch
 
-WINDOWED = ("swin", "swinv2", "swinv2_cr", "hf_swin", "hf_swinv2", "hf_swin_backbone")
-ROWS = [*by_representative((FLAT | PYRAMIDS | {*WINDOWED}) - SAME_GRAPH, ()), ("swin", "single"), ("hf_swin", "none")]
+WINDOWED = {"swin", "swinv2", "swinv2_cr", "torchvision_swin", "torchvision_swinv2"}
+WINDOWED |= {"hf_swin", "hf_swinv2", "hf_swin_backbone", "hf_donut", "sam", "hf_sam", "hf_vitdet"}
+ROWS = [*by_representative((FLAT | PYRAMIDS | WINDOWED) - SAME_GRAPH, ()), ("swin", "single"), ("hf_swin", "none")]
 
 
 @cases(("name", "representative"), ROWS, fast=["vit", "hf_vit", "levit", "swin", ("hf_swin", "matched")])

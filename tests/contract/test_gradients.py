@@ -11,11 +11,14 @@ from variants import EVERY, FLAT, PIT, PYRAMIDS, TRANSFORMERS, WINDOWED, build, 
 
 import evopatch
 
-CHECKPOINTING = EVERY - (PYRAMIDS & TRANSFORMERS) - PIT - {"torchvision"}  # which have no checkpointing
+# LeViT of transformers, PiT, and torchvision's models, have no checkpointing.
+CHECKPOINTING = EVERY - (PYRAMIDS & TRANSFORMERS) - PIT - {"torchvision", "torchvision_swin", "torchvision_swinv2"}
 
 
 def regularisation(name, rate):
-    """The setting by which a model's blocks draw random numbers in training."""
+    """The setting by which a model's blocks draw random numbers in training; "hf_sam" has none."""
+    if name == "hf_sam_eager":
+        return {"attention_dropout": rate}
     if name not in TRANSFORMERS & FLAT or "dino" in name or "registers" in name:
         return {"drop_path_rate": rate}
     attention = name in ("hf_clip", "hf_siglip", "hf_aimv2", "hf_blip", "hf_blip2")
@@ -64,7 +67,8 @@ def reentrant(model):
         switch(False)
 
 
-REENTRANT = {"vit", "gap", "dinov2", "parallel"} | (TRANSFORMERS & FLAT) | WINDOWED  # timm's others pass keywords
+# timm's others pass keywords.
+REENTRANT = {"vit", "gap", "dinov2", "parallel"} | (TRANSFORMERS & FLAT) | (WINDOWED & CHECKPOINTING)
 
 
 @every(REENTRANT)
@@ -78,7 +82,7 @@ def test_reentrant_checkpointing_changes_no_gradient(name):
     assert any(gradient.abs().max() > 1e-3 for gradient in plain.values())
 
 
-@pytest.mark.parametrize("name", ["hf_swin", "hf_swinv2", "hf_swin_backbone", "hf_swinv2_backbone"])
+@pytest.mark.parametrize("name", ["hf_swin", "hf_swinv2", "hf_donut", "hf_swin_backbone", "hf_swinv2_backbone"])
 def test_checkpointed_stages_keep_less(name):
     """The stages really are checkpointed while patched."""
     model, x = evopatch.apply(build(name).train()), images_for(name)
@@ -117,7 +121,7 @@ def test_two_forwards_before_one_backward(name, checkpointing):
     assert any(g.abs().max() > 1e-3 for g in separate.values())
 
 
-@every(EVERY)
+@every(EVERY - {"hf_sam"})
 def test_training_with_drop_path(name):
     model, x = build(name, **regularisation(name, 0.3)).train(), images_for(name, 8)
     evopatch.apply(model)
@@ -139,8 +143,8 @@ def test_training_with_drop_path(name):
     [
         *((name, "attn_drop_rate") for name in ("vit", "parallel", "eva", "diff", "swin", "swinv2", "swinv2_cr")),
         *((name, "attention_probs_dropout_prob") for name in ("hf_vit", "hf_vit_eager", "hf_deit", "hf_dinov2")),
-        *((name, "attention_probs_dropout_prob") for name in ("hf_swin", "hf_swinv2")),
-        *((name, "attention_dropout") for name in ("hf_clip", "hf_dinov3")),
+        *((name, "attention_probs_dropout_prob") for name in ("hf_swin", "hf_swinv2", "hf_donut")),
+        *((name, "attention_dropout") for name in ("torchvision_swin", "hf_clip", "hf_dinov3")),
     ],
 )
 @torch.no_grad()

@@ -13,6 +13,7 @@ NAMES = ["vit", "gap", "relpos", "rope", "levit", "levit_conv", "hf_vit", "hf_di
 ROWS = [(*row, "stage", None) for row in by_representative([*NAMES, "pit", "swin"], ["vit", "relpos", "levit", "swin"])]
 ROWS += [("vit", "single", "layer", None), ("swin", "single", "layer", None)]
 ROWS += [("swinv2", "matched", "stage", None), ("hf_swin", "matched", "stage", (72, 88))]
+ROWS += [("torchvision_swin", "matched", "stage", None), ("hf_sam", "matched", "stage", None)]
 FAST = [(name, "matched", "stage", None) for name in ("vit", "hf_vit", "levit")] + [("swin", "single", "stage", None)]
 
 REVIEWED = set(

@@ -8,7 +8,7 @@ import torch
 from comparing import moved
 from internals import plans
 from matrix import EACH_REPRESENTATIVE, config, every, patched
-from variants import TIMM, TRANSFORMERS, WINDOWED, between, build, call, images_for
+from variants import SWIN, TIMM, TRANSFORMERS, between, build, call, images_for
 
 import evopatch
 from evopatch import EvoConfig
@@ -32,7 +32,7 @@ def test_dynamic_image_sizes_of_flat_models(name):
         assert moved(result, evopatch.remove(copy.deepcopy(model)).forward_features(x)) > 1e-4
 
 
-@every(TIMM & WINDOWED)
+@every(TIMM & SWIN)
 @EACH_REPRESENTATIVE
 @torch.no_grad()
 def test_dynamic_image_sizes_of_windowed_models(name, representative):
@@ -71,7 +71,7 @@ def test_other_image_sizes_of_flat_models(name):
 
 
 # The others have absolute positions, or a decoder of square images.
-@every(name for name in TRANSFORMERS & WINDOWED if not name.endswith(("_model", "_masked")))
+@every(name for name in TRANSFORMERS & SWIN if not name.endswith(("_model", "_masked")))
 @EACH_REPRESENTATIVE
 @torch.no_grad()
 def test_other_image_sizes_of_windowed_models(name, representative):
@@ -110,7 +110,7 @@ CHANGES = [
 ]
 
 
-@every(TIMM & WINDOWED)
+@every(TIMM & SWIN)
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 @EACH_REPRESENTATIVE
 @torch.no_grad()

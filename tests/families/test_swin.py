@@ -7,24 +7,23 @@ import pytest
 import timm
 import torch
 from comparing import moved
-from internals import block_paths, plans
+from internals import block_paths, keep_all_in_windows, plans
 from matrix import EACH_REPRESENTATIVE, every
 from transformers_weights import swin
-from variants import TIMM, TRANSFORMERS, WINDOWED, build, call, images_for
+from variants import SWIN, TIMM, TRANSFORMERS, build, call, images_for
 from variants.windowed import DEPTH, SIZE
 
 import evopatch
 from evopatch import EvoConfig
-from evopatch.forward import windowed
 
-TYPICAL = ("swin", "swinv2", "swinv2_cr", "hf_swin", "hf_swinv2")
+TYPICAL = ("swin", "swinv2", "swinv2_cr", "torchvision_swin", "torchvision_swinv2", "hf_swin", "hf_swinv2", "hf_donut")
 
 
 def images(batch=2, size=SIZE):
     return images_for("swin", batch, size)
 
 
-@every(WINDOWED)
+@every(SWIN)
 @torch.no_grad()
 def test_hooks_on_blocks_see_the_full_grid(name):
     model, x = evopatch.apply(build(name)), images()
@@ -45,7 +44,7 @@ def test_a_block_called_from_outside_is_refused(name):
     model, x = evopatch.apply(build(name)), images()
     block = model.get_submodule(block_paths(model)[0])
     arguments = (torch.randn(2, 256, 24), (16, 16)) if name.startswith("hf") else (torch.randn(2, 16, 16, 24),)
-    with pytest.raises(evopatch.BypassError, match=r"0\.blocks\.0 was called from outside"):
+    with pytest.raises(evopatch.BypassError, match=r"(0\.blocks|features\.1)\.0 was called from outside"):
         block(*arguments)
     evopatch.set_keep_ratio(model, 1.0)
     assert torch.isfinite(call(model, x)).all()
@@ -63,7 +62,7 @@ POSITION_BIASES = ("bias_table", "cpb_mlp.2", "position_bias_mlp.2", "meta_mlp.f
 @torch.no_grad()
 def test_with_every_window_or_token_slow_the_views_equal_the_blocks(name, size, representative, monkeypatch):
     """Shifts, padding, masks and biases are in their places: the order of windows and tokens is another one."""
-    model, x = build(name, **({} if name.startswith("hf") else {"img_size": size})), images(size=size)
+    model, x = build(name, **({"img_size": size} if name in TIMM else {})), images(size=size)
     if representative == "matched" and size != (SIZE, SIZE):
         # All padding of a window is one row there, with the mean of its biases.
         for parameter_name, parameter in model.named_parameters():
@@ -72,10 +71,7 @@ def test_with_every_window_or_token_slow_the_views_equal_the_blocks(name, size, 
     original = call(model, x)
     evopatch.apply(model, config=EvoConfig(keep_ratio=0.9, schedule="constant", representative=representative))
     assert moved(call(model, x), original) > 1e-4
-    match, merge, entered = windowed.match_tokens, windowed.merge_windows, []
-    monkeypatch.setattr(windowed, "num_slow", lambda number, ratio: number - (representative == "matched"))
-    monkeypatch.setattr(windowed, "match_tokens", lambda metric, keep, *a: match(metric, a[1].area, *a))
-    monkeypatch.setattr(windowed, "merge_windows", lambda *a: entered.append(merge(*a)) or entered[-1])
+    entered = keep_all_in_windows(monkeypatch, representative == "matched")
     torch.testing.assert_close(call(model, x), original, atol=2e-5, rtol=2e-5)
     assert len(entered) == (5 if representative == "matched" or size != (SIZE, SIZE) else 3)
 
@@ -145,7 +141,7 @@ def test_windows_larger_than_the_grid_in_transformers():
     assert torch.equal(call(model, x), original)
 
 
-@every(TRANSFORMERS & WINDOWED)
+@every(TRANSFORMERS & SWIN)
 @torch.no_grad()
 def test_attentions_between_windows_are_refused(name):
     model, x = build(name, attn_implementation="eager"), images()
@@ -159,7 +155,7 @@ def test_attentions_between_windows_are_refused(name):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@every(TRANSFORMERS & WINDOWED)
+@every(TRANSFORMERS & SWIN)
 @torch.no_grad()
 def test_hidden_states_of_transformers_are_complete(name):
     model, x = build(name), images()
@@ -171,7 +167,7 @@ def test_hidden_states_of_transformers_are_complete(name):
     assert moved(found.hidden_states[2], expected.hidden_states[2]) > 1e-4
 
 
-@every(TIMM & WINDOWED)
+@every(TIMM & SWIN)
 @torch.no_grad()
 def test_features_only(name):
     architecture = {

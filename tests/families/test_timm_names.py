@@ -1,8 +1,7 @@
 """Every name of timm's ViT, DeiT, LeViT, PiT and Swin families."""
 
-import re
-
 import importlib
+import re
 
 import pytest
 import timm

@@ -1,12 +1,12 @@
 """The one list of model structures: small random models of both libraries, and what tests do with any of them."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
-from . import own_models, timm_models, transformers_models, windowed
+from . import joined, own_models, timm_models, transformers_models, windowed
 
 # Not in every version that is served.
 naflex: dict[str, Callable[..., nn.Module]] = {}
@@ -21,10 +21,16 @@ PYRAMIDS = frozenset({*timm_models.PYRAMIDS, *transformers_models.PYRAMIDS})
 """Names of pyramids of flat blocks: three stages of 2, 3 and 2 blocks on grids of 5x5, 3x3 and 2x2."""
 PIT = frozenset({"pit", "pit_distilled"})
 LEVIT = PYRAMIDS - PIT
-WINDOWED = frozenset({*windowed.TIMM, *windowed.TRANSFORMERS})
+SWIN = frozenset({*windowed.TIMM, *windowed.TORCHVISION, *windowed.TRANSFORMERS})
 """Names of Swin models: three stages of 2 blocks on grids of 16x16, 8x8 and 4x4 with windows of 4x4."""
-TIMM = frozenset({*timm_models.FLAT, *naflex, *timm_models.PYRAMIDS, *windowed.TIMM})
+JOINED = frozenset({*joined.TIMM, *joined.TRANSFORMERS})
+"""Names of SAM's and ViTDet's encoders: 6 blocks on a grid of 8x8, 4 of them with windows of 4x4."""
+WINDOWED = SWIN | JOINED
+ONE_GRID = FLAT | JOINED
+"""Names of models of 6 blocks on one grid."""
+TIMM = frozenset({*timm_models.FLAT, *naflex, *timm_models.PYRAMIDS, *windowed.TIMM, *joined.TIMM})
 TRANSFORMERS = frozenset({*transformers_models.FLAT, *transformers_models.PYRAMIDS, *windowed.TRANSFORMERS})
+TRANSFORMERS |= joined.TRANSFORMERS.keys()
 EVERY = FLAT | PYRAMIDS | WINDOWED
 
 _BUILDERS = {
@@ -36,7 +42,10 @@ _BUILDERS = {
     **transformers_models.FLAT,
     **transformers_models.PYRAMIDS,
     **windowed.TIMM,
+    **windowed.TORCHVISION,
     **windowed.TRANSFORMERS,
+    **joined.TIMM,
+    **joined.TRANSFORMERS,
 }
 SIZE = timm_models.SIZE
 """Pixels of a flat model's images; with patches of 8 a grid of 5 by 5."""
@@ -103,9 +112,9 @@ def call(model: nn.Module, x: torch.Tensor, **options: object) -> torch.Tensor:
     return torch.cat([m for m in out.feature_maps if m.shape == out.feature_maps[-1].shape], dim=1)
 
 
-def _hooked(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+def _hooked(modules: Iterable[nn.Module], model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     found = []
-    hooks = [block.register_forward_hook(lambda module, args, out: found.append(out)) for block in model.encoder.layers]
+    hooks = [module.register_forward_hook(lambda module, args, out: found.append(out)) for module in modules]
     model(x)
     for hook in hooks:
         hook.remove()
@@ -116,17 +125,19 @@ def between(name: str, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """Features as the library gives them to callers who ask.
 
     Returns:
-        Of flat models the tokens `(B, T, C)` after every block; of the others feature maps or tokens after every stage.
+        Of models of one grid tokens `(B, T, C)`, or maps, after every block; of the others after every stage.
     """
     if name in TRANSFORMERS:
         out = model(x, output_hidden_states=True)
-        if name in WINDOWED:
+        if name in SWIN:
             return list(out.feature_maps if "feature_maps" in out else out.reshaped_hidden_states[1:])
         return list(out.hidden_states[1:])
     if name in OWN:
         return model.features(x)
     if name == "torchvision":
-        return _hooked(model, x)
+        return _hooked(model.encoder.layers, model, x)
+    if name in windowed.TORCHVISION:
+        return _hooked(model.features[1::2], model, x)
     if name not in FLAT:
         return model.forward_intermediates(x, intermediates_only=True)
     prefix = model.num_prefix_tokens > 0

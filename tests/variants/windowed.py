@@ -6,7 +6,10 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from torch import nn
+from torchvision.models import swin_transformer as torchvision_swin
 from transformers import (
+    DonutSwinConfig,
+    DonutSwinModel,
     SwinBackbone,
     SwinConfig,
     SwinForImageClassification,
@@ -40,6 +43,20 @@ TIMM: dict[str, Callable[..., nn.Module]] = {
     "swinv2": lambda **k: SwinTransformerV2(**_TIMM | k),
     "swinv2_cr": lambda **k: SwinTransformerV2Cr(**_TIMM | {"extra_norm_period": 2, "extra_norm_stage": True} | k),
 }
+
+
+def _torchvision(**settings: object) -> nn.Module:
+    named = {"patch_size": [4, 4], "window_size": [4, 4], "embed_dim": 24, "depths": [2, 2, 2], "num_classes": 7}
+    rate = {"stochastic_depth_prob": settings.pop("drop_path_rate", 0.0)}
+    return torchvision_swin.SwinTransformer(**named | {"num_heads": [2, 4, 4]} | rate | settings)
+
+
+TORCHVISION: dict[str, Callable[..., nn.Module]] = {
+    "torchvision_swin": _torchvision,
+    "torchvision_swinv2": lambda **k: _torchvision(
+        **{"block": torchvision_swin.SwinTransformerBlockV2, "downsample_layer": torchvision_swin.PatchMergingV2} | k
+    ),
+}
 TRANSFORMERS: dict[str, Callable[..., nn.Module]] = {
     "hf_swin": _swin(SwinForImageClassification),
     "hf_swin_eager": _swin(SwinForImageClassification, attn_implementation="eager"),
@@ -49,5 +66,6 @@ TRANSFORMERS: dict[str, Callable[..., nn.Module]] = {
     "hf_swinv2": _swinv2(Swinv2ForImageClassification),
     "hf_swinv2_model": _swinv2(Swinv2Model),
     "hf_swinv2_masked": _swinv2(Swinv2ForMaskedImageModeling),
+    "hf_donut": lambda **k: DonutSwinModel(DonutSwinConfig(**_HF | k)),
     "hf_swinv2_backbone": _swinv2(Swinv2Backbone, out_features=["stage1", "stage2", "stage3"]),
 }
