@@ -37,7 +37,8 @@ from torch.profiler import ProfilerActivity, profile
 import evopatch
 from evopatch.measure.memory import peak_memory
 from evopatch.measure.profiling import count_flops
-from evopatch.measure.timing import alternate, forward_and_backward
+from evopatch.alternating import alternate
+from evopatch.measure.timing import forward_and_backward
 from evopatch.patching.handle import shared_copy
 
 CELLS = (

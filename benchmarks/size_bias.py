@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from evopatch.measure.timing import alternate
+from evopatch.alternating import alternate
 
 CHANNELS = 64
 PADDED = 8

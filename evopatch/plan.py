@@ -49,8 +49,7 @@ def plan_blocks(
             ratios or tradeoffs doesn't fit.
     """
     depth = sum(depths)
-    firsts = _first_blocks(config, depths, start)
-    ratios = _keep_ratios(config, firsts, depth, taper)
+    firsts, ratios = runs_of(config, *depths, taper=taper, start=start)
     tradeoffs = _tradeoffs(config, depth)
     keep = [1.0] * depth
     selecting: set[int] = set()
@@ -72,6 +71,14 @@ def plan_blocks(
         )
         for i in range(depth)
     )
+
+
+def runs_of(
+    config: EvoConfig, *depths: int, taper: float | None = None, start: int | None = None
+) -> tuple[list[int], list[float]]:
+    """The first block of each run, and what each keeps. Arguments and errors as for `plan_blocks`."""
+    firsts = _first_blocks(config, depths, start)
+    return firsts, _keep_ratios(config, firsts, sum(depths), taper)
 
 
 def _looked_at(selecting: int, end: int) -> tuple[int, ...]:

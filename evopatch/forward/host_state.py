@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from ..algorithm.rows import rounded_share
 from ..config import EvoConfig
 from ..errors import BypassError, ConfigError
-from ..plan import BlockPlan, plan_blocks
+from ..plan import BlockPlan, plan_blocks, runs_of
 from ..rewrite.tracing import on_the_way
 from .spec import Block, HostSpec
 
@@ -73,6 +74,11 @@ class HostState:
             for plan, stage in zip(plans, self.stage_of, strict=True):
                 _check_keeps_any(plan.keep_ratio, stage, spec.pyramid.grids[stage])
         return plans
+
+    def written_out(self) -> EvoConfig:
+        """The configuration with the first block of every run, and what each keeps."""
+        firsts, ratios = runs_of(self.config, *self.depths, taper=self.spec.taper, start=self.spec.start)
+        return dataclasses.replace(self.config, stages=tuple(firsts), keep_ratio=tuple(ratios), start=None)
 
     def describe(self, block: str) -> str:
         """What a block does, in a few words.

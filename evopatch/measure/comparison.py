@@ -17,7 +17,8 @@ from ..patching.handle import Patched, shared_copy, unpatch
 from .kernels import attention_kernels
 from .memory import peak_memory
 from .profiling import count_flops
-from .timing import alternate, forward_and_backward
+from ..alternating import alternate
+from .timing import forward_and_backward
 
 
 @dataclass(frozen=True)

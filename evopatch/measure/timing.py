@@ -1,23 +1,20 @@
-"""Times of several calls, alternating in one run."""
+"""Speed of patched models against unpatched ones, alternating in one run."""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..alternating import alternate
 from ..config import EvoConfig
 from ..patching.handle import Patched
 from .accuracy import logits_of
 from .profiling import UNPATCHED
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -30,38 +27,6 @@ class Speed:
     """Images per second."""
     ratio: float
     """Median of the rounds' ratios, patched over unpatched: above 1 is faster."""
-
-
-def alternate(
-    calls: Mapping[Key, Callable[[], object]],
-    device: torch.device,
-    rounds: int,
-    warm_up: int = 1,
-    on_round: Callable[[], object] = lambda: None,
-) -> dict[Key, list[float]]:
-    """Time calls in turn, so that a machine whose speed drifts slows all of them alike.
-
-    Args:
-        calls: What to time, by name.
-        device: Waited for before and after each call.
-        rounds: Timed calls of each.
-        warm_up: Calls of each before.
-        on_round: Called after each round, the warm-up's included.
-
-    Returns:
-        Seconds, one entry per round.
-    """
-    seconds: dict[Key, list[float]] = {key: [] for key in calls}
-    for step in range(warm_up + rounds):
-        for key, call in calls.items():
-            _synchronise(device)
-            begin = time.perf_counter()
-            call()
-            _synchronise(device)
-            if step >= warm_up:
-                seconds[key].append(time.perf_counter() - begin)
-        on_round()
-    return seconds
 
 
 @torch.no_grad()
@@ -124,8 +89,3 @@ def _compare(
         unpatched=len(batch) / statistics.median(seconds["unpatched"]),
         ratio=statistics.median(slow / fast for slow, fast in pairs),
     )
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

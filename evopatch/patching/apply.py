@@ -21,6 +21,7 @@ from .containers import containers
 from .fitting import check_images, fit_foresight
 from .handle import Patched, unpatch
 from .own_model import OwnModel
+from .skipping import check_example, skip_slow_runs
 from .versions import versions_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -36,6 +37,7 @@ def apply(
     prefix_tokens: int | None = None,
     readout: int | None = None,
     token_inputs: Sequence[str] = (),
+    skip_slow: Tensor | None = None,
 ) -> Model:
     """Rewrite a model's blocks into slow-fast two-stream blocks, in place.
 
@@ -56,6 +58,9 @@ def apply(
             tokens. Default: 1 where there are any.
         token_inputs: With `blocks`, names of those other inputs of a block that have one entry per patch token, such as
             a rotary table.
+        skip_slow: `(B, 3, height, width)`, images as the model expects them, on its device and as many as in your
+            batches: only runs of blocks that are faster there than unpatched ones are kept, measured in some seconds;
+            the others take all tokens. `evopatch.config_of(model)` says which.
 
     Returns:
         The model itself.
@@ -65,10 +70,11 @@ def apply(
             isn't so.
         UnsupportedModelError: If nothing in the model can be patched, or a variant is refused; says why.
         AlreadyPatchedError: If the model, or a part of it, is patched already.
-        DataError: If `images` are fewer than 8, or no such tensor, or what the model makes of them isn't finite.
+        DataError: If `images` are fewer than 8, or no such tensor, or what the model makes of them isn't finite; if
+            `skip_slow` is no such tensor.
 
     In every case of an error the model is left untouched. For an architecture that doesn't get faster in some setting
-    (LeViT at batch 1) there is a `SpeedWarning`, once in a program.
+    (LeViT at batch 1) there is a `SpeedWarning`, once in a program, unless `skip_slow` is given.
     """
     if config is None:
         config = EvoConfig()
@@ -78,6 +84,8 @@ def apply(
         config = dataclasses.replace(config, keep_ratio=keep_ratio)
     if images is not None:
         check_images(images, config)
+    if skip_slow is not None:
+        check_example(skip_slow)
     if blocks is None:
         _check_unused(prefix_tokens=prefix_tokens, readout=readout, token_inputs=token_inputs or None)
         hosts = _hosts(model)
@@ -85,13 +93,15 @@ def apply(
         check_unpatched(model)
         own = OwnModel(model, blocks, prefix_tokens, readout, token_inputs, images)
         hosts = [(own.host_name, own.host, own)]
-    _patch(model, hosts, dict.fromkeys((name for name, _, _ in hosts), config))
-    if images is not None:
-        try:
+    _patch(model, hosts, dict.fromkeys((name for name, _, _ in hosts), config), measured=skip_slow is not None)
+    try:
+        if images is not None:
             fit_foresight(model, images)
-        except BaseException:
-            unpatch(model)
-            raise
+        if skip_slow is not None:
+            skip_slow_runs(model, skip_slow)
+    except BaseException:
+        unpatch(model)
+        raise
     return model
 
 
@@ -115,10 +125,15 @@ def apply_again(model: Model, configs: Mapping[str, EvoConfig]) -> Model:
     return model
 
 
-def _patch(model: nn.Module, hosts: list[tuple[str, nn.Module, Adapter]], configs: Mapping[str, EvoConfig]) -> None:
+def _patch(
+    model: nn.Module,
+    hosts: list[tuple[str, nn.Module, Adapter]],
+    configs: Mapping[str, EvoConfig],
+    measured: bool = False,
+) -> None:
     planned = [change for name, host, adapter in hosts for change in _plan(model, name, host, adapter, configs[name])]
     changes.check(planned)
-    for notice in dict.fromkeys(adapter.notice for _, _, adapter in hosts if adapter.notice):
+    for notice in dict.fromkeys(adapter.notice for _, _, adapter in hosts if adapter.notice and not measured):
         _say_once(notice)  # before the first change, as warnings may be errors
     changes.make(planned)
 
