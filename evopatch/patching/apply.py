@@ -21,6 +21,7 @@ from .containers import containers
 from .fitting import check_images, fit_foresight
 from .handle import Patched, unpatch
 from .own_model import OwnModel
+from .refusing import RefusingAdapter
 from .versions import versions_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -228,7 +229,8 @@ def _hosts(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
 
 
 def _nothing_found(model: nn.Module) -> str:
-    served = sorted({_full_name(cls) for adapter in registry.adapters() for cls in adapter.hosts()})
+    serving = [adapter for adapter in registry.adapters() if not isinstance(adapter, RefusingAdapter)]
+    served = sorted({_full_name(cls) for adapter in serving for cls in adapter.hosts()})
     found = containers(model)
     likely = f" Likely: blocks={' or '.join(map(repr, found))}." if found else ""
     text = (

@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from torch import nn
 
 from .adapter import Adapter
+from .refusing import RefusingAdapter
 
 # The library whose modules an adapter serves, and where the adapter is. Third parties add theirs as an entry point of
 # the group "evopatch.adapters", named by the library: `mylibrary = "mypackage.evopatch:MyAdapter"`. Theirs come first.
@@ -23,11 +24,13 @@ _BUILT_IN = {
         "evopatch_timm.swin:SwinAdapter",
         "evopatch_timm.naflex:NaFlexAdapter",
         "evopatch_timm.towers:TowerAdapter",
+        "evopatch_timm.pvt:PvtAdapter",
     ),
     "transformers": (
         "evopatch_transformers.vit:ViTAdapter",
         "evopatch_transformers.levit:LevitAdapter",
         "evopatch_transformers.swin:SwinAdapter",
+        "evopatch_transformers.pvt:PvtAdapter",
     ),
     "torchvision": ("evopatch_torchvision.vit:ViTAdapter",),
 }
@@ -103,7 +106,8 @@ def find(module: nn.Module, among: list[Adapter] | None = None) -> Adapter | Non
 
 
 def find_hosts(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
-    """Every outermost host in a model, the model itself included: name, module, adapter."""
+    """Every outermost host in a model, the model itself included: name, module, adapter. Those that are known and not
+    served only where there is no other."""
     among = adapters()
     found: list[tuple[str, nn.Module, Adapter]] = []
     for name, module in model.named_modules():
@@ -111,4 +115,4 @@ def find_hosts(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
             continue
         if (adapter := find(module, among)) is not None:
             found.append((name, module, adapter))
-    return found
+    return [host for host in found if not isinstance(host[2], RefusingAdapter)] or found

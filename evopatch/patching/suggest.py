@@ -14,6 +14,7 @@ from .containers import SEQUENCES, containers
 from .own_model import OwnModel
 from .patch_tokens import likely_prefix, prefix_seen
 from .probe import width_of
+from .refusing import RefusingAdapter
 
 _UNKNOWN = "PREFIX_TOKENS"
 
@@ -61,8 +62,12 @@ def inspect(model: nn.Module) -> Inspection:
         AlreadyPatchedError: If the model, or a part of it, is patched.
     """
     check_unpatched(model)
-    hosts = [name for name, _, _ in registry.find_hosts(model)]
-    found = [Candidate(name, "evopatch.apply(model)", "") for name in hosts]
+    known = registry.find_hosts(model)
+    hosts = [name for name, _, _ in known]
+    refused = {name: adapter.reason for name, _, adapter in known if isinstance(adapter, RefusingAdapter)}
+    found = [
+        Candidate(name, "" if name in refused else "evopatch.apply(model)", refused.get(name, "")) for name in hosts
+    ]
     likely = containers(model)
     for name, module in model.named_modules():
         served = any(not host or name == host or name.startswith(f"{host}.") for host in hosts)
