@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import evopatch
+from evopatch.alternating import alternate
 from evopatch.measure.memory import peak_memory
 from evopatch.measure.profiling import count_flops
-from evopatch.alternating import alternate
 from evopatch.measure.timing import forward_and_backward
 from evopatch.patching.handle import shared_copy
 

@@ -24,13 +24,13 @@ class EvoConfig:
         keep_ratio: Share of the patch tokens that are slow, in (0, 1]. One number is spread over the runs (see
             `schedule`); a sequence gives one keep ratio per run. 1.0 is exactly the original forward.
         start: First block that selects, counted from 0, or the share of the depth, below 1, that is left alone.
-            None: the first third, at keep ratios below 0.45 the first quarter; of a pyramid the first half of its first
-            stage.
+            None: the first third, at keep ratios below 0.45 the first quarter; of LeViT and Swin the first half of the
+            first stage, of PiT the first stage.
         selection: `"stage"` selects once per run of blocks and keeps the compact set through the run,
             `"layer"` selects again before every block (the paper's section 3.4: layer-to-stage training).
         stages: Number of runs over the blocks from `start` on, or the first block of each run. A run never crosses
-            from one stage of a pyramid (LeViT) to the next: there a number is that of runs in each stage. None: three
-            runs, with a constant schedule two, or one per keep ratio; in a pyramid one per stage.
+            from one stage of a pyramid (LeViT, PiT) to the next: there a number is that of runs in each stage. None:
+            three runs, with a constant schedule two, or one per keep ratio; in a pyramid one per stage from `start` on.
         schedule: How one keep ratio is spread over the runs. `"taper"` lets it fall (three runs at 0.5: 0.76, 0.56 and
             0.31, see `plan.tapered`; the three stages of LeViT: 0.75, 0.5 and 0.25; those of Swin keep it) and makes
             later runs of one stage longer (2 to 3 to 4 and so on),
@@ -45,8 +45,8 @@ class EvoConfig:
             token attends to; dense features are wanted everywhere (see `dense`).
         look_ahead: Weight of what later blocks would attend to, by their own weights on the tokens as they are now, in
             the importance that matched representatives are chosen by, in [0, 1]; the rest is what earlier blocks
-            attended to, as all of it is where nothing can be looked at. For flat models whose queries and keys are
-            plain linear projections (docs/concepts.md).
+            attended to, as all of it is where nothing can be looked at. For flat models and PiT, whose queries and
+            keys are plain linear projections (docs/concepts.md).
         readout: Let the last block update nothing but what the head reads, where that are prefix tokens: exact, and a
             fifteenth of a 12-block model's work less. None: unless `keep_ratio` is 1.0, which is exactly the original
             forward. True: also then (see `exact`). False: never.

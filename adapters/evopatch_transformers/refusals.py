@@ -7,6 +7,7 @@ import inspect
 from torch import nn
 
 _PACKED = "packs the patches of all its images into one sequence: its tokens are no grid of one image's patches"
+_WHOLE_GRID = "makes keys and values by convolutions over the whole grid"
 _AFTER = "has other tokens behind the patch tokens"
 _PLACES = "works with its tokens' places in the sequence"
 _DIVIDED = "divides attention between time and space"
@@ -24,7 +25,9 @@ _REASONS = {
     ("mlcd.modeling_mlcd", "MLCDVisionModel"): "takes rotary tables without an axis for images, groups differ by image",
     ("rf_detr.modeling_rf_detr", "RfDetrDinov2Encoder"): _DETECTOR,
     ("pixtral.modeling_pixtral", "PixtralVisionModel"): _PACKED,
-    ("segformer.modeling_segformer", "SegformerModel"): "reduces keys and values by a convolution over the grid",
+    ("pvt.modeling_pvt", "PvtEncoder"): _WHOLE_GRID,
+    ("pvt_v2.modeling_pvt_v2", "PvtV2Encoder"): _WHOLE_GRID,
+    ("segformer.modeling_segformer", "SegformerModel"): _WHOLE_GRID,
     ("seggpt.modeling_seggpt", "SegGptEncoder"): "merges the tokens of two images between layers",
     ("timesformer.modeling_timesformer", "TimesformerEncoder"): _DIVIDED,
     ("videoprism.modeling_videoprism", "VideoPrismVisionModel"): _DIVIDED,

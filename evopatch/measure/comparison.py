@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..alternating import alternate
 from ..config import EvoConfig
 from ..patching.handle import Patched, shared_copy, unpatch
 from .kernels import attention_kernels
 from .memory import peak_memory
 from .profiling import count_flops
-from ..alternating import alternate
 from .timing import forward_and_backward
 
 

@@ -105,7 +105,8 @@ def find(module: nn.Module, among: list[Adapter] | None = None) -> Adapter | Non
 
 
 def find_hosts(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
-    """Every outermost host in a model, the model itself included: name, module, adapter."""
+    """Every outermost host in a model, the model itself included: name, module, adapter. Those that are known and not
+    served only where there is no other."""
     among = adapters()
     found: list[tuple[str, nn.Module, Adapter]] = []
     for name, module in model.named_modules():
