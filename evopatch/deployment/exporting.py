@@ -90,11 +90,11 @@ def export(
     target.check(path, images)
     patched = Patched(model)
     own, images = patched.copy().eval().cpu().float(), images.cpu().float()
+    other_size = _other_size(patched, ImageModel(own, any_size), images) if any_size else None
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".evopatch-") as folder:
         written = target.write(own, images, Path(folder) / path.name)
         verification = speed = None
         if (run := target.open(written)) is not None:
-            other_size = _other_size(patched, images) if any_size else None
             verification = target.verify(run, own, batches_of(images, batch_size, other_size), path.name)
         if run is not None and benchmark:
             original = patched.original().eval().cpu().float()
@@ -136,7 +136,7 @@ class _Target:
         folder.mkdir()
         # Two images, or the exporter takes the batch's 1 for a constant.
         example = images[: self.batch_size or 2]
-        module = ImageModel(model, self.any_size)
+        module = ImageModel(model, self.any_size).eval()
         names = module.output_names(example)
         if self.half and not self.form.own_half:
             module, example = copy.deepcopy(module).half(), example.half()
@@ -172,11 +172,19 @@ def _in_half(run: Run) -> Run:
     return lambda images: tuple(value.float() for value in run(images.half()))
 
 
-def _other_size(patched: Patched[nn.Module], images: Tensor) -> tuple[int, int]:
+def _other_size(patched: Patched[nn.Module], model: ImageModel, images: Tensor) -> tuple[int, int]:
     """Another number of patches up and across than these images have: one more, and one less."""
     height, width = images.shape[2:]
     rows, columns = next(iter(patched.hosts.values())).grids((height, width))[0]
-    return height + height // rows, max(width - width // columns, width // columns)
+    other = height + height // rows, max(width - width // columns, width // columns)
+    try:
+        model(torch.zeros(1, images.shape[1], *other))
+    except Exception as error:
+        raise ConfigError(
+            f"any_size: {type(model.model).__qualname__} doesn't take an image of {other[0]} by {other[1]} px "
+            f"({' '.join(str(error).split())[:200]}): expected a model for any size, of timm with dynamic_img_size=True"
+        ) from error
+    return other
 
 
 def _move(written: Path, path: Path) -> tuple[Path, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ def quantised(model: Any, images: Tensor) -> Any:
     """
     import nncf
 
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # or it lists every operation that is left alone
     data = nncf.Dataset([image.numpy() for image in images.split(1)])
     ranking = nncf.IgnoredScope(names=[node.get_friendly_name() for node in model.get_ops() if not _is_layer(node)])
     return nncf.quantize(
