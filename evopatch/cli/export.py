@@ -43,7 +43,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The file: .onnx, .xml, .pte, .pt2, .pt or .mlpackage.")],
     *,
     config: options.ConfigFile = None,
-    format_: Annotated[FormatName, typer.Option("--format")] = FormatName.onnx,
+    format: Annotated[FormatName, typer.Option("--format")] = FormatName.onnx,
     checkpoint: options.Checkpoint = None,
     num_classes: options.NumClasses = None,
     pretrained: Annotated[bool, typer.Option("--pretrained/--no-pretrained", help="Or random weights.")] = True,
@@ -64,7 +64,7 @@ def export(
     from ..deployment.exporting import export as run
     from ..sources.models import open_classifier
 
-    form = FORMS[format_.value]
+    form = FORMS[format.value]
     any_size, size = image_size == _ANY, None if image_size in (None, _ANY) else _number(image_size, "--image-size")
     batch_size = (
         (None if form.any_batch else 1) if batch is None else None if batch == _ANY else _number(batch, "--batch")
@@ -79,10 +79,10 @@ def export(
     shown, calibration = _images(classifier, data, number, _CALIBRATION if int8 else 0)
     patch(classifier.model, model, patch_config)
     result = run(
-        classifier.model, out, format_.value, images=shown, batch_size=batch_size, any_size=any_size, half=half,
+        classifier.model, out, format.value, images=shown, batch_size=batch_size, any_size=any_size, half=half,
         int8=calibration if int8 else None, benchmark=benchmark,
     )  # fmt: skip
-    console.print(_summary(result), highlight=False)
+    console.print(_summary(result), highlight=False, soft_wrap=True)
 
 
 def _number(text: str | None, option: str) -> int:
