@@ -14,6 +14,7 @@ from .errors import (
     ConfigError,
     DataError,
     EvoPatchError,
+    ExportError,
     NotPatchedError,
     SpeedWarning,
     TrainingError,
@@ -27,6 +28,7 @@ from .version import VERSION as __version__  # noqa: N811
 if TYPE_CHECKING:
     from .calibration.calibrating import calibrate
     from .calibration.outcome import Calibration
+    from .deployment.exporting import Export, export
     from .measure.comparison import Benchmark, benchmark
     from .measure.pictures import visualize, visualize_training
     from .measure.profiling import Profile, profile
@@ -42,6 +44,7 @@ _LAZY = {
     "Benchmark": "measure.comparison",
     "Calibration": "calibration.outcome",
     "Candidate": "patching.suggest",
+    "Export": "deployment.exporting",
     "FinetuneConfig": "training.finetuning",
     "FinetuneResult": "training.finetuning",
     "Inspection": "patching.suggest",
@@ -51,6 +54,7 @@ _LAZY = {
     "benchmark": "measure.comparison",
     "calibrate": "calibration.calibrating",
     "config_of": "patching.apply",
+    "export": "deployment.exporting",
     "finetune": "training.finetuning",
     "full_grid": "patching.inspect",
     "inspect": "patching.suggest",
@@ -81,6 +85,8 @@ __all__ = [
     "DataError",
     "EvoConfig",
     "EvoPatchError",
+    "Export",
+    "ExportError",
     "FinetuneConfig",
     "FinetuneResult",
     "Inspection",
@@ -98,6 +104,7 @@ __all__ = [
     "benchmark",
     "calibrate",
     "config_of",
+    "export",
     "finetune",
     "full_grid",
     "inspect",

@@ -37,6 +37,10 @@ class CheckpointError(EvoPatchError, ValueError):
     """A checkpoint file is missing, unreadable or doesn't fit the model."""
 
 
+class ExportError(EvoPatchError, RuntimeError):
+    """A model can't be written in a format, or what was written gives something else than the model."""
+
+
 class SpeedWarning(UserWarning):
     """A patched model may not be faster in some setting that people use."""
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from ..errors import ConfigError, EvoPatchError
 from ..progress import errors
 from ..version import VERSION
-from . import benchmark, calibrate, demo, evaluate, finetune, listing, profile, run, visualize
+from . import benchmark, calibrate, demo, evaluate, export, finetune, listing, profile, run, visualize
 from .tables import console
 
 __all__ = ["app", "console", "main"]
@@ -43,6 +43,7 @@ app.command()(finetune.finetune)
 app.command()(evaluate.evaluate)
 app.command()(calibrate.calibrate)
 app.command()(benchmark.benchmark)
+app.command()(export.export)
 app.command()(profile.profile)
 app.command()(visualize.visualize)
 app.command(name="list")(listing.list_models)
@@ -62,7 +63,8 @@ def main() -> None:
     except EvoPatchError as error:
         _fail(error, 1)
     except ModuleNotFoundError as error:
-        _fail(f"{error}; pip install 'evopatch[all]' brings what the commands need", 1)
+        # An optional package by evopatch's own word, or one that an import didn't find.
+        _fail(f"{error}; pip install 'evopatch[all]' brings what the commands need" if error.name else error, 1)
 
 
 def _fail(error: object, code: int) -> None:

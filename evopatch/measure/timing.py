@@ -41,7 +41,7 @@ def compare_speed(model: nn.Module, batch: Tensor, rounds: int = 5, warm_up: int
     """
     patched = Patched(model)
     own, unpatched = patched.at(patched.config), patched.at(UNPATCHED)
-    return _compare(partial(own, batch), partial(unpatched, batch), batch, rounds, warm_up)
+    return compare(partial(own, batch), partial(unpatched, batch), batch, rounds, warm_up)
 
 
 def compare_training_speed(model: nn.Module, batch: Tensor, rounds: int = 5, warm_up: int = 1) -> Speed:
@@ -60,7 +60,7 @@ def compare_training_speed(model: nn.Module, batch: Tensor, rounds: int = 5, war
         Patched(trained).set_config(config)
         return forward_and_backward(trained, batch)
 
-    return _compare(side(patched.config), side(UNPATCHED), batch, rounds, warm_up)
+    return compare(side(patched.config), side(UNPATCHED), batch, rounds, warm_up)
 
 
 def forward_and_backward(model: nn.Module, batch: Tensor) -> Callable[[], None]:
@@ -79,9 +79,18 @@ def forward_and_backward(model: nn.Module, batch: Tensor) -> Callable[[], None]:
     return step
 
 
-def _compare(
+def compare(
     patched: Callable[[], object], unpatched: Callable[[], object], batch: Tensor, rounds: int, warm_up: int
 ) -> Speed:
+    """Two calls on the same images, in turn.
+
+    Args:
+        patched: The one whose speed is asked for.
+        unpatched: The other.
+        batch: Images `(B, 3, height, width)` that both run.
+        rounds: Timed calls of each.
+        warm_up: Calls of each before.
+    """
     seconds = alternate({"patched": patched, "unpatched": unpatched}, batch.device, rounds, warm_up)
     pairs = zip(seconds["unpatched"], seconds["patched"], strict=True)
     return Speed(

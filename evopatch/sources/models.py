@@ -42,6 +42,7 @@ def open_classifier(
     num_classes: int | None = None,
     preprocessing: Preprocessing = _OWN,
     pretrained: bool = True,
+    any_size: bool = False,
 ) -> Classifier:
     """A classifier with pretrained weights.
 
@@ -52,6 +53,7 @@ def open_classifier(
         num_classes: For a checkpoint with another head than the model's default.
         preprocessing: Changes to the model's own.
         pretrained: False for random weights, of a timm model.
+        any_size: Of a timm model: create it for images of any size.
 
     Raises:
         UnsupportedModelError: If there is no such model; names similar ones.
@@ -61,7 +63,7 @@ def open_classifier(
     library, source = library_and_source(name)
     if library == "timm":
         with no_retries():
-            return _timm_classifier(source, checkpoint, num_classes, preprocessing, pretrained)
+            return _timm_classifier(source, checkpoint, num_classes, preprocessing, pretrained, any_size)
     only_timm: dict[str, Any] = {
         "--checkpoint": checkpoint,
         "--num-classes": num_classes,
@@ -131,13 +133,21 @@ def _transformers_classifier(name: str, preprocessing: Preprocessing) -> Classif
 
 
 def _timm_classifier(
-    name: str, checkpoint: Path | None, num_classes: int | None, preprocessing: Preprocessing, pretrained: bool
+    name: str,
+    checkpoint: Path | None,
+    num_classes: int | None,
+    preprocessing: Preprocessing,
+    pretrained: bool,
+    any_size: bool,
 ) -> Classifier:
     import timm
     import timm.data
 
     check_timm_name(name)
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    if any_size:
+        _check_any_size(name)
+        options["dynamic_img_size"] = True
     if checkpoint is not None:
         model = _from_file(name, checkpoint, options)
     else:
@@ -156,6 +166,16 @@ def _timm_classifier(
     transform = timm.data.create_transform(**data, is_training=False)
     size, mean, std = tuple(data["input_size"]), tuple(data["mean"]), tuple(data["std"])
     return Classifier(model.eval(), transform, size, mean, std, data["interpolation"])
+
+
+def _check_any_size(name: str) -> None:
+    import timm
+
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, pretrained=False, dynamic_img_size=True)
+    except TypeError as error:
+        raise ConfigError(f"{name} takes images of one size only: give its pixels instead of dynamic") from error
 
 
 def check_timm_name(name: str) -> None:

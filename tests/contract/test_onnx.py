@@ -55,6 +55,8 @@ def test_onnx_runtime_equals_eager(name, representative, selection, size, tmp_pa
     assert moved(result, original) > 1e-3
     proto = onnx.load(path, load_external_data=False)
     assert not proto.functions
+    ((domain, version),) = [(opset.domain, opset.version) for opset in proto.opset_import]
+    assert (domain, version >= 17) == ("", True)
     assert unreviewed(proto.graph) == set()
     assert {"TopK", "Softmax", "MatMul"} <= {node.op_type for node in proto.graph.node}
 

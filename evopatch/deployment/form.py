@@ -1,0 +1,60 @@
+"""What there is to know of a file format."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from .conversion import Conversion
+
+Run: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
+"""Images `(B, C, height, width)` through a file by its own runtime, to what the model returns."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One file format, written and run by its own library."""
+
+    name: str
+    ending: str
+    packages: tuple[str, ...]
+    """To be installed, by the names that they are imported by; pip has the same."""
+    write: Callable[[Conversion, Path], None]
+    """A conversion to a file, which may get others beside it."""
+    open: Callable[[Path], Run] | None
+    """None where the runtime isn't to be had on the machines that write the file."""
+    any_batch: bool = True
+    """Whether one file can take batches of any size."""
+    any_size: bool = True
+    """Whether one file can take images of any size."""
+    quantises: bool = False
+    """Whether it can hold a model in int8."""
+    own_half: bool = False
+    """Whether its library makes the file's values float16 by itself and leaves the input float32."""
+
+    def check(self, any_batch: bool, any_size: bool, int8: bool, half: bool) -> None:
+        """
+        Raises:
+            ConfigError: If the format can't hold such a model.
+            ModuleNotFoundError: If a package is missing; says what to install.
+        """
+        if any_batch and not self.any_batch:
+            raise ConfigError(f"format {self.name} takes batches of one size: give it, as in batch_size=1 (--batch 1)")
+        if any_size and not self.any_size:
+            raise ConfigError(f"format {self.name} takes images of one size: leave any_size (--image-size dynamic) out")
+        if int8 and not self.quantises:
+            raise ConfigError(f"format {self.name} isn't written in int8 by evopatch: expected onnx, openvino or pt2")
+        if int8 and half:
+            raise ConfigError("int8 and half: expected one of them; what isn't int8 stays float32")
+        missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
+        if missing:
+            raise ModuleNotFoundError(
+                f"format {self.name} needs {', '.join(missing)}: pip install {' '.join(missing)}, or "
+                "'evopatch[export]' for all formats"
+            )

@@ -1,0 +1,45 @@
+"""ONNX, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .conversion import INPUT, Conversion
+from .form import Form, Run
+
+
+def _write(conversion: Conversion, path: Path) -> None:
+    axes = conversion.free_axes()
+    program: Any = torch.onnx.export(
+        conversion.model,
+        (conversion.example,),
+        dynamo=True,
+        verbose=False,
+        input_names=[INPUT],
+        output_names=conversion.output_names,
+        dynamic_shapes=(axes,) if axes else None,
+    )
+    if conversion.calibration is None:
+        program.save(str(path))
+        return
+    from .onnx_int8 import quantise
+
+    whole = path.with_name("float32.onnx")
+    program.save(str(whole))
+    quantise(whole, path, conversion.calibration)
+    whole.unlink()
+
+
+def _open(path: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: tuple(torch.from_numpy(value) for value in session.run(None, {INPUT: images.numpy()}))
+
+
+ONNX = Form("onnx", ".onnx", ("onnx", "onnxscript", "onnxruntime"), _write, _open, quantises=True)

@@ -1,0 +1,51 @@
+"""torch's own files: an exported program, and TorchScript for libtorch."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .conversion import Conversion
+from .form import Form, Run
+
+
+def _write_program(conversion: Conversion, path: Path) -> None:
+    if conversion.calibration is not None:
+        from .torch_int8 import quantise
+
+        model = copy.deepcopy(conversion.model)
+        quantise(model)
+        conversion = replace(conversion, model=model)
+    torch.export.save(conversion.program(), path)
+
+
+def _open_program(path: Path) -> Run:
+    module: Any = torch.export.load(path).module()
+    return lambda images: tuple(module(images))
+
+
+def _write_script(conversion: Conversion, path: Path) -> None:
+    with warnings.catch_warnings():
+        # Of every shape that becomes a constant; the file is run at the sizes that it is for.
+        warnings.filterwarnings("ignore", category=cast(Any, torch.jit).TracerWarning)
+        traced: Any = torch.jit.trace(conversion.model, (conversion.example,), check_trace=False)
+    torch.jit.save(traced, str(path))
+
+
+def _open_script(path: Path) -> Run:
+    module: Any = torch.jit.load(str(path))
+
+    def run(images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(module(images))
+
+    return run
+
+
+PROGRAM = Form("pt2", ".pt2", (), _write_program, _open_program, quantises=True)
+SCRIPT = Form("torchscript", ".pt", (), _write_script, _open_script, any_size=False)

@@ -1,0 +1,156 @@
+"""`evopatch.export`: every format is written, run by its own runtime and compared; wrong files are removed."""
+
+import dataclasses
+import importlib.util
+
+import pytest
+import torch
+import variants
+from comparing import moved
+from matrix import cases, patched, shallow_config
+from torch import nn
+
+import evopatch
+from evopatch.deployment import exporting
+from evopatch.deployment.conversion import ImageModel
+
+ENDINGS = {name: form.ending for name, form in exporting.FORMS.items()}
+ONE_BATCH = {"executorch", "coreml"}
+
+
+def small(name="vit", **options):
+    return patched(name, shallow_config(name), **variants.shallow(name), **options)
+
+
+def needs(form):
+    for package in exporting.FORMS[form].packages:
+        pytest.importorskip(package)
+
+
+@cases(("form", "name"), [*((form, "vit") for form in ENDINGS), ("onnx", "hf_dinov2")], fast=["pt2"])
+def test_every_format_is_written_and_verified(form, name, tmp_path):
+    needs(form)
+    model, x = small(name), variants.images_for(name, batch=3)
+    before = variants.call(model, x)
+    batch_size = 1 if form in ONE_BATCH else None
+    result = evopatch.export(model, tmp_path / f"m{ENDINGS[form]}", form, images=x, batch_size=batch_size)
+    assert sorted(tmp_path.iterdir()) == sorted(result.files)
+    assert result.path in result.files
+    assert result.size > 10_000
+    assert torch.equal(variants.call(model, x), before)
+    if form == "coreml":
+        assert result.verification is None
+        return
+    checked = result.verification
+    assert checked.images == 3
+    assert checked.equal + checked.turned == 3
+    assert {batch for batch, *_ in checked.sizes} == ({1} if batch_size else {1, 2})
+    found = exporting.FORMS[form].open(result.path)(x[:1])
+    expected = ImageModel(model)(x[:1])
+    assert len(found) == len(expected) > 0
+    assert moved(found[0], expected[0]) < 1e-3
+    assert moved(ImageModel(variants.build(name, **variants.shallow(name)))(x[:1])[0], expected[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [("pt2", {"half": True}), ("onnx", {"half": True}), ("openvino", {"half": True}), ("onnx", {"any_size": True})]
+    + [(form, {"int8": variants.images_for("vit", batch=8, seed=9)}) for form in ("onnx", "openvino", "pt2")],
+    ids=lambda value: value if isinstance(value, str) else "".join(value),
+)
+@pytest.mark.slow
+def test_half_int8_and_any_size(form, settings, tmp_path):
+    needs(form)
+    if "int8" in settings:
+        pytest.importorskip({"onnx": "onnxruntime", "openvino": "nncf", "pt2": "torchao"}[form])
+    model = small(**{"dynamic_img_size": True} if "any_size" in settings else {})
+    path = tmp_path / f"m{ENDINGS[form]}"
+    result = evopatch.export(model, path, form, images=variants.images_for("vit", batch=4), **settings)
+    assert result.verification.error < (0.3 if "int8" in settings else 0.01)
+    assert (result.verification.equal == result.verification.images) == ("any_size" in settings)
+    sizes = {size for _, *size in map(list, result.verification.sizes) for size in [tuple(size)]}
+    assert sizes == ({(40, 40), (48, 32)} if "any_size" in settings else {(40, 40)})
+
+
+class Broken(nn.Module):
+    """Another model than was asked for, of the same shapes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return tuple(value * 1.01 for value in self.model(images))
+
+
+def test_a_wrong_file_is_removed(tmp_path, monkeypatch):
+    model, x, path = small(), variants.images_for("vit", batch=3), tmp_path / "m.pt"
+    form = exporting.FORMS["torchscript"]
+
+    def write(conversion, target):
+        form.write(dataclasses.replace(conversion, model=Broken(conversion.model).eval()), target)
+
+    path.write_text("what was there before")
+    with monkeypatch.context() as patching:
+        patching.setitem(exporting.FORMS, "torchscript", dataclasses.replace(form, write=write))
+        with pytest.raises(
+            evopatch.ExportError, match="m.pt is wrong: the output of image 0, in a batch of 1 image of"
+        ):
+            evopatch.export(model, path, "torchscript", images=x)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["what was there before"]
+    evopatch.export(model, path, "torchscript", images=x)
+    assert path.stat().st_size > 10_000
+
+
+def test_timed_against_unpatched(tmp_path):
+    x = variants.images_for("vit", batch=2)
+    result = evopatch.export(small(), tmp_path / "m.pt", "torchscript", images=x, benchmark=True)
+    assert result.speed.ratio > 0
+    assert result.speed.patched > 0
+    assert [file.name for file in tmp_path.iterdir()] == ["m.pt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("m.onx", "onnx"), evopatch.ConfigError, "expected the ending .onnx"),
+        (("m.onnx", "onix"), evopatch.ConfigError, "format='onix': expected one of onnx, openvino"),
+        (("m.pte", "executorch"), evopatch.ConfigError, "takes batches of one size"),
+        (("no/m.pt", "torchscript"), evopatch.DataError, "no such folder"),
+        (("m.pt", "torchscript", {"any_size": True}), evopatch.ConfigError, "takes images of one size"),
+        (("m.pt2", "pt2", {"any_size": True}), evopatch.ConfigError, "doesn't take an image of 48 by 32 px"),
+        (("m.pt", "torchscript", {"batch_size": 9}), evopatch.DataError, "expected (M, C, height, width)"),
+        (("m.pt", "torchscript", {"int8": torch.zeros(1)}), evopatch.ConfigError, "isn't written in int8"),
+        (("m.pt2", "pt2", {"int8": torch.zeros(1), "half": True}), evopatch.ConfigError, "expected one of them"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(arguments, error, message, tmp_path):
+    path, form, settings = (*arguments, {})[:3]
+    with pytest.raises(error) as found:
+        evopatch.export(small(), tmp_path / path, form, images=variants.images_for("vit"), **settings)
+    assert message in str(found.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unpatched_model_and_other_outputs_are_refused(tmp_path):
+    x = variants.images_for("vit")
+    with pytest.raises(evopatch.NotPatchedError):
+        evopatch.export(variants.build("vit"), tmp_path / "m.pt", "torchscript", images=x)
+
+    class Talks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = small()
+
+        def forward(self, x):
+            return {"logits": self.model(x), "comment": "fine"}
+
+    with pytest.raises(evopatch.UnsupportedModelError, match="returns a str as comment"):
+        evopatch.export(Talks(), tmp_path / "m.pt", "torchscript", images=x)
+
+
+def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else find(name, *a))
+    with pytest.raises(ModuleNotFoundError, match=r"pip install openvino, or 'evopatch\[export\]'"):
+        evopatch.export(small(), tmp_path / "m.xml", "openvino", images=variants.images_for("vit"))
