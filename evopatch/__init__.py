@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .measure.comparison import Benchmark, benchmark
     from .measure.pictures import visualize, visualize_training
     from .measure.profiling import Profile, profile
+    from .measure.verification import Verification, verify
     from .patching.apply import apply, config_of, is_patched, patched, remove, set_config, set_keep_ratio, supported
     from .patching.autopatch import autopatch
     from .patching.inspect import full_grid, token_groups, token_selection
@@ -46,6 +47,7 @@ _LAZY = {
     "FinetuneResult": "training.finetuning",
     "Inspection": "patching.suggest",
     "Profile": "measure.profiling",
+    "Verification": "measure.verification",
     "apply": "patching.apply",
     "autopatch": "patching.autopatch",
     "benchmark": "measure.comparison",
@@ -65,6 +67,7 @@ _LAZY = {
     "supported": "patching.apply",
     "token_groups": "patching.inspect",
     "token_selection": "patching.inspect",
+    "verify": "measure.verification",
     "visualize": "measure.pictures",
     "visualize_training": "measure.pictures",
 }
@@ -92,6 +95,7 @@ __all__ = [
     "UnreadableImageError",
     "UnsupportedInputError",
     "UnsupportedModelError",
+    "Verification",
     "__version__",
     "apply",
     "autopatch",
@@ -112,6 +116,7 @@ __all__ = [
     "supported",
     "token_groups",
     "token_selection",
+    "verify",
     "visualize",
     "visualize_training",
 ]
