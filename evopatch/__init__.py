@@ -27,6 +27,7 @@ from .version import VERSION as __version__  # noqa: N811
 if TYPE_CHECKING:
     from .calibration.calibrating import calibrate
     from .calibration.outcome import Calibration
+    from .embedding.writing import Embedding, embed
     from .measure.comparison import Benchmark, benchmark
     from .measure.pictures import visualize, visualize_training
     from .measure.profiling import Profile, profile
@@ -43,6 +44,7 @@ _LAZY = {
     "Benchmark": "measure.comparison",
     "Calibration": "calibration.outcome",
     "Candidate": "patching.suggest",
+    "Embedding": "embedding.writing",
     "FinetuneConfig": "training.finetuning",
     "FinetuneResult": "training.finetuning",
     "Inspection": "patching.suggest",
@@ -53,6 +55,7 @@ _LAZY = {
     "benchmark": "measure.comparison",
     "calibrate": "calibration.calibrating",
     "config_of": "patching.apply",
+    "embed": "embedding.writing",
     "finetune": "training.finetuning",
     "full_grid": "patching.inspect",
     "inspect": "patching.suggest",
@@ -82,6 +85,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Embedding",
     "EvoConfig",
     "EvoPatchError",
     "FinetuneConfig",
@@ -102,6 +106,7 @@ __all__ = [
     "benchmark",
     "calibrate",
     "config_of",
+    "embed",
     "finetune",
     "full_grid",
     "inspect",
