@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from .calibration.calibrating import calibrate
     from .calibration.outcome import Calibration
     from .deployment.exporting import Export, export
+    from .embedding.writing import Embedding, embed
     from .measure.comparison import Benchmark, benchmark
     from .measure.pictures import visualize, visualize_training
     from .measure.profiling import Profile, profile
+    from .measure.verification import Verification, verify
     from .patching.apply import apply, config_of, is_patched, patched, remove, set_config, set_keep_ratio, supported
     from .patching.autopatch import autopatch
     from .patching.inspect import full_grid, token_groups, token_selection
@@ -44,16 +46,19 @@ _LAZY = {
     "Benchmark": "measure.comparison",
     "Calibration": "calibration.outcome",
     "Candidate": "patching.suggest",
+    "Embedding": "embedding.writing",
     "Export": "deployment.exporting",
     "FinetuneConfig": "training.finetuning",
     "FinetuneResult": "training.finetuning",
     "Inspection": "patching.suggest",
     "Profile": "measure.profiling",
+    "Verification": "measure.verification",
     "apply": "patching.apply",
     "autopatch": "patching.autopatch",
     "benchmark": "measure.comparison",
     "calibrate": "calibration.calibrating",
     "config_of": "patching.apply",
+    "embed": "embedding.writing",
     "export": "deployment.exporting",
     "finetune": "training.finetuning",
     "full_grid": "patching.inspect",
@@ -69,6 +74,7 @@ _LAZY = {
     "supported": "patching.apply",
     "token_groups": "patching.inspect",
     "token_selection": "patching.inspect",
+    "verify": "measure.verification",
     "visualize": "measure.pictures",
     "visualize_training": "measure.pictures",
 }
@@ -83,6 +89,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Embedding",
     "EvoConfig",
     "EvoPatchError",
     "Export",
@@ -98,12 +105,14 @@ __all__ = [
     "UnreadableImageError",
     "UnsupportedInputError",
     "UnsupportedModelError",
+    "Verification",
     "__version__",
     "apply",
     "autopatch",
     "benchmark",
     "calibrate",
     "config_of",
+    "embed",
     "export",
     "finetune",
     "full_grid",
@@ -119,6 +128,7 @@ __all__ = [
     "supported",
     "token_groups",
     "token_selection",
+    "verify",
     "visualize",
     "visualize_training",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import DataError, UnsupportedModelError
+from ..errors import DataError
+from ..measure.outputs import Outputs, compared
 
 
 class Errors(NamedTuple):
@@ -81,45 +82,3 @@ class Judge:
                 split = self._prefix if features is own.values[0] and self._prefix < distance.shape[1] else 0
                 distances += [part.mean(1) for part in (distance[:, :split], distance[:, split:]) if part.shape[1]]
         return Errors(torch.stack(distances).mean(0).double().clamp_min(0.0).cpu(), None)
-
-
-class Outputs(NamedTuple):
-    """What of a model's outputs is compared."""
-
-    classes: bool
-    values: tuple[Tensor, ...]
-    """Logits `(B, classes)`; or features `(B, C)`, `(B, T, C)` or `(B, C, h, w)`; float32."""
-
-
-def compared(output: Any, model: nn.Module) -> Outputs:
-    """
-    Args:
-        output: What a model of timm or transformers returned.
-        model: The model.
-
-    Raises:
-        UnsupportedModelError: If there is nothing known in it to compare.
-    """
-    logits = output if isinstance(output, Tensor) and output.dim() == 2 else getattr(output, "logits", None)
-    if isinstance(logits, Tensor) and logits.dim() == 2 and _classifies(output, model):
-        return Outputs(True, (logits.float(),))
-    found: Any = output
-    for name in ("feature_maps", "last_hidden_state", "image_embeds", "predicted_depth", "logits"):
-        if getattr(output, name, None) is not None:
-            found = getattr(output, name)
-            if name == "predicted_depth":  # (B, height, width): one number per place
-                found = found.flatten(1)
-            break
-    values = (found,) if isinstance(found, Tensor) else found
-    kinds = isinstance(values, (tuple, list)) and all(isinstance(value, Tensor) for value in values)
-    if not kinds or not values or any(value.dim() not in (2, 3, 4) for value in values):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} returns a {type(output).__name__}: expected logits, or features (B, C), "
-            "(B, T, C) or (B, C, height, width). Give the part of the model that makes them"
-        )
-    return Outputs(False, tuple(value.float() for value in values))
-
-
-def _classifies(output: Any, model: nn.Module) -> bool:
-    # timm's models without a head return pooled features of the same shape.
-    return not isinstance(output, Tensor) or getattr(model, "num_classes", 1) != 0

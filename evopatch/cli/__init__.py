@@ -10,7 +10,20 @@ from rich.markup import escape
 from ..errors import ConfigError, EvoPatchError
 from ..progress import errors
 from ..version import VERSION
-from . import benchmark, calibrate, demo, evaluate, export, finetune, listing, profile, run, visualize
+from . import (
+    benchmark,
+    calibrate,
+    demo,
+    embed,
+    evaluate,
+    export,
+    finetune,
+    listing,
+    profile,
+    run,
+    verify,
+    visualize,
+)
 from .tables import console
 
 __all__ = ["app", "console", "main"]
@@ -41,7 +54,9 @@ def _options(
 
 app.command()(finetune.finetune)
 app.command()(evaluate.evaluate)
+app.command()(embed.embed)
 app.command()(calibrate.calibrate)
+app.command()(verify.verify)
 app.command()(benchmark.benchmark)
 app.command()(export.export)
 app.command()(profile.profile)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, DataError, ExportError
 from ..measure.timing import Speed, compare
 from ..patching.handle import Patched
+from .checking import Verification, batches_of, verify, verify_half, verify_int8
 from .conversion import Conversion, ImageModel
 from .coreml_form import COREML
 from .executorch_form import EXECUTORCH
@@ -23,7 +24,6 @@ from .form import Form, Run
 from .onnx_form import ONNX
 from .openvino_form import OPENVINO
 from .torch_forms import PROGRAM, SCRIPT
-from .verification import Verification, batches_of, verify, verify_half, verify_int8
 
 FORMS = {form.name: form for form in (ONNX, OPENVINO, EXECUTORCH, PROGRAM, SCRIPT, COREML)}
 """By what `format=` calls them."""

@@ -113,7 +113,9 @@ def _is_here(layer: nn.Linear) -> bool:
 
 
 def _is_filled(weight: Tensor) -> bool:
-    return torch.compiler.is_compiling() or weight.is_meta or weight.untyped_storage().size() > 0
+    if torch.compiler.is_compiling() or weight.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(weight):
+        return True  # those of torch.func have no storage to ask for
+    return weight.untyped_storage().size() > 0
 
 
 def given(parameter: Tensor, like: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch.utils.data import Dataset
@@ -131,6 +132,17 @@ class Files(Images):
 
     def name(self, index: int) -> str:
         return self._paths[index]
+
+
+class Tree(Files):
+    """Image files without labels, named by their paths in a folder."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        super().__init__([str(folder / name) for name in names], None)
+        self._names = names
+
+    def name(self, index: int) -> str:
+        return self._names[index]
 
 
 class Table(Images):

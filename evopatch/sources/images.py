@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .dataset import Digits, Files, Images, Split, Table, Transform
+from .dataset import Digits, Files, Images, Split, Table, Transform, Tree
 
 DIGITS = "digits"
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png")
@@ -27,6 +27,24 @@ def open_images(source: str | Path, transform: Transform | None = None) -> Image
 def open_evaluation(source: str | Path, transform: Transform | None = None) -> Images:
     """The part of a source that is for evaluation; all of it, if it has no parts. Arguments as for `open_part`."""
     return open_part(source, "eval", transform) or open_images(source, transform)
+
+
+def open_every(source: str | Path, transform: Transform | None = None) -> Images:
+    """All images of a source: of a folder every one under it, at any depth, by their paths in it; of other sources as
+    `open_images` gives them. Without labels. Arguments and errors as for `open_part`."""
+    path = Path(source)
+    if not path.is_dir() or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        images = open_images(source, transform)
+    else:
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+
+        files = [file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()]
+        images = Tree(path, sorted(file.relative_to(path).as_posix() for file in files))
+        if len(images) == 0:
+            raise DataError(f"{source} holds no images, at any depth: expected files {', '.join(IMG_EXTENSIONS)}")
+        images.transform = transform
+    images.labels = None
+    return images
 
 
 def open_part(source: str | Path, split: Split, transform: Transform | None = None) -> Images | None:

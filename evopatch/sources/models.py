@@ -95,21 +95,40 @@ def library_and_source(name: str) -> tuple[str, str]:
 
 
 def _transformers_classifier(name: str, preprocessing: Preprocessing) -> Classifier:
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
+
+    def load() -> Any:
+        return AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
+
+    return transformers_model(name, preprocessing, load, "image classifier")
+
+
+def transformers_model(name: str, preprocessing: Preprocessing, load: Callable[[], Any], kind: str) -> Classifier:
+    """A model of transformers with its own preprocessing.
+
+    Args:
+        name: Of its folder or repository.
+        preprocessing: Changes to the model's own.
+        load: Gives the model and transformers' loading info.
+        kind: What messages call it.
+
+    Raises:
+        CheckpointError: If there is none, or weights are missing.
+    """
+    from transformers import AutoImageProcessor
 
     try:
         # Resampling by PIL, as models are trained and evaluated with; that of tensors differs by rounding.
         processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil")
         with weights_only():
-            loaded: Any = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
+            model, info = load()
     except Exception as error:
         raise CheckpointError(
-            f"no image classifier could be loaded from '{name}': {first_lines(error)}. Without network give "
+            f"no {kind} could be loaded from '{name}': {first_lines(error)}. Without network give "
             "a local folder with config.json, weights and preprocessor_config.json; with it, a name on its hub"
         ) from error
-    model, info = loaded
     if info["missing_keys"]:
-        raise CheckpointError(f"'{name}' holds no trained classifier: missing {sorted(info['missing_keys'])[:3]}")
+        raise CheckpointError(f"'{name}' holds no trained {kind}: missing {sorted(info['missing_keys'])[:3]}")
     own = {"image_mean": preprocessing.mean, "image_std": preprocessing.std}
     changed = {key: list(value) for key, value in own.items() if value is not None}
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from evopatch import DataError, UnsupportedModelError
-from evopatch.calibration.judge import Judge, compared
+from evopatch.calibration.judge import Judge
+from evopatch.measure.outputs import compared
 
 BATCHES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)).split(4)
 

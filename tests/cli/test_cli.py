@@ -35,7 +35,20 @@ def files(tmp_path_factory):
     return folder
 
 
-COMMANDS = ("evaluate", "calibrate", "finetune", "benchmark", "export", "profile", "visualize", "run", "list", "demo")
+COMMANDS = (
+    "verify",
+    "embed",
+    "evaluate",
+    "calibrate",
+    "finetune",
+    "benchmark",
+    "export",
+    "profile",
+    "visualize",
+    "run",
+    "list",
+    "demo",
+)
 COMMON = ("evaluate", "--model", "deit_tiny_patch16_224", "--num-classes", "3")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evopatch.deployment.verification import batches_of, verify, verify_half, verify_int8
+from evopatch.deployment.checking import batches_of, verify, verify_half, verify_int8
 from evopatch.errors import ExportError
 
 TIED = 3
