@@ -17,7 +17,7 @@ from evopatch.cli.patch_options import one_config, several_configs
 PATCH = ["keep_ratio", "representative", "paper", "selection", "schedule", "start", "stages"]
 COMMANDS = {
     "finetune": True, "evaluate": True, "calibrate": True, "benchmark": True, "profile": True, "visualize": True,
-    "verify": True, "embed": True, "run": True, "list": False, "demo": False,
+    "verify": True, "embed": True, "export": True, "run": True, "list": False, "demo": False,
 }  # fmt: skip
 
 

@@ -19,6 +19,8 @@ LAYERS = (
     ("sources",),
     ("training",),
     ("calibration",),
+    ("deployment",),
+    ("embedding",),
     ("cli",),
     ("__init__", "__main__"),
 )
