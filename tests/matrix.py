@@ -60,9 +60,9 @@ def config(representative: str, selection: str = "stage") -> evopatch.EvoConfig:
 
 
 def shallow_config(name: str, representative: str = "matched", selection: str = "stage") -> evopatch.EvoConfig:
-    """For a model with the settings of `variants.shallow`: a block that takes all tokens, runs of one and of two."""
+    """For a model with the settings of `variants.shallow`: a block that takes all tokens, and a run of two."""
     settings = config(representative, selection)
-    return dataclasses.replace(settings, stages=(1, 2)) if name in FLAT else settings
+    return dataclasses.replace(settings, stages=(1,)) if name in FLAT else settings
 
 
 def patched(name: str, settings: evopatch.EvoConfig | None = None, **options: object) -> nn.Module:

@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 import torch
 from comparing import Snapshot
+from matrix import cases
 from torch.utils.data import DataLoader, TensorDataset
 from variants import build, call, images_for
 
@@ -38,7 +39,7 @@ def deterministic(result):
     return values
 
 
-@pytest.mark.parametrize("name", ["vit", "hf_vit", "levit", "swin", "hf_dinov2_swiglu", "hf_dinov2_backbone"])
+@cases("name", ["vit", "hf_vit", "levit", "swin", "hf_dinov2_swiglu", "hf_dinov2_backbone"], fast=["vit", "swin"])
 def test_the_model_is_left_with_what_was_found(name, tmp_path):
     target = {"levit": 0.9, "swin": 0.8}.get(name, 0.7)
     model, x = build(name), images_for(name, 24)

@@ -7,10 +7,10 @@ import torch
 from comparing import moved
 from correcting import correct
 from internals import new_pass, plans
-from matrix import EACH_REPRESENTATIVE, EACH_SELECTION, config, every
+from matrix import EACH_REPRESENTATIVE, EACH_SELECTION, cases, config, every
 from torch.utils.checkpoint import checkpoint
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
-from variants import between, build, call, images_for
+from variants import between, build, call, images_for, shallow
 
 import evopatch
 from evopatch import EvoConfig, UnsupportedInputError
@@ -222,7 +222,7 @@ def test_where_fewer_are_left_than_are_slow_all_are(representative, selection):
     torch.testing.assert_close(torch.cat(alone), found, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@cases("attention", ["sdpa", "eager"], fast=["eager"])
 @torch.no_grad()
 def test_siglip2(attention):
     inputs, other = padded_to(30, [(4, 5), (5, 6)]), padded_to(30, [(2, 9), (3, 5)], seed=2)
@@ -289,11 +289,17 @@ def test_other_masks_are_refused(name, kind):
     for run in (model, model.forward_features, model.forward_intermediates):
         with pytest.raises(UnsupportedInputError, match=r"more than a key padding mask.*at block 0.*set_keep_ratio"):
             run(x, attn_mask=NOT_PADDING[kind])
+    with pytest.raises(UnsupportedInputError, match=r"attn_mask of shape \(26, 25\)"):
+        model(x, attn_mask=torch.ones(26, 25, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("kind", [pytest.param("causal"), pytest.param("for pairs", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_other_masks_are_refused_when_compiled(kind):
+    model, x = evopatch.apply(build("vit", **shallow("vit"))), images_for("vit")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with pytest.raises(RuntimeError, match="more than a key padding mask"):
         compiled(x, attn_mask=NOT_PADDING[kind])
-    with pytest.raises(UnsupportedInputError, match=r"attn_mask of shape \(26, 25\)"):
-        model(x, attn_mask=torch.ones(26, 25, dtype=torch.bool))
 
 
 @torch.no_grad()

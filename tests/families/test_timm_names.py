@@ -20,6 +20,8 @@ FAST += ("pit_ti_224",)
 SWIN_FAST = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224")
 SHRUNK = {"embed_dim": 16, "num_heads": (2, 2, 4, 4), "depths": (2, 2, 2, 2)}
 SMALL = 30_000_000
+SEEN = set()
+"""Structures that this process has run with values: names differ in their sizes, mostly."""
 
 
 def test_the_families_are_as_large_as_expected():
@@ -38,6 +40,26 @@ def create(name, device, **settings):
     return model, torch.empty(1, *model.pretrained_cfg["input_size"], device=device)
 
 
+def structure_of(model):
+    """What kinds of modules are where, and what says how they are used: flags, numbers of prefix tokens, pooling."""
+    parts = {(re.sub(r"\d+", "#", path), type(module)) for path, module in model.named_modules()}
+    flags = {
+        (key, value)
+        for module in model.modules()
+        for key, value in vars(module).items()
+        if key != "training" and isinstance(value, (bool, str)) and not key.startswith("_")
+    }
+    prefix = getattr(model, "num_prefix_tokens", None), getattr(model, "num_reg_tokens", None)
+    return frozenset(parts | flags | {("prefix", prefix)})
+
+
+def test_structures_are_told_apart():
+    names = ("vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "levit_128s")
+    structures = {structure_of(create(name, "meta")[0]) for name in (*names, "deit_tiny_distilled_patch16_224")}
+    assert len(structures) == 5
+    assert structure_of(create("vit_base_patch16_224", "meta")[0]) in structures  # as vit_tiny_patch16_224
+
+
 @every(NAMES, fast=FAST)
 @torch.no_grad()
 def test_name(name):
@@ -49,8 +71,10 @@ def test_name(name):
     if name in FAST:
         blocks = [path for path, _ in model.named_modules() if re.search(r"blocks\.\d+$", path)]
         assert evopatch.token_selection(model, x).shape[1] == len(blocks)
-    if sum(p.numel() for p in model.parameters()) > SMALL:
+    structure = structure_of(model)
+    if structure in SEEN or sum(p.numel() for p in model.parameters()) > SMALL:
         return
+    SEEN.add(structure)
     torch.manual_seed(0)
     model, x = create(name, "cpu", **{"depth": 6} if hasattr(model, "blocks") else {})
     # Fresh LayerScale weights are so small that no block would matter.

@@ -69,11 +69,11 @@ def build(name: str, **settings: object) -> nn.Module:
 
 
 def shallow(name: str) -> dict[str, object]:
-    """Settings of a flat model of 4 blocks, for tests whose time goes by their number; none for other models."""
+    """Settings of a flat model of 3 blocks, for tests whose time goes by their number; none for other models."""
     if name not in FLAT:
         return {}
-    settings = {"num_hidden_layers" if name in TRANSFORMERS else "depth": 4}
-    return settings | {"out_features": ["stage2", "stage4"]} if "backbone" in name else settings
+    settings = {"num_hidden_layers" if name in TRANSFORMERS else "depth": 3}
+    return settings | {"out_features": ["stage2", "stage3"]} if "backbone" in name else settings
 
 
 def calibrate(model: nn.Module, x: torch.Tensor) -> None:
