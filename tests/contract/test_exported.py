@@ -18,7 +18,7 @@ CONTROL_FLOW = ("cond", "while_loop", "scan", "map_impl", "associative_scan")
 UNWANTED = {
     f"aten.{name}"
     for name in """
-    nonzero masked_select unique_consecutive unique_dim _unique2 _local_scalar_dense item repeat_interleave scatter_add
+    nonzero masked_select unique_consecutive unique_dim _unique2 _local_scalar_dense item scatter_add
     scatter_add_ scatter_reduce scatter_reduce_ index_add index_add_ index_reduce index_reduce_
     """.split()  # noqa: SIM905
 }
