@@ -65,7 +65,7 @@ def export(
     than rounding.
 
     Args:
-        model: A patched model that takes images; it stays as it is. It is written as in eval mode.
+        model: A patched model that takes images; it stays as it is. It is written in eval mode and float32.
         path: Of the file, with the format's ending.
         format: `"onnx"`, `"openvino"`, `"executorch"`, `"pt2"`, `"torchscript"` or `"coreml"`.
         images: `(M, C, height, width)`, normalised, of the size that the file is for; two or more, better a few dozen

@@ -72,6 +72,21 @@ def test_half_int8_and_any_size(form, settings, tmp_path):
     assert sizes == ({(40, 40), (48, 32)} if "any_size" in settings else {(40, 40)})
 
 
+@torch.no_grad()
+def test_patching_and_quantising_in_either_order():
+    pytest.importorskip("torchao")
+    from evopatch.deployment.torch_int8 import quantise
+
+    x = variants.images_for("vit")
+    first, last = variants.build("vit", **variants.shallow("vit")), small()
+    whole = last(x)
+    quantise(last)
+    quantise(first)
+    evopatch.apply(first, config=shallow_config("vit"))
+    assert torch.equal(first(x), last(x))
+    assert moved(last(x), whole) > 1e-3
+
+
 class Broken(nn.Module):
     """Another model than was asked for, of the same shapes."""
 
