@@ -22,7 +22,10 @@ from .tables import console
 def embed(
     model: options.Model,
     data: Annotated[
-        str, typer.Option(help="A folder: every image under it, at any depth. Other sources as for evaluate.")
+        str,
+        typer.Option(
+            help="A folder: every image under it, at any depth. Of other sources, as for finetune, the training part."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The .parquet file; shards go to a folder beside it until it is done.")],
     *,
