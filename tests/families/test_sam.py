@@ -1,6 +1,7 @@
 """Encoders of which some blocks attend over the whole map: relative positions, other sizes, copies in other models."""
 
 import copy
+import importlib.util
 
 import pytest
 import timm
@@ -21,16 +22,11 @@ SMALL = {"img_size": SIZE, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_he
 SMALL |= {"global_attn_indexes": (2, 5), "neck_chans": 24, "num_classes": 7}
 
 
-def got_ocr():
-    from transformers.models.got_ocr2.modeling_got_ocr2 import GotOcr2VisionConfig, GotOcr2VisionEncoder
-
-    return GotOcr2VisionEncoder(GotOcr2VisionConfig(**SAM))
-
-
-def slanext():
-    from transformers.models.slanext.modeling_slanext import SLANeXtVisionConfig, SLANeXtVisionEncoder
-
-    return SLANeXtVisionEncoder(SLANeXtVisionConfig(**SAM))
+def copied(module, name, encoder="VisionEncoder", **others):
+    """SAM's encoder as another model of transformers has it, by that model's module and name."""
+    found = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    settings = SAM | others
+    return lambda: getattr(found, f"{name}{encoder}")(getattr(found, f"{name}VisionConfig")(**settings))
 
 
 def segmenting():
@@ -47,8 +43,9 @@ MODELS = {
     "no_positions": lambda: VisionTransformerSAM(**SMALL, use_rel_pos=False),
     "never_windows": lambda: VisionTransformerSAM(**SMALL | {"window_size": 0}, use_rel_pos=True),
     "sam_hq": lambda: transformers.SamHQVisionModel(transformers.SamHQVisionConfig(**SAM)),
-    "got_ocr": got_ocr,
-    "slanext": slanext,
+    "got_ocr": copied("got_ocr2", "GotOcr2"),
+    "slanext": copied("slanext", "SLANeXt"),
+    "pp_formulanet": copied("pp_formulanet", "PPFormulaNet", "VisionModel", output_channels=256),
     "vitdet_backbone": lambda: transformers.VitDetBackbone(
         transformers.VitDetConfig(**VITDET, out_features=["stage3", "stage6"])
     ),
@@ -59,6 +56,9 @@ MODELS = {
     ),
     "segmentation": segmenting,
 }
+for _module, _name in (("deepseek_ocr2", "DeepseekOcr2Sam"), ("unlimited_ocr", "UnlimitedOcrSam")):
+    if importlib.util.find_spec(f"transformers.models.{_module}"):  # not in every version that is served
+        MODELS[_module] = copied(_module, _name)
 EVERY = cases("name", sorted(MODELS), fast=["no_positions"])
 
 
