@@ -53,7 +53,7 @@ class SamAdapter(Adapter):
     def plan(self, host: Any, state: HostState) -> list[Change]:
         changes = [Change(host, self.mixin, {"_evo_state": state}), *passages(host, state.index_of)]
         blocks = named_blocks(host, state)
-        kind = SamBlocks(common_window(blocks, host.patch_embed.grid_size))
+        kind = SamBlocks(common_window((block for _, block in blocks), host.patch_embed.grid_size))
         for name, block in blocks:
             changes += window_block_changes(block, name, state, kind)
         return changes

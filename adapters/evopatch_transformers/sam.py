@@ -41,7 +41,7 @@ class VitDetBlocks(JoinedBlocks):
     """Of ViTDet, some of which end with a convolution.
 
     Args:
-        window: Rows and columns of a window.
+        window: As for all of them.
         convolves: This one does.
     """
 
@@ -127,7 +127,7 @@ class SamAdapter(Adapter):
     def plan(self, host: Any, state: HostState) -> list[Change]:
         changes = [Change(host, self.mixin, {"_evo_state": state}), *passages(host, state.index_of)]
         vitdet, blocks = row_of(host, FAMILIES).vitdet, named_blocks(host, state)
-        window = common_window(blocks, self.grid(host, _image_size(host.config)))
+        window = common_window((block for _, block in blocks), self.grid(host, _image_size(host.config)))
         for name, block in blocks:
             kind = VitDetBlocks(window, bool(block.use_residual_block)) if vitdet else SamBlocks(window)
             changes += window_block_changes(block, name, state, kind)

@@ -23,7 +23,7 @@ from .window_tap import WindowTap
 class JoinedBlocks(WindowedBlocks):
     """
     Args:
-        window: Rows and columns of a window.
+        window: Rows and columns of a window where a block attends over the whole map.
     """
 
     attention = "attn"
@@ -36,7 +36,7 @@ class JoinedBlocks(WindowedBlocks):
         self.window = window
 
     def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
-        windows = Windows((x.shape[1], x.shape[2]), (self.window,) * 2, (0, 0), pads_first=True)
+        windows = Windows((x.shape[1], x.shape[2]), (block.window_size or self.window,) * 2, (0, 0), pads_first=True)
         return Cut(windows, None, joined=not block.window_size)
 
     def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:

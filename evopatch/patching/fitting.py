@@ -61,7 +61,7 @@ def fit_foresight(model: nn.Module, images: Tensor) -> None:
     if not hosts:
         raise UnsupportedModelError(
             f"{type(model).__name__}: foresight is for flat models, and what is patched here pools or cuts its tokens "
-            "on the way (LeViT, PiT, Swin). Leave the images out"
+            "on the way (LeViT, PiT, Swin, SAM). Leave the images out"
         )
     watched = _watched(patched, hosts)
     sums: dict[str, dict[int, Regression]] = {name: {} for name in hosts}

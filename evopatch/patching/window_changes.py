@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
-from ..errors import UnsupportedModelError
 from ..forward.block import TappedAttention
 from ..forward.host_state import HostState
 from ..forward.window_blocks import SlowFastWindowBlock, WindowedBlocks
@@ -42,33 +42,19 @@ def _traced(attention: nn.Module, name: str, state: HostState) -> Change:
     )
 
 
-def common_window(blocks: Sequence[tuple[str, nn.Module]], grid: tuple[int, int]) -> int:
-    """The side of the windows that all blocks with a `window_size` have.
+def common_window(blocks: Iterable[nn.Module], grid: tuple[int, int]) -> int:
+    """The side of the windows in which tokens are matched where a block attends over the whole map: those of the blocks
+    that have windows, so that a run of both has one choice.
 
-    Of blocks that all attend over the whole map: that of windows that fill it, of at most `_LARGEST` by as many tokens,
-    since it only says which tokens may share a group; or what SAM has.
+    Of blocks without any: that of windows that fill the map, of at most `_LARGEST` by as many tokens, or what SAM has.
 
     Args:
-        blocks: With their fully qualified names; their `window_size` is 0 where they attend over the whole map.
+        blocks: Their `window_size` is 0 where they attend over the whole map.
         grid: Rows and columns of the map, for images of the model's own size.
-
-    Raises:
-        UnsupportedModelError: If they have windows of several sizes.
     """
-    sizes: dict[int, str] = {}
-    for name, block in blocks:
-        sizes.setdefault(int(block.window_size), name)  # type: ignore[arg-type]
-    sizes.pop(0, None)
-    if len(sizes) > 1:
-        raise UnsupportedModelError(
-            "windows of several sizes, "
-            + " and ".join(f"{size} in {name}" for size, name in sizes.items())
-            + ": expected one, as a run of blocks has tokens matched inside the same windows. Leave the model unpatched"
-        )
-    if sizes:
-        return next(iter(sizes))
+    sizes: list[Any] = [block.window_size for block in blocks if block.window_size]
     filling = (side for side in range(_LARGEST, 3, -1) if grid[0] % side == 0 and grid[1] % side == 0)
-    return next(filling, _OF_SAM)
+    return int(sizes[0]) if sizes else next(filling, _OF_SAM)
 
 
 _LARGEST = 16

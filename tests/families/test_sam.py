@@ -1,6 +1,7 @@
 """Encoders of which some blocks attend over the whole map: relative positions, other sizes, copies in other models."""
 
 import copy
+import importlib.util
 
 import pytest
 import timm
@@ -21,16 +22,11 @@ SMALL = {"img_size": SIZE, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_he
 SMALL |= {"global_attn_indexes": (2, 5), "neck_chans": 24, "num_classes": 7}
 
 
-def got_ocr():
-    from transformers.models.got_ocr2.modeling_got_ocr2 import GotOcr2VisionConfig, GotOcr2VisionEncoder
-
-    return GotOcr2VisionEncoder(GotOcr2VisionConfig(**SAM))
-
-
-def slanext():
-    from transformers.models.slanext.modeling_slanext import SLANeXtVisionConfig, SLANeXtVisionEncoder
-
-    return SLANeXtVisionEncoder(SLANeXtVisionConfig(**SAM))
+def copied(module, name, encoder="VisionEncoder", **others):
+    """SAM's encoder as another model of transformers has it, by that model's module and name."""
+    found = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    settings = SAM | others
+    return lambda: getattr(found, f"{name}{encoder}")(getattr(found, f"{name}VisionConfig")(**settings))
 
 
 def segmenting():
@@ -47,8 +43,9 @@ MODELS = {
     "no_positions": lambda: VisionTransformerSAM(**SMALL, use_rel_pos=False),
     "never_windows": lambda: VisionTransformerSAM(**SMALL | {"window_size": 0}, use_rel_pos=True),
     "sam_hq": lambda: transformers.SamHQVisionModel(transformers.SamHQVisionConfig(**SAM)),
-    "got_ocr": got_ocr,
-    "slanext": slanext,
+    "got_ocr": copied("got_ocr2", "GotOcr2"),
+    "slanext": copied("slanext", "SLANeXt"),
+    "pp_formulanet": copied("pp_formulanet", "PPFormulaNet", "VisionModel", output_channels=256),
     "vitdet_backbone": lambda: transformers.VitDetBackbone(
         transformers.VitDetConfig(**VITDET, out_features=["stage3", "stage6"])
     ),
@@ -59,6 +56,9 @@ MODELS = {
     ),
     "segmentation": segmenting,
 }
+for _module, _name in (("deepseek_ocr2", "DeepseekOcr2Sam"), ("unlimited_ocr", "UnlimitedOcrSam")):
+    if importlib.util.find_spec(f"transformers.models.{_module}"):  # not in every version that is served
+        MODELS[_module] = copied(_module, _name)
 EVERY = cases("name", sorted(MODELS), fast=["no_positions"])
 
 
@@ -108,17 +108,15 @@ def test_sam_hq_is_given_whole_maps_of_the_blocks_that_join_windows():
     assert moved(found[1], stock[1]) > 1e-3
 
 
-SHAPES = [(SIZE, SIZE), (88, 56)]
+# transformers' SAM takes images of its own size only.
+ROWS = [(name, (SIZE, SIZE)) for name in sorted(JOINED)] + [("sam", (88, 56)), ("hf_vitdet", (88, 56))]
 
 
-@every(JOINED)
-@pytest.mark.parametrize("size", SHAPES)
+@cases(("name", "size"), ROWS, fast=[("sam", (88, 56))])
 @pytest.mark.parametrize("representative", ["matched", "none"])
 @torch.no_grad()
 def test_with_every_window_or_token_slow_the_views_equal_the_blocks(name, size, representative, monkeypatch):
     """Windows, padding and relative positions are in their places: the order of windows and tokens is another one."""
-    if size != (SIZE, SIZE) and name.startswith("hf_sam"):
-        pytest.skip("takes images of one size")
     model, x = build(name), images(size=size)
     if representative == "matched" and size != (SIZE, SIZE):
         # All padding of a window is one row there, with the mean of its biases.
@@ -274,12 +272,17 @@ def test_what_is_refused(build_model, text):
     assert not evopatch.is_patched(model)
 
 
-def test_windows_of_several_sizes_are_refused():
-    model = VisionTransformerSAM(**SMALL, use_rel_pos=True)
+@torch.no_grad()
+def test_windows_of_several_sizes_have_choices_of_their_own():
+    model, x = VisionTransformerSAM(**SMALL).eval(), images_for("sam")
     model.blocks[3].window_size = 8
-    with pytest.raises(UnsupportedModelError, match=r"windows of several sizes, 4 in blocks\.0 and 8 in blocks\.3"):
-        evopatch.apply(model)
-    assert not evopatch.is_patched(model)
+    original = model(x)
+    evopatch.apply(model, config=EvoConfig(start=2, stages=1))
+    assert moved(model(x), original) > 1e-4
+    selection = evopatch.token_selection(model, x)
+    assert torch.equal(selection[:, 2], selection[:, 4])
+    assert not torch.equal(selection[:, 2], selection[:, 3])
+    assert selection[:, 2:].flatten(2).sum(2).eq(32).all()
 
 
 @pytest.mark.parametrize("representative", ["single", "none"])
