@@ -103,7 +103,8 @@ def finetune(
         evopatch finetune --config evopatch-finetune-deit_tiny_patch16_224/config.toml --resume
     """
     from ..sources.augment import Augmentation, training_transform
-    from ..sources.models import count_classes, open_classifier, reset_head
+    from ..sources.heads import count_classes, reset_head
+    from ..sources.models import open_classifier
     from ..sources.saving import save_pretrained
     from ..training import processes
     from ..training.finetuning import finetune as run
