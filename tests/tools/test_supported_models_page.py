@@ -16,11 +16,11 @@ _spec.loader.exec_module(supported_models)
 
 TIMM = (
     "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_relpos_small_patch16_224", "eva02_tiny_patch14_224",
-    "levit_128s", "swin_tiny_patch4_window7_224", "swinv2_cr_tiny_ns_224", "beit_base_patch16_224", "resnet18",
+    "levit_128s", "swin_tiny_patch4_window7_224", "swinv2_cr_tiny_ns_224", "beit_base_patch16_224", "pit_ti_224", "samvit_base_patch16", "pvt_v2_b0", "resnet18",
 )  # fmt: skip
 TRANSFORMERS = (
     ("vit", "ViTForImageClassification"), ("levit", "LevitModel"), ("swin", "SwinBackbone"),
-    ("beit", "BeitForImageClassification"), ("resnet", "ResNetForImageClassification"),
+    ("beit", "BeitForImageClassification"), ("yolos", "YolosModel"), ("sam", "SamModel"), ("resnet", "ResNetForImageClassification"),
 )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_of_the_installed_version_the_page_lists_every_patched_family(library):
         pytest.skip(f"the page is of another version of {library.__name__}")
     said = supported_models.read(PAGE)
     if library is timm:
-        names = [n for p in ("vit_*", "deit*", "levit*", "swin*") for n in timm.list_models(p)]
+        names = [n for p in ("vit_*", "deit*", "levit*", "pit_*", "swin*", "samvit_*") for n in timm.list_models(p)]
         assert len(names) > 250
         assert {name: said.outcomes.get(name) for name in names} == dict.fromkeys(names, supported_models.PATCHED)
     else:
