@@ -141,7 +141,7 @@ def main() -> None:
     threads, half = torch.get_num_threads(), f"keep_ratio={arguments.keep_ratio:g}"
     table = Table(title=f"{name}, {half}, {len(rows)} images, CPU, {threads} threads, batch {arguments.batch_size}")
     for column in ("file", "MB", "top-1", "agree", "KL", "images/s", "speed-up"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     table.add_row("eager, float32, unpatched", "", f"{top1:.2f}", "100.00", "0", "", "")
     for side, result in zip(sides, results, strict=True):
         speed = ("", "")
