@@ -62,7 +62,8 @@ def config(representative: str, selection: str = "stage") -> evopatch.EvoConfig:
 def shallow_config(name: str, representative: str = "matched", selection: str = "stage") -> evopatch.EvoConfig:
     """For a model with the settings of `variants.shallow`: a block that takes all tokens, and a run of two."""
     settings = config(representative, selection)
-    return dataclasses.replace(settings, stages=(1,)) if name in FLAT else settings
+    # All decimal places of the keep ratio count, and no share of 25 tokens is half a token.
+    return dataclasses.replace(settings, stages=(1,), keep_ratio=0.436182) if name in FLAT else settings
 
 
 def patched(name: str, settings: evopatch.EvoConfig | None = None, **options: object) -> nn.Module:

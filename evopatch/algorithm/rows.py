@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SCALE = 10**9
-
 
 def exporting() -> bool:
     """Whether operators are recorded for another runtime: by `torch.export`, `torch.jit.trace`, an ONNX exporter."""
@@ -98,9 +96,14 @@ def rounded_share(number: int, ratio: float) -> int:
     """`number * ratio` to the nearest whole number, halves up, with `ratio` to nine decimal places.
 
     In whole numbers throughout, so that an exported program computes it anew for every image size, and says what eager
-    mode says.
+    mode says. They stay small, as torch's exporter by TorchScript divides constants in single precision.
     """
-    return (2 * number * int(ratio * _SCALE + 0.5) + _SCALE) // (2 * _SCALE)
+    thousandths, rest = divmod(int(ratio * 10**9 + 0.5), 10**6)
+    share = number * thousandths
+    if rest:  # as one divides by hand, three places at a time
+        millionths, last = divmod(rest, 1000)
+        share += (number * millionths + number * last // 1000) // 1000
+    return (share + 500) // 1000
 
 
 def limited(number: int, low: int, high: int) -> int:

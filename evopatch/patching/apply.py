@@ -243,17 +243,17 @@ def _hosts(model: nn.Module) -> list[tuple[str, nn.Module, Adapter]]:
 
 
 def _nothing_found(model: nn.Module) -> str:
-    start, leave = f"found nothing to patch in {_full_name(type(model))}: ", "eave it unpatched, or write an adapter"
+    start, leave = f"found nothing to patch in {_full_name(type(model))}: ", "Leave it unpatched, or write an adapter"
     if known := registry.unserved(model):
         reasons = "; ".join(f"{name}: {reason}" if name else reason for name, reason in known.items())
-        return f"{start}{reasons}. L{leave} (docs/adapters.md)"
+        return f"{start}{reasons}. {leave} (docs/adapters.md)"
     served = sorted({_full_name(cls) for adapter in registry.adapters() for cls in adapter.hosts()})
     found = containers(model)
     likely = f" Likely: blocks={' or '.join(map(repr, found))}." if found else ""
     text = (
         f"{start}no adapter serves it or any of its submodules. Say "
         "where its blocks are, as in evopatch.apply(model, blocks='encoder.layers', prefix_tokens=1); "
-        f"evopatch.inspect(model) lists what would do.{likely} Where nothing does: l{leave} (docs/adapters.md). Served "
+        f"evopatch.inspect(model) lists what would do.{likely} Where nothing does: {leave} (docs/adapters.md). Served "
         f"classes: {', '.join(served) or 'none, as no library with an adapter is imported'}"
     )
     return text + "".join(f". The adapter for {name} can't be used: {why}" for name, why in registry.failures().items())

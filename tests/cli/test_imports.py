@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-import pytest
+from matrix import cases
 
 HEAVY = {"timm", "transformers", "accelerate", "datasets", "matplotlib", "rich", "typer", "torch._dynamo"}
 
@@ -21,6 +21,9 @@ def test_importing_evopatch_imports_no_tool():
     assert "timm" in imported_by("import evopatch, timm"), "such an import would be noticed"
 
 
+MODULES = ("measure.comparison", "training.finetuning")
+
+
 def test_names_are_loaded_when_they_are_asked_for():
     assert (
         imported_by("import evopatch; evopatch.autopatch, evopatch.EvoConfig, evopatch.apply, dir(evopatch)") == set()
@@ -28,7 +31,7 @@ def test_names_are_loaded_when_they_are_asked_for():
     assert {"accelerate"} & imported_by("import evopatch; evopatch.finetune; import evopatch.training.loop")
 
 
-@pytest.mark.parametrize("module", ["measure.profiling", "measure.comparison", "training.finetuning", "patching.apply"])
+@cases("module", ["measure.profiling", "measure.comparison", "training.finetuning", "patching.apply"], MODULES)
 def test_modules_are_modules(module):
     code = (
         f"import evopatch, types\nevopatch.profile, evopatch.benchmark, evopatch.finetune\n"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from comparing import moved, twins
 from correcting import correct
-from matrix import every
+from matrix import cases, every
 from variants import FLAT, build, call, images_for
 
 import evopatch
@@ -95,7 +95,7 @@ def test_gradients_pass(name):
     assert change.item() == pytest.approx(1e-3 * x.grad.norm().item(), rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["vit", "hf_dinov2"])
+@cases("name", ["vit", "hf_dinov2"], fast=["vit"])
 @torch.no_grad()
 def test_compiled_exported_and_in_half_precision(name):
     torch._dynamo.reset()

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from comparing import Snapshot, moved, twins
-from matrix import every
+from matrix import cases, every
 from torch import nn
 from variants import FLAT, PYRAMIDS, build, call, images_for
 
@@ -163,7 +163,7 @@ def test_bad_input_leaves_the_model_untouched(name, images, config, error, messa
     before.assert_untouched(model)
 
 
-@pytest.mark.parametrize("name", ["vit", "hf_vit"])
+@cases("name", ["vit", "hf_vit"], fast=["hf_vit"])
 @torch.no_grad()
 def test_compiled_and_exported(name):
     torch._dynamo.reset()

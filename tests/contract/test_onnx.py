@@ -10,8 +10,8 @@ from variants import build, call, images_for, shallow
 import evopatch
 
 NAMES = ["vit", "gap", "relpos", "rope", "levit", "levit_conv", "hf_vit", "hf_dinov2_swiglu", "hf_siglip", "hf_levit"]
-ROWS = [(*row, "stage", None) for row in by_representative([*NAMES, "pit", "swin"], ["vit", "relpos", "levit", "swin"])]
-ROWS += [("vit", "single", "layer", None), ("swin", "single", "layer", None)]
+ROWS = [(*row, "stage", None) for row in by_representative([*NAMES, "pit", "swin"], ["vit", "swin"])]
+ROWS += [("vit", "single", "layer", None), ("levit", "single", "stage", None)]
 ROWS += [("swinv2", "matched", "stage", None), ("hf_swin", "matched", "stage", (72, 88))]
 ROWS += [("torchvision_swin", "matched", "stage", None), ("hf_sam", "matched", "stage", None)]
 FAST = [("hf_vit", "matched", "stage", None), ("levit", "matched", "stage", None)]

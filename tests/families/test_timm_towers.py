@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from comparing import moved
-from matrix import REPRESENTATIVES, config
+from matrix import REPRESENTATIVES, cases, config
 from timm.models.deepseek_vit import DeepseekVitClassifier, DeepseekVitEncoder
 from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
 
@@ -50,7 +50,7 @@ def test_a_tower(name, representative):
     assert torch.equal(evopatch.remove(model)(x), original)
 
 
-@pytest.mark.parametrize("name", ["deepseek", "qwen3"])
+@cases("name", ["deepseek", "qwen3"], fast=["qwen3"])
 @torch.no_grad()
 def test_features_and_compiled(name):
     model, x = made(name)

@@ -9,7 +9,7 @@ from comparing import moved
 from evopatch_transformers import interface
 from matrix import EACH_REPRESENTATIVE, every
 from torch import nn
-from transformers import YolosConfig, YolosModel
+from transformers import BertConfig, BertModel
 from transformers_weights import DINOV2_KEYS, VIT_KEYS, deit_tiny, rename
 from variants import FLAT, TRANSFORMERS, build, call, images
 
@@ -220,9 +220,9 @@ def test_layers_changed_after_apply_are_refused():
 
 
 def test_unknown_models_are_refused_with_what_is_served():
-    model = YolosModel(YolosConfig(num_hidden_layers=2, hidden_size=48, num_attention_heads=4))
+    model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=48, num_attention_heads=4))
     with pytest.raises(
-        evopatch.UnsupportedModelError, match=r"nothing to patch in [\w.]*\.YolosModel.*\.DeiTModel.*\.ViTModel"
+        evopatch.UnsupportedModelError, match=r"nothing to patch in [\w.]*\.BertModel.*\.DeiTModel.*\.ViTModel"
     ):
         evopatch.apply(model)
 

@@ -274,7 +274,7 @@ def test_packed_images_are_refused():
         model(patches, image_grid_hw=grid)
 
 
-@pytest.mark.parametrize("name", ["internvl", "smolvlm"])
+@cases("name", ["internvl", "smolvlm"], fast=["internvl"])
 def test_layers_on_a_view(name):
     """Encoders that pass no keyword arguments on."""
     model, x = made(name)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from comparing import moved
+from matrix import cases
 from PIL import Image
 from transformers import Trainer, TrainingArguments, ViTForImageClassification, ViTImageProcessor
 from variants import build, call, images
@@ -59,7 +60,7 @@ class Labelled(torch.utils.data.Dataset):
         return {"pixel_values": images(1, seed=index)[0] * 0.1 + label, "labels": label}
 
 
-@pytest.mark.parametrize("reentrant", [None, False, True])
+@cases("reentrant", [None, False, True], fast=[False])
 def test_trainer(tmp_path, reentrant):
     model = evopatch.apply(build("hf_vit"))
     before = copy.deepcopy(model.state_dict())

@@ -16,11 +16,13 @@ _spec.loader.exec_module(supported_models)
 
 TIMM = (
     "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_relpos_small_patch16_224", "eva02_tiny_patch14_224",
-    "levit_128s", "swin_tiny_patch4_window7_224", "swinv2_cr_tiny_ns_224", "beit_base_patch16_224", "pit_ti_224", "samvit_base_patch16", "pvt_v2_b0", "resnet18",
+    "levit_128s", "swin_tiny_patch4_window7_224", "swinv2_cr_tiny_ns_224", "beit_base_patch16_224",
+    "pit_ti_224", "samvit_base_patch16", "pvt_v2_b0", "resnet18",
 )  # fmt: skip
 TRANSFORMERS = (
     ("vit", "ViTForImageClassification"), ("levit", "LevitModel"), ("swin", "SwinBackbone"),
-    ("beit", "BeitForImageClassification"), ("yolos", "YolosModel"), ("sam", "SamModel"), ("resnet", "ResNetForImageClassification"),
+    ("beit", "BeitForImageClassification"), ("yolos", "YolosModel"), ("sam", "SamModel"),
+    ("resnet", "ResNetForImageClassification"),
 )  # fmt: skip
 
 

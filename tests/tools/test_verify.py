@@ -103,7 +103,11 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
+@pytest.mark.parametrize(
+    "broken",
+    # The last one compiles twice.
+    [pytest.param(b, marks=[pytest.mark.slow] * (b is when_compiled), id=b.__name__) for b in BROKEN],
+)
 def test_each_check_notices_what_it_is_for(broken, monkeypatch):
     torch._dynamo.reset()
     model, x = patched("vit"), images_for("vit", 4)

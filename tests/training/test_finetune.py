@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from matrix import cases
 from samples import FAST, Images
 from variants import build, call, images
 
@@ -13,7 +14,7 @@ from evopatch import ConfigError, EvoConfig, FinetuneConfig
 from evopatch.training.student import Student
 
 
-@pytest.mark.parametrize(("name", "kind"), [("vit", "tuple"), ("hf_vit", "mapping"), ("gap", "mapping")])
+@cases(("name", "kind"), [("vit", "tuple"), ("hf_vit", "mapping"), ("gap", "mapping")], fast=["vit"])
 def test_labels(name, kind):
     model = evopatch.apply(build(name))
     before = copy.deepcopy(model.state_dict())
