@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from evopatch.deployment import checking
 from evopatch.deployment.checking import batches_of, verify, verify_half, verify_int8
 from evopatch.errors import ExportError
 
@@ -94,6 +95,18 @@ def test_half_is_measured_by_the_model_in_half():
     assert 0 < result.error < 1
     with pytest.raises(ExportError, match="those of the model itself in float16 by"):
         verify_half(otherwise(half, range(8), lambda row: -row), choosy, half, batches, "a file")
+
+
+def test_choices_that_turn_in_half_are_explained_by_rounding(monkeypatch):
+    def half(x):  # decides as in float32, and rounds after it
+        return tuple(value.half().float() for value in choosy(x))
+
+    batches = batches_of(pictures(), None, None)
+    found = verify_half(turned, choosy, half, batches, "a file")
+    assert 0 < found.error < 1
+    monkeypatch.setattr(checking, "HALF_DRAWS", 0)  # the control
+    with pytest.raises(ExportError, match="those of the model itself in float16 by"):
+        verify_half(turned, choosy, half, batches, "a file")
 
 
 def test_int8_is_refused_where_it_says_nothing():
