@@ -18,6 +18,7 @@ class SwinBlocks(BiasedBlocks):
     """Swin: norm before attention, position biases from a table."""
 
     attention = "attn"
+    norm: str | None = "norm1"
     single: Mapping[str, Any] = {
         "window_size": (1, 1),
         "window_area": 1,
@@ -32,13 +33,6 @@ class SwinBlocks(BiasedBlocks):
         if not block.dynamic_mask:
             return Cut(windows, block.attn_mask)
         return Cut(windows, block.get_attn_mask(x.new_zeros(1, *windows.padded_grid, 1)))
-
-    def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        return block.forward(x.unsqueeze(2)).squeeze(2), None
-
-    def seen(self, block: Any, x: Tensor) -> Tensor:
-        normalised: Tensor = block.norm1.forward(x)  # its hooks are for the block's own run
-        return normalised
 
     def bias(self, attention: Any) -> Tensor:
         bias: Tensor = attention._get_rel_pos_bias()
@@ -56,8 +50,7 @@ class SwinBlocks(BiasedBlocks):
 class SwinV2Blocks(SwinBlocks):
     """Swin V2: norm after attention, cosine attention, continuous position biases."""
 
-    def seen(self, block: Any, x: Tensor) -> Tensor:
-        return x
+    norm = None
 
     def bias(self, attention: Any) -> Tensor:
         return continuous_bias(attention.cpb_mlp, attention.relative_coords_table, attention.relative_position_index)

@@ -19,6 +19,7 @@ class SwinBlocks(BiasedBlocks):
     """Swin: norm before attention, position biases from a table."""
 
     attention = "attn"
+    norm: str | None = "norm1"
     single: Mapping[str, Any] = {}
 
     def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
@@ -28,13 +29,6 @@ class SwinBlocks(BiasedBlocks):
         rows, columns = (0 if side <= size else shift for side, size, shift in axes)
         windows = Windows(grid, window, (rows, columns), pads_first=True)
         return Cut(windows, shift_mask(windows, x))
-
-    def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        return block.forward(x.unsqueeze(2)).squeeze(2), None
-
-    def seen(self, block: Any, x: Tensor) -> Tensor:
-        normalised: Tensor = block.norm1.forward(x)  # its hooks are for the block's own run
-        return normalised
 
     def bias(self, attention: Any) -> Tensor:
         bias: Tensor = attention.get_relative_position_bias()
@@ -58,8 +52,7 @@ class SwinBlocks(BiasedBlocks):
 class SwinV2Blocks(SwinBlocks):
     """Swin V2: norm after attention, cosine attention, continuous position biases."""
 
-    def seen(self, block: Any, x: Tensor) -> Tensor:
-        return x
+    norm = None
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
         bias = attention.qkv.bias

@@ -17,6 +17,7 @@ class SwinBlocks(BiasedBlocks):
     """Swin: norm before attention, a module of its own for position biases from a table."""
 
     attention = "attention"
+    norm: str | None = "layernorm_before"
     single: Mapping[str, Any] = {"window_size": 1, "shift_size": 0}
 
     def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
@@ -27,10 +28,6 @@ class SwinBlocks(BiasedBlocks):
     def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
         out, _ = block.forward(x, (x.shape[1], 1), **{**options, "always_partition": True})
         return out, (None,)
-
-    def seen(self, block: Any, x: Tensor) -> Tensor:
-        normalised: Tensor = block.layernorm_before.forward(x)  # its hooks are for the block's own run
-        return normalised
 
     def bias(self, attention: Any) -> Tensor:
         bias: Tensor = attention.relative_position_bias()
@@ -97,8 +94,7 @@ class ShrinkingBlocks(TableBlocks):
 class SwinV2Blocks(_InnerAttention):
     """Swin V2 and Swin2SR: norm after attention, cosine attention, continuous position biases."""
 
-    def seen(self, block: Any, x: Tensor) -> Tensor:
-        return x
+    norm = None
 
     def bias(self, attention: Any) -> Tensor:
         inner = attention.self

@@ -33,8 +33,8 @@ class Form:
     """Whether one file can take batches of any size."""
     any_size: bool = True
     """Whether one file can take images of any size."""
-    quantises: bool = False
-    """Whether it can hold a model in int8."""
+    quantised_by: tuple[str, ...] | None = None
+    """What else is to be installed for a file in int8; None where evopatch writes none."""
     own_half: bool = False
     """Whether its library makes the file's values float16 by itself and leaves the input float32."""
 
@@ -48,13 +48,14 @@ class Form:
             raise ConfigError(f"format {self.name} takes batches of one size: give it, as in batch_size=1 (--batch 1)")
         if any_size and not self.any_size:
             raise ConfigError(f"format {self.name} takes images of one size: leave any_size (--image-size dynamic) out")
-        if int8 and not self.quantises:
+        if int8 and self.quantised_by is None:
             raise ConfigError(f"format {self.name} isn't written in int8 by evopatch: expected onnx, openvino or pt2")
         if int8 and half:
             raise ConfigError("int8 and half: expected one of them; what isn't int8 stays float32")
-        missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
+        needed = (*self.packages, *((self.quantised_by or ()) if int8 else ()))
+        missing = [package for package in needed if importlib.util.find_spec(package) is None]
         if missing:
             raise ModuleNotFoundError(
-                f"format {self.name} needs {', '.join(missing)}: pip install {' '.join(missing)}, or "
-                "'evopatch[export]' for all formats"
+                f"format {self.name}{' in int8' if int8 else ''} needs {', '.join(missing)}: pip install "
+                f"{' '.join(missing)}, or 'evopatch[export]' for all formats"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ def _write(conversion: Conversion, path: Path) -> None:
         return
     from .onnx_int8 import quantise
 
-    whole = path.with_name("float32.onnx")
-    program.save(str(whole))
-    quantise(whole, path, conversion.calibration)
-    whole.unlink()
+    with tempfile.TemporaryDirectory() as folder:  # of a large model it is several files
+        whole = Path(folder) / "float32.onnx"
+        program.save(str(whole))
+        quantise(whole, path, conversion.calibration)
 
 
 def _open(path: Path) -> Run:
@@ -42,4 +43,4 @@ def _open(path: Path) -> Run:
     return lambda images: tuple(torch.from_numpy(value) for value in session.run(None, {INPUT: images.numpy()}))
 
 
-ONNX = Form("onnx", ".onnx", ("onnx", "onnxscript", "onnxruntime"), _write, _open, quantises=True)
+ONNX = Form("onnx", ".onnx", ("onnx", "onnxscript", "onnxruntime"), _write, _open, quantised_by=())

@@ -47,5 +47,5 @@ def _open_script(path: Path) -> Run:
     return run
 
 
-PROGRAM = Form("pt2", ".pt2", (), _write_program, _open_program, quantises=True)
+PROGRAM = Form("pt2", ".pt2", (), _write_program, _open_program, quantised_by=("torchao",))
 SCRIPT = Form("torchscript", ".pt", (), _write_script, _open_script, any_size=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
+from ..durable import publish
 from ..errors import ConfigError, DataError
 
 METADATA = b"evopatch"
@@ -128,7 +128,7 @@ class Shards:
             for file in files:
                 for row_group in range(file.num_row_groups if file.metadata.num_rows else 0):
                     writer.write_table(file.read_row_group(row_group).replace_schema_metadata(schema.metadata))
-        self._publish(temporary, self.output)
+        publish(temporary, self.output)
 
     def _read(self, shard: int) -> pq.ParquetFile:
         path = self._path(shard)
@@ -150,13 +150,7 @@ class Shards:
     def _write(self, path: Path, content: Any) -> None:
         temporary = path.with_name(f"{_UNFINISHED}{path.name}")
         temporary.write_bytes(content)
-        self._publish(temporary, path)
-
-    def _publish(self, temporary: Path, path: Path) -> None:
-        """Under its own name once it is on the disk, so that a file of that name is whole."""
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
+        publish(temporary, path)
 
 
 def unreadable_in(output: Path) -> list[str]:
@@ -176,11 +170,3 @@ def _array(values: Tensor) -> pa.Array:
     for length in reversed(values.shape[1:]):
         array = pa.FixedSizeListArray.from_arrays(array, length)
     return array
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -30,7 +30,6 @@ class JoinedBlocks(WindowedBlocks):
     traced = True
     single: Mapping[str, Any] = {"window_size": 0}
     norm = "norm1"
-    """The block's norm before its attention."""
 
     def __init__(self, window: int) -> None:
         self.window = window
@@ -38,13 +37,6 @@ class JoinedBlocks(WindowedBlocks):
     def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
         windows = Windows((x.shape[1], x.shape[2]), (block.window_size or self.window,) * 2, (0, 0), pads_first=True)
         return Cut(windows, None, joined=not block.window_size)
-
-    def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        return block.forward(x.unsqueeze(2)).squeeze(2), None
-
-    def seen(self, block: Any, x: Tensor) -> Tensor:
-        normalised: Tensor = getattr(block, self.norm).forward(x)  # its hooks are for the block's own run
-        return normalised
 
     def attend(self, attention: Any, cut: Cut, selected: WindowPartition) -> tuple[Callable[..., Any], dict[str, Any]]:
         tap = WindowTap(places_of(selected, cut.windows, cut.joined), partial(self.between, attention))

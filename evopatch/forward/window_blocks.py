@@ -34,6 +34,8 @@ class WindowedBlocks(ABC):
     """Paths in that of the modules that are called with something else to run than their own forward."""
     traced: bool = False
     """Whether the attention runs generated code."""
+    norm: str | None = None
+    """The block's module before its attention, where it has one there."""
     single: Mapping[str, Any]
     """The block's attributes with which windows are single tokens, unshifted."""
     last: str | None = None
@@ -46,17 +48,20 @@ class WindowedBlocks(ABC):
     def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
         """How the block would cut `(B, h, w, C)` or `(B, N, C)`, as its host calls it with these other arguments."""
 
-    @abstractmethod
     def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        """Run the forward of a view of the block on the compact set `(B, M, C)`.
+        """Run the forward of a view of the block on the compact set `(B, M, C)`; here of one that takes a map.
 
         Returns:
             The same, and a tuple of what else the block returns; None where it returns a tensor.
         """
+        return block.forward(x.unsqueeze(2)).squeeze(2), None
 
-    @abstractmethod
     def seen(self, block: Any, x: Tensor) -> Tensor:
         """`(B, N, C)` tokens as the block's attention sees them."""
+        if self.norm is None:
+            return x
+        normalised: Tensor = getattr(block, self.norm).forward(x)  # its hooks are for the block's own run
+        return normalised
 
     @abstractmethod
     def attend(self, attention: Any, cut: Cut, selected: WindowPartition) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import re
 import shutil
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..durable import flush, publish
 from ..errors import CheckpointError, ConfigError
 from ..patching.weights import foreign_code, weights_only
 
@@ -37,9 +37,7 @@ def write_initial(output: Path, model: nn.Module) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{_UNFINISHED}{_INITIAL}"
     torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, temporary)
-    _flush(temporary)
-    os.replace(temporary, folder / _INITIAL)
-    _flush(folder)
+    publish(temporary, folder / _INITIAL)
 
 
 def load_initial(output: Path, model: nn.Module) -> None:
@@ -96,11 +94,10 @@ def _finish(temporary: Path, target: Path, settings: Mapping[str, Any]) -> None:
     digests = {str(path.relative_to(temporary)): _digest(path) for path in files}
     manifest = {"settings": dict(settings), "files": digests}
     (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    for path in [*files, temporary / _MANIFEST, temporary]:
-        _flush(path)
+    for path in [*files, temporary / _MANIFEST]:
+        flush(path)
     shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step, from before a resume
-    os.replace(temporary, target)
-    _flush(target.parent)
+    publish(temporary, target)
 
 
 def restore(path: Path, accelerator: Accelerator) -> None:
@@ -183,11 +180,3 @@ def _digest(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -167,5 +167,9 @@ def test_an_unpatched_model_and_other_outputs_are_refused(tmp_path):
 def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else find(name, *a))
+    x = variants.images_for("vit")
     with pytest.raises(ModuleNotFoundError, match=r"pip install openvino, or 'evopatch\[export\]'"):
-        evopatch.export(small(), tmp_path / "m.xml", "openvino", images=variants.images_for("vit"))
+        evopatch.export(small(), tmp_path / "m.xml", "openvino", images=x)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torchao" else find(name, *a))
+    with pytest.raises(ModuleNotFoundError, match=r"format pt2 in int8 needs torchao: pip install torchao"):
+        evopatch.export(small(), tmp_path / "m.pt2", "pt2", images=x, int8=x)

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "evopatch"
 # From bottom to top; a module may import from its own layer and from those before it.
 LAYERS = (
-    ("errors", "version", "progress", "alternating"),
+    ("errors", "version", "progress", "alternating", "durable"),
     ("config",),
     ("plan",),
     ("algorithm",),

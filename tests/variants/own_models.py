@@ -265,19 +265,19 @@ class OwnSoftmaxModule(OwnViT):
                 x = block(x)[0]
         return self.norm(x)
 
-    def features(self, x):
+    def given(self, x):
+        """By every block."""
         x, found = self.embed(x), []
         for block in self.blocks:
-            x, _ = block(x)
-            found.append(x)
+            found.append(block(x))
+            x = found[-1][0]
         return found
 
+    def features(self, x):
+        return [tokens for tokens, _ in self.given(x)]
+
     def attentions(self, x):
-        x, found = self.embed(x), []
-        for block in self.blocks:
-            x, weights = block(x)
-            found.append(weights)
-        return found
+        return [weights for _, weights in self.given(x)]
 
 
 class OwnByFunction(OwnViT):
