@@ -25,6 +25,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import random_seed
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.transforms import PILToTensor
 
 from evopatch.progress import progress_bar
@@ -106,10 +107,12 @@ def train(arguments: argparse.Namespace, model: Any, output: Path) -> list[dict[
                 schedule.step_update(epoch * steps + step)
                 rows = order[step * arguments.batch_size : (step + 1) * arguments.batch_size]
                 images, targets = mix(prepared(augmented(data.images[rows]), arguments.image_size), data.labels[rows])
-                with torch.autocast("cpu", torch.bfloat16, enabled=arguments.mixed_precision == "bf16"):
-                    logits = model(images)
-                loss = criterion(logits.float(), targets)
-                loss.backward()
+                # On CPUs without matrix units the gradient of fused attention takes most of a step in bfloat16.
+                with sdpa_kernel(SDPBackend.MATH):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=arguments.mixed_precision == "bf16"):
+                        logits = model(images)
+                    loss = criterion(logits.float(), targets)
+                    loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -21,6 +21,10 @@ def _two(config: Any) -> int:
     return 2
 
 
+def _nothing(config: Any) -> tuple[str, ...]:
+    return ()
+
+
 class Family(NamedTuple):
     """One module that loops over its layers."""
 
@@ -31,10 +35,13 @@ class Family(NamedTuple):
     readout: Callable[[Any], int] = _one
     """How many of the first of them the head reads, by the same; 0 where it averages the patch tokens."""
     rotary: bool = False
-    """Layers take `position_embeddings`, of the patch tokens."""
-    biased: bool = False
-    """Layers add a position bias to the attention logits, of the image size in `resolution`, or are given one in place
-    of a mask."""
+    """Layers take `position_embeddings`, of the patch tokens or of all."""
+    rotation: str = ""
+    """The function in its module that rotates queries and keys by tables without an axis for images. Those of a compact
+    set have one, as groups differ by image."""
+    biases: Callable[[Any], tuple[str, ...]] = _nothing
+    """What layers take to add position biases to the attention logits, by the same: one made by their host, and the
+    image size that they make their own of."""
     pads: bool = False
     """Its model masks the tokens that fill up smaller images."""
     own_attention: bool = False
@@ -80,7 +87,16 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("idefics2.modeling_idefics2", "Idefics2VisionTransformer"): _PADDED,
     ("idefics3.modeling_idefics3", "Idefics3Encoder"): _PADDED._replace(blocks="layers"),
     ("smolvlm.modeling_smolvlm", "SmolVLMEncoder"): _PADDED._replace(blocks="layers"),
-    ("beit.modeling_beit", "BeitModel"): Family("layers", _one, biased=True),
+    ("beit.modeling_beit", "BeitModel"): Family("layers", _one, biases=lambda config: ("attention_mask", "resolution")),
+    ("data2vec.modeling_data2vec_vision", "Data2VecVisionEncoder"): Family(
+        "layer",
+        _one,
+        biases=lambda config: (
+            *(("relative_position_bias",) if config.use_shared_relative_position_bias else ()),
+            "resolution",
+        ),
+        own_attention=True,
+    ),
     ("internvl.modeling_internvl", "InternVLVisionEncoder"): Family("layer", _one),
     ("dpt.modeling_dpt", "DPTViTEncoder"): Family("layer", _one),
     ("pixio.modeling_pixio", "PixioModel"): Family("layers", _class_tokens, readout=_class_tokens),
@@ -89,6 +105,9 @@ FAMILIES: dict[tuple[str, str], Family] = {
         "layer",
         lambda config: int(config.num_cls_tokens + config.num_registers),
         readout=lambda config: int(config.num_cls_tokens),
+    ),
+    ("mlcd.modeling_mlcd", "MLCDVisionModel"): Family(
+        "encoder.layers", _one, rotary=True, rotation="apply_rotary_pos_emb_vision"
     ),
     ("altclip.modeling_altclip", "AltCLIPVisionModel"): _CLIP_LIKE,
     ("chinese_clip.modeling_chinese_clip", "ChineseCLIPVisionModel"): _CLIP_LIKE,

@@ -80,7 +80,7 @@ class TappedInterface(TappedAttention):
     def _evo_hand(self, tap: AttentionTap, others: dict[str, Any]) -> Any:
         # The attention mask is None, as the layer has checked; the rest is for the implementation.
         kwargs = {name: value for name, value in others.items() if name != "attention_mask"}
-        return _Interface(self, tap, kwargs)
+        return Interface(self, tap, kwargs)
 
     @staticmethod
     def _evo_traceable(attention: nn.Module) -> nn.Module:
@@ -99,7 +99,7 @@ def eager_function(attention: nn.Module) -> Callable[..., Any]:
     )
 
 
-class _Interface:
+class Interface:
     """What the generated code of an attention module calls, for one call."""
 
     def __init__(self, module: Any, tap: AttentionTap, kwargs: dict[str, Any]) -> None:

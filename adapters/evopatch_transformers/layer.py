@@ -37,7 +37,7 @@ class SlowFastLayer(SlowFastBlock):
         own = self._evo_host_class.forward
         if evo_pass is None:
             return SlowFastBlock.forward(self, *args, **kwargs)
-        named = dict(zip(("hidden_states", "attention_mask"), args, strict=False)) | kwargs
+        named = dict(zip(self._evo_metric.parameters, args, strict=False)) | kwargs
         hidden_states, attention_mask = named.pop("hidden_states"), named.pop("attention_mask", None)
         if named.get("is_causal"):
             evo_pass.refuse("is_causal", self._evo_index)

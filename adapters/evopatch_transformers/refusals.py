@@ -15,14 +15,12 @@ _DETECTOR = "attends inside windows of the image in some of its layers"
 
 # By module, below transformers.models, and class.
 _REASONS = {
-    ("data2vec.modeling_data2vec_vision", "Data2VecVisionEncoder"): "makes its position biases layer by layer",
     ("eomt.modeling_eomt", "EomtForUniversalSegmentation"): "adds queries to its tokens between layers",
     ("eomt_dinov3.modeling_eomt_dinov3", "EomtDinov3ForUniversalSegmentation"): "adds queries between layers",
     ("groupvit.modeling_groupvit", "GroupViTVisionEncoder"): _AFTER,
     ("hiera.modeling_hiera", "HieraEncoder"): "attends inside windows whose tokens lie in an order of their own",
     ("imagegpt.modeling_imagegpt", "ImageGPTModel"): "attends to earlier tokens alone",
     ("lw_detr.modeling_lw_detr", "LwDetrViTEncoder"): _DETECTOR,
-    ("mlcd.modeling_mlcd", "MLCDVisionModel"): "takes rotary tables without an axis for images, groups differ by image",
     ("rf_detr.modeling_rf_detr", "RfDetrDinov2Encoder"): _DETECTOR,
     ("pixtral.modeling_pixtral", "PixtralVisionModel"): _PACKED,
     ("pvt.modeling_pvt", "PvtEncoder"): _WHOLE_GRID,

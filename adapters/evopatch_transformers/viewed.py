@@ -19,6 +19,7 @@ from evopatch.forward.walk import PatchedHost, walk
 from evopatch.patching.adapter import Change, block_changes, named_blocks, passages
 
 from . import interface
+from .own_attention import OwnAttention, check_fused
 from .passing import passes_keywords
 from .recording import is_looked_between
 
@@ -64,10 +65,23 @@ def runs_on_view(host: nn.Module, name: str) -> bool:
     return True
 
 
-def plan(host: nn.Module, state: HostState) -> list[Change]:
-    """Every change to a host, its layers and their attention modules."""
+def plan(host: nn.Module, state: HostState, own_attention: bool) -> list[Change]:
+    """Every change to a host, its layers and their attention modules.
+
+    Args:
+        host: Loops over its layers.
+        state: Its.
+        own_attention: Its attention modules don't call transformers' interface.
+
+    Raises:
+        UnsupportedModelError: If a layer can't be patched; names it.
+    """
     changes = [Change(host, SlowFastEncoder, {"_evo_state": state}), *passages(host, state.index_of)]
     for name, layer in named_blocks(host, state):
-        interface.check_attends(layer, name, state.spec.trace)
-        changes += block_changes(layer, name, state, ViewedLayer, interface.TappedInterface)
+        if own_attention:
+            check_fused(layer, name, state.spec.trace)
+            changes += block_changes(layer, name, state, SlowFastBlock, OwnAttention)
+        else:
+            interface.check_attends(layer, name, state.spec.trace)
+            changes += block_changes(layer, name, state, ViewedLayer, interface.TappedInterface)
     return changes

@@ -18,6 +18,7 @@ from . import heads, layer, refusals, viewed
 from .families import FAMILIES, loaded, row_of
 from .interface import CORE_NAMES, CORES, TappedInterface, check_attends
 from .own_attention import OwnAttention, OwnLayer
+from .rotated import RotatedInterface
 
 
 class ViTAdapter(Adapter):
@@ -29,11 +30,12 @@ class ViTAdapter(Adapter):
     def inspect(self, host: Any, name: str) -> HostSpec:
         family = row_of(host, FAMILIES)
         tables = ("position_embeddings",) if family.rotary else ()
-        biases = ("attention_mask", "resolution") if family.biased else ()
+        biases = family.biases(host.config)
         trace = TraceSpec(
             (*tables, *biases),
-            absent=() if family.biased else ("attention_mask",),
-            leaf_functions=_rotations(host) if family.rotary else (),
+            absent=() if biases else ("attention_mask",),
+            leaf_functions=(_function(host, "apply_rotary_pos_emb"),) if family.rotary and not family.rotation else (),
+            replaced={_function(host, family.rotation): "rotate"} if family.rotation else {},
         )
         if not family.own_attention:
             trace = dataclasses.replace(trace, core_names=CORE_NAMES, cores=CORES)
@@ -44,7 +46,7 @@ class ViTAdapter(Adapter):
             head_reads=family.readout(host.config),
             trace=trace,
             token_inputs=tables,
-            mask="" if family.biased else "attention_mask",
+            mask="" if biases else "attention_mask",
             pads=family.pads,
         )
 
@@ -55,13 +57,15 @@ class ViTAdapter(Adapter):
         return heads.plan(holder, host)
 
     def plan(self, host: nn.Module, state: HostState) -> list[Change]:
+        own_attention = row_of(host, FAMILIES).own_attention
         if viewed.runs_on_view(host, state.name):
-            return viewed.plan(host, state)
-        if row_of(host, FAMILIES).own_attention:
+            return viewed.plan(host, state, own_attention)
+        if own_attention:
             return layer.plan(host, state, OwnLayer, OwnAttention)
         for name, each in named_blocks(host, state):
             check_attends(each, name, state.spec.trace)
-        return layer.plan(host, state, layer.SlowFastLayer, TappedInterface)
+        attention = RotatedInterface if row_of(host, FAMILIES).rotation else TappedInterface
+        return layer.plan(host, state, layer.SlowFastLayer, attention)
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
         if reason := row_of(host, FAMILIES).no_grid:
@@ -69,6 +73,7 @@ class ViTAdapter(Adapter):
         return layer.grid_of(host.config, image_size)
 
 
-def _rotations(host: nn.Module) -> tuple[Callable[..., Any], ...]:
-    rotation: Callable[..., Any] = vars(sys.modules[type(host).__module__])["apply_rotary_pos_emb"]
-    return (rotation,)
+def _function(host: nn.Module, name: str) -> Callable[..., Any]:
+    """Of the module that a host's class is from."""
+    function: Callable[..., Any] = vars(sys.modules[type(host).__module__])[name]
+    return function

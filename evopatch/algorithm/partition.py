@@ -106,18 +106,22 @@ def merge_positions(table: Tensor, partition: Partition, prefix: int) -> Tensor:
     its mean token would see on average.
 
     Args:
-        table: `(N, D)`, `(H, N, D)` (one per head), or with a batch axis before `(B, 1, N, D)` or `(B, H, N, D)`.
-        prefix: `P`; the table has no entries for prefix tokens.
+        table: `(N, D)`, `(H, N, D)` (one per head), or with a batch axis before `(B, 1, N, D)` or `(B, H, N, D)`;
+            or the same of `T` in place of `N`, with entries for prefix tokens.
+        prefix: `P`.
 
     Returns:
-        `(B, 1 or H, M - P, D)`.
+        `(B, 1 or H, M - P, D)`, or of `M` where prefix tokens have entries.
     """
     batch = partition.group.shape[0]
     while table.dim() < 4:
         table = table.unsqueeze(0)
     heads, patches, channels = table.shape[1:]
     tokens = table.transpose(1, 2).reshape(-1, patches, heads * channels).expand(batch, -1, -1)
-    compact = merge(F.pad(tokens, (0, 0, prefix, 0)), partition)[:, prefix:]
+    if patches == partition.group.shape[1]:
+        compact = merge(tokens, partition)
+    else:
+        compact = merge(F.pad(tokens, (0, 0, prefix, 0)), partition)[:, prefix:]
     return compact.view(batch, -1, heads, channels).transpose(1, 2)
 
 

@@ -54,8 +54,8 @@ class Layout:
 
 
 def merged_tables(table: Any, partition: Partition, prefix: int) -> Any:
-    """Of an input with one entry per patch token, or a tuple of such, that of the compact set; see
+    """Of an input with one entry per token, or a tuple or list of such, that of the compact set; see
     `merge_positions`."""
-    if isinstance(table, tuple):
+    if isinstance(table, (tuple, list)):
         return tuple(merge_positions(part, partition, prefix) for part in table)
     return merge_positions(table, partition, prefix)

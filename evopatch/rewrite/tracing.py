@@ -82,7 +82,8 @@ def takes(module: nn.Module, name: str) -> bool:
 
 class _Proxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
-        return _Shape(self, name) if name == "shape" else super().__getattr__(name)
+        kind = {"shape": _Shape, "size": _Size}.get(name)
+        return super().__getattr__(name) if kind is None else kind(self, name)
 
 
 class _Chunks(_Proxy):
@@ -95,10 +96,15 @@ class _Chunks(_Proxy):
 
 class _Shape(fx.proxy.Attribute):
     def __getitem__(self, key: Any) -> Any:
-        # `*x.shape[:-1]`: fx can't tell how many it unpacks. Tokens are (B, M, C), so two.
-        if key == slice(None, -1):
+        # `*x.shape[:-1]`: fx can't tell how many it unpacks. Tokens are (B, M, C), or (B, M, H, D) by head, so two.
+        if key in (slice(None, -1), slice(None, -2)):
             return self[0], self[1]
         return super().__getitem__(key)  # type: ignore[misc]
+
+
+class _Size(fx.proxy.Attribute):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs) if args or kwargs else _Shape(self.root, "shape")
 
 
 class _Tracer(fx.Tracer):

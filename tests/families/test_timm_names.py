@@ -22,8 +22,8 @@ SHRUNK = {"embed_dim": 16, "num_heads": (2, 2, 4, 4), "depths": (2, 2, 2, 2)}
 SHALLOW = {"vit": {"depth": 6}, "deit": {"depth": 6}, "deit3": {"depth": 6}}
 """By the first part of a name. Sapiens 2 says of every block what is in it."""
 SMALL = 30_000_000
-SEEN = set()
-"""Structures that this process has run with values: names differ in their sizes, mostly."""
+SHAPED, SEEN = set(), set()
+"""Structures that this process has run without values and with them: their other names differ in sizes, mostly."""
 
 
 def test_the_families_are_as_large_as_expected():
@@ -70,14 +70,17 @@ def test_structures_are_told_apart():
 @torch.no_grad()
 def test_name(name):
     model, x = create(name, "meta", **shallow(name))
-    shape = model(x).shape
-    evopatch.apply(model, keep_ratio=0.5)
-    assert evopatch.is_patched(model)
-    assert model(x).shape == shape
+    structure = structure_of(model)
+    if name not in FAST and structure in SHAPED:
+        assert evopatch.is_patched(evopatch.apply(model, keep_ratio=0.5))
+    else:
+        SHAPED.add(structure)
+        shape = model(x).shape
+        evopatch.apply(model, keep_ratio=0.5)
+        assert model(x).shape == shape  # on the meta device nothing can wait for a value
     if name in FAST:
         blocks = [path for path, _ in model.named_modules() if re.search(r"blocks\.\d+$", path)]
         assert evopatch.token_selection(model, x).shape[1] == len(blocks)
-    structure = structure_of(model)
     if structure in SEEN or sum(p.numel() for p in model.parameters()) > SMALL:
         return
     SEEN.add(structure)

@@ -55,6 +55,13 @@ def beit(**others):
     return transformers.BeitForImageClassification(config)
 
 
+def data2vec(**others):
+    config = transformers.Data2VecVisionConfig(
+        **SMALL, image_size=40, patch_size=8, num_labels=7, drop_path_rate=0.0, **others
+    )
+    return transformers.Data2VecVisionForImageClassification(config)
+
+
 def depth():
     config = transformers.DPTConfig(
         **SMALL, image_size=40, patch_size=8, backbone_out_indices=[2, 3, 4, 5], neck_hidden_sizes=[8, 8, 8, 8]
@@ -78,6 +85,8 @@ MODELS = {
     "beit": (beit, IMAGES),
     "beit_biased": (lambda: beit(use_relative_position_bias=True, use_mean_pooling=False), IMAGES),
     "beit_shared": (lambda: beit(use_shared_relative_position_bias=True), IMAGES),
+    "data2vec": (lambda: data2vec(use_relative_position_bias=True, use_mean_pooling=False), IMAGES),
+    "data2vec_shared": (lambda: data2vec(use_shared_relative_position_bias=True), IMAGES),
     "dpt": (depth, IMAGES),
     "internvl": (
         lambda: transformers.InternVLVisionModel(
@@ -90,6 +99,10 @@ MODELS = {
     "sapiens2_grouped": (lambda: sapiens(2), IMAGES),
     "tipsv2": (lambda: named("Tipsv2"), IMAGES),
     "radio": (lambda: of_config("Radio", max_img_size=40, num_cls_tokens=2, num_registers=3), IMAGES),
+    "mlcd": (
+        lambda: transformers.MLCDVisionModel(transformers.MLCDVisionConfig(**SMALL, image_size=40, patch_size=8)),
+        IMAGES,
+    ),
     "altclip": (lambda: named("AltCLIP"), IMAGES),
     "chinese_clip": (lambda: named("ChineseCLIP"), IMAGES),
     "metaclip_2": (lambda: named("MetaClip2"), IMAGES),
@@ -150,17 +163,21 @@ def test_an_encoder(name):
 @torch.no_grad()
 def test_what_is_recorded_between_its_layers_is_the_full_grid(name):
     model, x = made(name)
-    model.set_attn_implementation("eager")
+    weights = not name.startswith("data2vec")  # has none with fused attention, which was chosen when it was made
+    if weights:
+        model.set_attn_implementation("eager")
     # The model for poses has no such outputs of its own: its backbone has.
     part = model.backbone if name == "vitpose" else model
     key = "feature_maps" if name == "vitpose" else "hidden_states"
-    stock = part(x, output_hidden_states=True, output_attentions=True)
+    stock = part(x, output_hidden_states=True, output_attentions=weights)
     evopatch.apply(model)
     plain = result(model(x))
-    ours = part(x, output_hidden_states=True, output_attentions=True)
+    ours = part(x, output_hidden_states=True, output_attentions=weights)
     assert [tokens.shape for tokens in ours[key]] == [tokens.shape for tokens in stock[key]]
     assert moved(ours[key][-1], stock[key][-1]) > 1e-4
-    assert [each.shape for each in ours["attentions"] or ()] == [each.shape for each in stock["attentions"] or ()]
+    assert [each.shape for each in ours.get("attentions") or ()] == [
+        each.shape for each in stock.get("attentions") or ()
+    ]
     torch.testing.assert_close(result(model(x)), plain)
 
 
@@ -251,7 +268,16 @@ def test_what_layers_with_a_position_bias_refuse():
     assert torch.isfinite(model(x, interpolate_pos_encoding=True).logits).all()
 
 
-@cases("name", ["beit_biased", "beit_shared"], fast=["beit_biased"])
+def test_a_position_bias_needs_fused_attention():
+    model = data2vec(use_relative_position_bias=True, attn_implementation="eager")
+    with pytest.raises(
+        UnsupportedModelError, match=r"layer\.0\.attention\.attention \(Data2VecVisionSelfAttention\) adds"
+    ):
+        evopatch.apply(model)
+    assert not evopatch.is_patched(model)
+
+
+@cases("name", ["beit_biased", "beit_shared", "data2vec", "data2vec_shared"], fast=["beit_biased"])
 @torch.no_grad()
 def test_a_position_bias_counts(name):
     model, x = made(name)
@@ -274,7 +300,7 @@ def test_packed_images_are_refused():
         model(patches, image_grid_hw=grid)
 
 
-@cases("name", ["internvl", "smolvlm"], fast=["internvl"])
+@cases("name", ["internvl", "smolvlm", "data2vec"], fast=["internvl"])
 def test_layers_on_a_view(name):
     """Encoders that pass no keyword arguments on."""
     model, x = made(name)
