@@ -68,7 +68,7 @@ def created(name: str) -> Any:
 
 
 @torch.no_grad()
-def cell(name: str, runtime: str, batch_size: int, keep_ratio: float, rounds: int) -> str:
+def cell(name: str, runtime: str, batch_size: int, keep_ratio: float, rounds: int, foresight: bool = False) -> str:
     """A row of the table.
 
     Args:
@@ -77,6 +77,7 @@ def cell(name: str, runtime: str, batch_size: int, keep_ratio: float, rounds: in
         batch_size: The only one of its files.
         keep_ratio: Of the patched side.
         rounds: Timed calls of each side.
+        foresight: Fit it, on noise: what it costs doesn't depend on what it has learned.
     """
     torch.manual_seed(0)
     unpatched = created(name)
@@ -87,7 +88,9 @@ def cell(name: str, runtime: str, batch_size: int, keep_ratio: float, rounds: in
             model = copy.deepcopy(unpatched)
             # A file is written of patched models only; at a keep ratio of 1 one is what it was unpatched.
             if side == "patched" or runtime in FILES:
-                evopatch.apply(model, keep_ratio if side == "patched" else 1.0)
+                shown = torch.randn(16, *images.shape[1:]) if foresight else None
+                evopatch.apply(model, keep_ratio, images=shown)
+                evopatch.set_keep_ratio(model, keep_ratio if side == "patched" else 1.0)
             flops[side] = count_flops(partial(model, images))[0]
             place = Path(folder) / side
             place.mkdir()
@@ -110,18 +113,22 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, action="append", help="repeat for several; default 1 and 16")
     parser.add_argument("--keep-ratio", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--foresight", action="store_true", help="of the patched side, see docs/concepts.md")
     asked = parser.parse_args()
     versions = []
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")
-    print(f"CPU, {torch.get_num_threads()} threads, float32, keep_ratio={asked.keep_ratio:g}; {', '.join(versions)}\n")
+    print(
+        f"CPU, {torch.get_num_threads()} threads, float32, keep_ratio={asked.keep_ratio:g}{', foresight' * asked.foresight}; {', '.join(versions)}\n"
+    )
     print("| model | batch | runtime | unpatched, images/s | patched | FLOPs | speed-up | quartiles | efficiency |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in asked.model:
         for runtime in asked.runtime or RUNTIMES:
             for batch_size in asked.batch_size or (1, 16):
-                print(cell(name, runtime, batch_size, asked.keep_ratio, asked.rounds), flush=True)
+                row = cell(name, runtime, batch_size, asked.keep_ratio, asked.rounds, asked.foresight)
+                print(row, flush=True)
                 torch._dynamo.reset()
                 gc.collect()
 

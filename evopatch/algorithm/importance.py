@@ -49,41 +49,36 @@ def class_attention(
     return logits.softmax(dim=-1, dtype=torch.float32).mean(dim=(1, 2))
 
 
-def fold(query: Tensor, key_weight: Tensor, scale: float | None = None) -> Tensor:
+def fold(query: Tensor, key_weight: Tensor) -> Tensor:
     """Queries that meet tokens whose keys nobody has computed: the key projection is folded into them.
 
     `<q, W_k n> = <W_k^T q, n>`, and what the projection's bias adds is the same for every token, so it drops out of the
     softmax: a vector of `C` numbers per head in place of the keys of all tokens.
 
     Args:
-        query: `(B, H, R, D)` of the readout.
+        query: `(Q, H, D)`, the queries of all images' readouts.
         key_weight: `(H, D, C)`.
-        scale: Factor on the logits; None: `D ** -0.5`.
 
     Returns:
-        `(B, H * R, C)`: with tokens `(B, T, C)`, as the block's projections take them, they make the attention logits.
+        `(H, Q, C)`: with tokens `(T, C)` of a query's image, as the block's projections take them, they make the
+        attention logits but for their scale.
     """
-    batch, heads, readouts, _ = query.shape
-    query = query * (default_scale(query) if scale is None else scale)
-    if exporting():
-        return (query @ key_weight).flatten(1, 2)
     # By head, not by image: the weights would be copied for each.
-    folded = query.transpose(0, 1).flatten(1, 2) @ key_weight
-    return folded.view(heads, batch, readouts, -1).transpose(0, 1).flatten(1, 2)
+    return torch.bmm(query.transpose(0, 1), key_weight)
 
 
 def folded_attention(folded: Tensor, tokens: Tensor, left_out: Tensor | None = None) -> Tensor:
     """Class attention of queries whose keys nobody has computed.
 
     Args:
-        folded: `(B, Q, C)`, see `fold`.
+        folded: `(B, Q, C)`, see `fold`, times the scale.
         tokens: `(B, T, C)`.
         left_out: `(B, T)` bool, tokens that no other attends to.
 
     Returns:
         The mean over the queries, `(B, T)` float32, sums to 1.
     """
-    logits = without(folded @ tokens.transpose(1, 2), None if left_out is None else left_out.unsqueeze(1))
+    logits = without(torch.bmm(folded, tokens.transpose(1, 2)), None if left_out is None else left_out.unsqueeze(1))
     return logits.softmax(dim=-1, dtype=torch.float32).mean(dim=1)
 
 

@@ -86,7 +86,7 @@ def select_matched(
     pieces = is_fixed(patches) and patches > step
     redundancy = []
     for rows, own in zip(features.split(step, 1), g.split(step, 1), strict=True) if pieces else [(features, g)]:
-        similarity = rows @ features.transpose(1, 2)
+        similarity = torch.bmm(rows, features.transpose(1, 2))
         less_important = g.unsqueeze(1) <= own.unsqueeze(2)
         redundancy.append(similarity.masked_fill(less_important, torch.finfo(similarity.dtype).min).amax(dim=-1))
     most = torch.cat(redundancy, dim=1) if pieces else redundancy[0]
@@ -97,7 +97,7 @@ def select_matched(
     # The similarity to the slow tokens only: the arg max is the row of the compact set.
     if pieces:
         chosen = features.gather(1, index.unsqueeze(2).expand(batch, keep, features.shape[-1])).transpose(1, 2)
-        own = [without(rows @ chosen, nobody).argmax(dim=-1) for rows in features.split(step, dim=1)]
+        own = [without(torch.bmm(rows, chosen), nobody).argmax(dim=-1) for rows in features.split(step, dim=1)]
         group = torch.cat(own, dim=1)
     else:
         near = similarity.gather(2, index.unsqueeze(1).expand(batch, patches, keep))

@@ -39,6 +39,8 @@ def _open(path: Path) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that go on spinning after a run would take the cores from the other side of a comparison.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: tuple(torch.from_numpy(value) for value in session.run(None, {INPUT: images.numpy()}))
 

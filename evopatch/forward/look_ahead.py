@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algorithm.importance import detached, fold, folded_attention
+from ..algorithm.importance import default_scale, detached, fold, folded_attention
 from ..rewrite.linear_map import along, at_hand, given
 from ..rewrite.projections import Projections
 from .block import SlowFastBlock, attention_of, layer_norm_of, seen_tokens, unwrapped
+
+Queries: TypeAlias = dict[float, list[Tensor]]
+"""Folded queries `(H, B R, C)`, one per block, by the scale of their logits; `R` rows are read of every image."""
 
 
 def can_look_ahead(blocks: Iterable[nn.Module]) -> bool:
@@ -58,12 +61,12 @@ class Look:
     ) -> None:
         self._left_out = left_out
         self._x, self._inputs, self._prefix, self._readout = detached(x), inputs, prefix, readout
-        self._asking = self._x[:, :readout]
         self._channels = int(x.shape[-1])  # a number also under torch.jit.trace
+        self._asking = self._rows_read(self._x)
         # Normed tokens, and the folded queries that meet them.
-        self._met: list[tuple[Tensor, list[Tensor]]] = []
+        self._met: list[tuple[Tensor, Queries]] = []
         # Those that layer norms of the same epsilon share, which differ in their weights alone.
-        self._shared: dict[float, tuple[Tensor, list[Tensor]]] = {}
+        self._shared: dict[float, tuple[Tensor, Queries]] = {}
 
     def features(self, block: nn.Module) -> Tensor:
         """`(B, N, C)` of length 1: the patch tokens as a block's layer norm leaves them, but for its weights."""
@@ -98,15 +101,16 @@ class Look:
             return
         asked, bias, answering = weights
         query = F.linear(self._rows(norm, tokens), asked, bias)
-        query = query.view(*query.shape[:2], projections.heads, -1).transpose(1, 2)
-        folded = fold(query, answering.view(projections.heads, -1, answering.shape[-1]), projections.scale)
+        query = query.view(query.shape[0], projections.heads, -1)
+        folded = fold(query, answering.view(projections.heads, -1, answering.shape[-1]))
+        scale = default_scale(query) if projections.scale is None else projections.scale
         # The norm's bias adds the same to every token's logit.
-        queries.append(folded if norm is None else folded * given(norm.weight, folded))
+        queries.setdefault(scale, []).append(folded if norm is None else folded * given(norm.weight, folded))
 
     def _rows(self, norm: nn.LayerNorm | None, tokens: Tensor) -> Tensor:
-        """What the readout's queries are made of, `(B, R, C)`."""
+        """What the readout's queries are made of, `(B R, C)`."""
         if norm is None and self._readout:
-            return tokens[:, : self._readout]
+            return self._rows_read(tokens)
         if norm is not None and self._readout:
             weight, bias = given(norm.weight, tokens), given(norm.bias, tokens)
             return F.layer_norm(self._asking, norm.normalized_shape, weight, bias, norm.eps)
@@ -115,34 +119,46 @@ class Look:
         # Without torch.addcmul, which not every converter knows.
         return rows if norm is None else rows * given(norm.weight, rows) + given(norm.bias, rows)
 
-    def _mean(self, patches: Tensor) -> Tensor:
-        """`(B, 1, C)`, over those that aren't left out."""
-        if self._left_out is None:
-            return patches.mean(1, keepdim=True)
-        there = (~self._left_out[:, None, self._prefix :]).to(patches.dtype)
-        return (there @ patches) / there.sum(2, keepdim=True).clamp_min(1.0)
+    def _rows_read(self, tokens: Tensor) -> Tensor:
+        """Those that the head reads, `(B R, C)`."""
+        return tokens[:, : self._readout].reshape(-1, self._channels)
 
-    def _meeting(self, block: Any, norm: nn.LayerNorm | None) -> tuple[Tensor, list[Tensor]]:
+    def _mean(self, patches: Tensor) -> Tensor:
+        """`(B, C)`, over those that aren't left out."""
+        if self._left_out is None:
+            return patches.mean(1)
+        there = (~self._left_out[:, None, self._prefix :]).to(patches.dtype)
+        return (there @ patches).squeeze(1) / there.sum(2).clamp_min(1.0)
+
+    def _meeting(self, block: Any, norm: nn.LayerNorm | None) -> tuple[Tensor, Queries]:
         if norm is not None:
             return self._normed(norm.eps)
-        self._met.append((seen_tokens(block, self._x, self._inputs), []))
+        self._met.append((seen_tokens(block, self._x, self._inputs), {}))
         return self._met[-1]
 
-    def _normed(self, eps: float) -> tuple[Tensor, list[Tensor]]:
+    def _normed(self, eps: float) -> tuple[Tensor, Queries]:
         if eps not in self._shared:
-            self._shared[eps] = (F.layer_norm(self._x, (self._channels,), eps=eps), [])
+            self._shared[eps] = (F.layer_norm(self._x, (self._channels,), eps=eps), {})
             self._met.append(self._shared[eps])
         return self._shared[eps]
 
     def _attention(self) -> Tensor | None:
         """Over the patch tokens, the mean of all blocks that could be looked at."""
-        looked = [(torch.cat(queries, dim=1), tokens, len(queries)) for tokens, queries in self._met if queries]
+        looked = [(self._by_image(queries), tokens) for tokens, queries in self._met if queries]
         if not looked:
             return None
-        means = [folded_attention(folded, tokens, self._left_out) for folded, tokens, _ in looked]
+        means = [folded_attention(folded, tokens, self._left_out) for folded, tokens in looked]
         total: Any = means[0]
         if len(means) > 1:
-            looks = sum(count for _, _, count in looked)
-            total = sum(mean * (count / looks) for mean, (_, _, count) in zip(means, looked, strict=True))
+            shares = [int(folded.shape[1]) for folded, _ in looked]
+            total = sum(mean * (share / sum(shares)) for mean, share in zip(means, shares, strict=True))
         patches: Tensor = total[:, self._prefix :]
         return patches
+
+    def _by_image(self, queries: Queries) -> Tensor:
+        """`(B, Q, C)`, scaled, of those `(H, B R, C)` of all blocks."""
+        scaled = [torch.cat(folded) * scale for scale, folded in queries.items()]
+        rows = scaled[0] if len(scaled) == 1 else torch.cat(scaled)
+        if self._readout < 2:
+            return rows.transpose(0, 1)
+        return rows.unflatten(1, (-1, self._readout)).transpose(0, 1).flatten(1, 2)

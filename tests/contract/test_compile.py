@@ -1,5 +1,7 @@
 """torch.compile: one graph, no recompilation; changes of the keep ratio are followed, each by a graph of its own."""
 
+import inspect
+
 import pytest
 import torch
 from comparing import moved
@@ -50,6 +52,29 @@ def test_a_changed_keep_ratio_is_followed(name):
     changed = call(compiled, x)
     torch.testing.assert_close(changed, call(model, x), atol=2e-5, rtol=2e-5)
     assert moved(changed, expected) > 1e-5
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_more_keep_ratios_than_eight():
+    """What docs/compatibility.md says to do."""
+    torch._dynamo.reset()
+    model, x = evopatch.apply(build("vit", **shallow("vit")), config=shallow_config("vit")), images_for("vit")
+    ratios = [slow / 25 for slow in range(2, 20, 2)]
+
+    def run(compiled):
+        for ratio in ratios:
+            evopatch.set_keep_ratio(model, ratio)
+            torch.testing.assert_close(call(compiled, x), call(model, x), atol=2e-5, rtol=2e-5)
+
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        run(torch.compile(model, fullgraph=True, backend="eager"))
+    torch._dynamo.reset()
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        run(torch.compile(model, fullgraph=True, backend="eager", recompile_limit=len(ratios)))
+    else:
+        with torch._dynamo.config.patch(recompile_limit=len(ratios)):
+            run(torch.compile(model, fullgraph=True, backend="eager"))
 
 
 @pytest.mark.slow

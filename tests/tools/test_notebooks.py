@@ -13,8 +13,9 @@ from samples import REAL_DATA
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-FEWER = {"epochs=12": "epochs=1", "epochs=4": "epochs=1", "number=6": "number=2"}
-"""Trainings are shortened, images are fewer: what they come to stands in the committed outputs."""
+FEWER = {"epochs=12": "epochs=1", "epochs=4": "epochs=1", "number=6": "number=2", "range(16)": "range(3)"}
+FEWER |= {"rounds=7": "rounds=2", "32 * model.config": "12 * model.config"}
+"""Trainings are shortened, images are fewer or smaller: what they come to stands in the committed outputs."""
 SMALL = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
@@ -59,8 +60,8 @@ def test_notebook(path, models, tmp_path, monkeypatch):
     committed = nbformat.read(path, as_version=4)
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
-        for epochs, fewer in FEWER.items():
-            cell.source = cell.source.replace(epochs, fewer)
+        for shown, fewer in FEWER.items():
+            cell.source = cell.source.replace(shown, fewer)
     executed = run(notebook, tmp_path)
     for cell, kept in zip(executed.cells, committed.cells, strict=True):
         if cell.cell_type == "code":
@@ -73,6 +74,11 @@ def test_a_failing_cell_fails(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
     with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
         run(notebook, tmp_path)
+
+
+def test_what_is_shortened_is_there():
+    sources = "".join(path.read_text() for path in EXAMPLES.glob("*.ipynb"))
+    assert [shown for shown in FEWER if shown not in sources] == []
 
 
 def test_committed_outputs_name_no_paths_of_a_machine():
