@@ -119,9 +119,8 @@ def main() -> None:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")
-    print(
-        f"CPU, {torch.get_num_threads()} threads, float32, keep_ratio={asked.keep_ratio:g}{', foresight' * asked.foresight}; {', '.join(versions)}\n"
-    )
+    settings = f"keep_ratio={asked.keep_ratio:g}{', foresight' * asked.foresight}"
+    print(f"CPU, {torch.get_num_threads()} threads, float32, {settings}; {', '.join(versions)}\n")
     print("| model | batch | runtime | unpatched, images/s | patched | FLOPs | speed-up | quartiles | efficiency |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in asked.model:

@@ -16,7 +16,8 @@ class RotatedInterface(TappedInterface):
     """Mixin of a patched attention module."""
 
     def _evo_hand(self, tap: AttentionTap, others: dict[str, Any]) -> Any:
-        return _Rotated(super()._evo_hand(tap, others), next(iter(self._evo_trace.replaced)))
+        rotation: Any = next(iter(self._evo_trace.replaced))
+        return _Rotated(super()._evo_hand(tap, others), rotation)
 
 
 class _Rotated:

@@ -17,6 +17,7 @@ def _write(conversion: Conversion, path: Path) -> None:
     from executorch.exir.backend.canonical_partitioners.pattern_op_partitioner import (
         generate_partitions_from_list_of_nodes,
     )
+    from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 
     partitioner: Any = XnnpackPartitioner()
 
@@ -27,7 +28,12 @@ def _write(conversion: Conversion, path: Path) -> None:
     # Its own way of merging, for dynamic quantisation, looks at each partition by itself, and makes some that wait for
     # each other ("found dependency cycles").
     partitioner.generate_partitions = partitions
-    lowered = to_edge_transform_and_lower(conversion.program(), partitioner=[partitioner])
+    # Parts of weights are constants then: XNNPACK multiplies by no others, and without it a product is a plain loop.
+    program: Any = constant_prop_pass(conversion.program())
+    for name, value in program.constants.items():
+        if isinstance(value, Tensor):  # what it writes of a view is from where the view's storage begins
+            program.constants[name] = value.detach().clone()
+    lowered = to_edge_transform_and_lower(program, partitioner=[partitioner])
     lowered.to_executorch().save(str(path))
 
 

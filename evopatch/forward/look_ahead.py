@@ -161,4 +161,5 @@ class Look:
         rows = scaled[0] if len(scaled) == 1 else torch.cat(scaled)
         if self._readout < 2:
             return rows.transpose(0, 1)
-        return rows.unflatten(1, (-1, self._readout)).transpose(0, 1).flatten(1, 2)
+        by_image: Tensor = rows.unflatten(1, (-1, self._readout))
+        return by_image.transpose(0, 1).flatten(1, 2)

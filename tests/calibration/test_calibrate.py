@@ -110,6 +110,7 @@ def test_losses_as_targets():
     assert result.reached == (result.after.agreement >= 0.9)
 
 
+@pytest.mark.slow
 def test_a_speed_up_as_target(monkeypatch):
     """The clock is a formula here, as a real one says another thing each time."""
 

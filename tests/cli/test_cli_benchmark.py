@@ -10,6 +10,7 @@ from peers import token_merging
 import evopatch
 
 
+@pytest.mark.slow
 def test_benchmark_command(command, tmp_path):
     peer = token_merging.__file__
     out, plot = tmp_path / "speed.json", tmp_path / "speed.png"

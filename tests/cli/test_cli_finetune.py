@@ -32,6 +32,7 @@ def run_in(command, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_digits_is_what_works_without_network(run_in, tmp_path):
     run = run_in(*SMALL, "--epochs", "1", "--rows", ":256", "--eval-rows", ":64", "--keep-ratio", "0.6,0.3")
     folder = tmp_path / "evopatch-finetune-vit_tiny_patch16_224"

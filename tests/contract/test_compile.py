@@ -56,25 +56,26 @@ def test_a_changed_keep_ratio_is_followed(name):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_more_keep_ratios_than_eight():
+def test_more_keep_ratios_than_the_limit():
     """What docs/compatibility.md says to do."""
     torch._dynamo.reset()
     model, x = evopatch.apply(build("vit", **shallow("vit")), config=shallow_config("vit")), images_for("vit")
-    ratios = [slow / 25 for slow in range(2, 20, 2)]
+    ratios = [slow / 25 for slow in (4, 8, 12, 16)]
 
     def run(compiled):
         for ratio in ratios:
             evopatch.set_keep_ratio(model, ratio)
             torch.testing.assert_close(call(compiled, x), call(model, x), atol=2e-5, rtol=2e-5)
 
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-        run(torch.compile(model, fullgraph=True, backend="eager"))
-    torch._dynamo.reset()
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        run(torch.compile(model, fullgraph=True, backend="eager", recompile_limit=len(ratios)))
-    else:
-        with torch._dynamo.config.patch(recompile_limit=len(ratios)):
+    with torch._dynamo.config.patch(recompile_limit=2):
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             run(torch.compile(model, fullgraph=True, backend="eager"))
+        torch._dynamo.reset()
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            run(torch.compile(model, fullgraph=True, backend="eager", recompile_limit=len(ratios)))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=len(ratios)):
+        run(torch.compile(model, fullgraph=True, backend="eager"))
 
 
 @pytest.mark.slow
@@ -82,6 +83,7 @@ def test_more_keep_ratios_than_eight():
 @torch.no_grad()
 def test_compiles_with_inductor(name):
     torch._dynamo.reset()
-    model, x = evopatch.apply(build(name)), images_for(name)
+    options = {"depths": (2, 2), "num_heads": (2, 4)} if name == "swin" else shallow(name)
+    model, x = evopatch.apply(build(name, **options), config=shallow_config(name)), images_for(name)
     torch.testing.assert_close(call(torch.compile(model, fullgraph=True), x), call(model, x), atol=2e-5, rtol=2e-5)
-    assert moved(call(model, x), call(build(name), x)) > 1e-4
+    assert moved(call(model, x), call(build(name, **options), x)) > 1e-4

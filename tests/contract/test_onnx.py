@@ -14,7 +14,7 @@ ROWS = [(*row, "stage", None) for row in by_representative([*NAMES, "pit", "swin
 ROWS += [("vit", "single", "layer", None), ("levit", "single", "stage", None)]
 ROWS += [("swinv2", "matched", "stage", None), ("hf_swin", "matched", "stage", (72, 88))]
 ROWS += [("torchvision_swin", "matched", "stage", None), ("hf_sam", "matched", "stage", None)]
-FAST = [("hf_vit", "matched", "stage", None), ("levit", "matched", "stage", None)]
+FAST = [("hf_vit", "matched", "stage", None)]
 
 REVIEWED = set(
     """

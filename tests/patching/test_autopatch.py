@@ -102,6 +102,7 @@ def test_models_compile():
         torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_libraries_imported_inside():
     code = (
         "import sys, evopatch\n"
@@ -139,6 +140,7 @@ def test_run_a_training_script(tmp_path):
     assert not torch.equal(states[0]["head.weight"], states[1]["head.weight"]), "nothing was different in training"
 
 
+@pytest.mark.slow
 def test_run_passes_everything_on(tmp_path):
     (tmp_path / "helper.py").write_text("VALUE = 5\n")
     (tmp_path / "script.py").write_text(

@@ -14,7 +14,11 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassi
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 FEWER = {"epochs=12": "epochs=1", "epochs=4": "epochs=1", "number=6": "number=2", "range(16)": "range(3)"}
-FEWER |= {"rounds=7": "rounds=2", "32 * model.config": "12 * model.config"}
+FEWER |= {
+    "rounds=7": "rounds=2",
+    "32 * model.config": "12 * model.config",
+    "test_size=0.25": "test_size=200, train_size=400",
+}
 """Trainings are shortened, images are fewer or smaller: what they come to stands in the committed outputs."""
 SMALL = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 
@@ -54,7 +58,7 @@ def test_notebook(path, models, tmp_path, monkeypatch):
     if "calibrate" in path.stem:  # which takes minutes with real weights
         monkeypatch.setenv("EVOPATCH_DINOV2", models["small"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("EVOPATCH_SECONDS", "10")  # of the search in the one that calibrates
+    monkeypatch.setenv("EVOPATCH_SECONDS", "5")  # of the search in the one that calibrates
     if "PYTEST_XDIST_WORKER" in os.environ:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
     committed = nbformat.read(path, as_version=4)
