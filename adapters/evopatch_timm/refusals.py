@@ -15,7 +15,6 @@ _REASONS = {
     ("crossvit", "CrossVit"): "runs two grids of tokens side by side, which exchange class tokens",
     ("davit", "DaVit"): "attends inside windows and between channels, with convolutions in between",
     ("gcvit", "GlobalContextVit"): _WINDOWS,
-    ("gemma4_vit", "Gemma4VitEncoder"): "takes rotary tables with an axis for images and none for heads",
     ("hiera", "Hiera"): _WINDOWS,
     ("hieradet_sam2", "HieraDet"): "pools queries inside windows",
     ("maxxvit", "MaxxVit"): "attends inside windows, with convolutions in between",

@@ -53,9 +53,11 @@ class Layout:
         return x.flatten(2).transpose(1, 2)
 
 
-def merged_tables(table: Any, partition: Partition, prefix: int) -> Any:
+def merged_tables(table: Any, partition: Partition, prefix: int, by_image: bool = False) -> Any:
     """Of an input with one entry per token, or a tuple or list of such, that of the compact set; see
-    `merge_positions`."""
+    `merge_positions`. With an axis for images it is `(B, N, D)`, without one for heads."""
     if isinstance(table, (tuple, list)):
         return tuple(merge_positions(part, partition, prefix) for part in table)
+    if by_image:
+        return merge_positions(table.unsqueeze(1), partition, prefix).squeeze(1)
     return merge_positions(table, partition, prefix)

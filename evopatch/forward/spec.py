@@ -64,6 +64,8 @@ class HostSpec:
     trace: TraceSpec = field(default_factory=TraceSpec)
     token_inputs: tuple[str, ...] = ()
     """Those of the block's inputs that have one entry per patch token, such as a rotary table: averaged per group."""
+    tables_by_image: bool = False
+    """Those are `(B, N, D)`, not `(N, D)` or `(H, N, D)`."""
     mask: str = ""
     """The input, if there is one, that says which tokens are left out of attention: a key padding mask, as
     `scaled_dot_product_attention` takes it. Those are neither slow nor stood in for, and stay as they are in a run."""

@@ -260,7 +260,7 @@ class TokenPass(ForwardPass):
         spec, accumulates = self.spec, self._accumulates(index)
         if partition is not None:
             for name in spec.token_inputs:
-                inputs[name] = merged_tables(inputs[name], partition, spec.prefix)
+                inputs[name] = merged_tables(inputs[name], partition, spec.prefix, spec.tables_by_image)
         everything = None
         if reads_out:
             everything = answering_tokens(block, x, tuple(inputs[name] for name in block._evo_metric.inputs))

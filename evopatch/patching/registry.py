@@ -24,6 +24,7 @@ _BUILT_IN = {
         "evopatch_timm.sam:SamAdapter",
         "evopatch_timm.naflex:NaFlexAdapter",
         "evopatch_timm.towers:TowerAdapter",
+        "evopatch_timm.gemma:GemmaAdapter",
     ),
     "transformers": (
         "evopatch_transformers.vit:ViTAdapter",
