@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PAGE = Path(__file__).with_name("compatibility.md")
-YES, PARTLY, NO, NOT_TRIED = "yes", "partly", "no", "not tried"
+YES, PARTLY, NO = "yes", "partly", "no"
 
 
 class Row(NamedTuple):
@@ -178,9 +178,9 @@ SECTIONS = {
         Row("Lightning", YES,
             "`apply` in the module's `__init__`, so that `load_from_checkpoint` finds it patched",
             ("test_trained_by_lightning",)),
-        Row("DeepSpeed", NOT_TRIED,
-            "not run",
-            ()),
+        Row("DeepSpeed: ZeRO 2 and 3", YES,
+            "after `apply`; run on a CPU in one process. It clips gradients to a norm of 1 unless told otherwise",
+            ("test_trained_by_deepspeed",)),
         Row("captum: layers' activations and attributions, saliency", YES,
             "after `apply`; they see every token",
             ("test_attributions_of_captum",)),
