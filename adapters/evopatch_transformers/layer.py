@@ -37,8 +37,9 @@ class SlowFastLayer(SlowFastBlock):
         own = self._evo_host_class.forward
         if evo_pass is None:
             return SlowFastBlock.forward(self, *args, **kwargs)
-        named = dict(zip(self._evo_metric.parameters, args, strict=False)) | kwargs
-        hidden_states, attention_mask = named.pop("hidden_states"), named.pop("attention_mask", None)
+        parameters = self._evo_metric.parameters
+        named = dict(zip(parameters, args, strict=False)) | kwargs
+        hidden_states, attention_mask = named.pop(parameters[0]), named.pop("attention_mask", None)
         if named.get("is_causal"):
             evo_pass.refuse("is_causal", self._evo_index)
         if named.get("output_hidden_states"):  # also asked for by a pre-hook that ran after ours
