@@ -15,7 +15,7 @@ from ..errors import ConfigError, SpeedWarning
 from ..progress import progress_bar
 from . import options
 from .options import Precision
-from .patch_options import several_configs
+from .patch_options import patch, several_configs
 from .tables import console, megabytes, table_of, write_json
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def benchmark(
     import torch
 
     from ..measure.comparison import benchmark as run
-    from ..patching.apply import apply
+    from ..patching.handle import Patched, unpatch
     from ..sources.architectures import open_architecture
 
     options.check_folder_of(json_out, "--json")
@@ -72,10 +72,10 @@ def benchmark(
         import matplotlib  # noqa: F401, before the work that it draws
     other = None if peer is None else _load(peer)
     network, input_size = open_architecture(model, image_size)
+    patch_configs = patch(network, model, *patch_configs)
     network = options.place(network, device, dtype)
     image = torch.randn(1, *input_size, device=device, dtype=getattr(torch, dtype.value))
-    peers = {} if other is None else _peers(other, network, image, patch_configs)
-    apply(network, config=patch_configs[0])
+    peers = {} if other is None else _peers(other, unpatch(Patched(network).copy()), image, patch_configs)
     sizes = batch_size or [16]
     results = []
     with progress_bar(f"{model}, {len(patch_configs)} setting(s)", len(sizes) * (rounds + warm_up)) as advance:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import EvoConfig
 from . import options
-from .patch_options import one_config
+from .patch_options import one_config, patch
 from .tables import console, megabytes, table_of, write_json
 
 
@@ -22,12 +22,12 @@ def profile(
     evopatch profile --model vit_base_patch16_224 --keep-ratio 0.4
     """
     from ..measure.profiling import profile as run
-    from ..patching.apply import apply
     from ..sources.architectures import open_architecture
 
     options.check_folder_of(json_out, "--json")
     network, input_size = open_architecture(model, image_size)
-    found = run(apply(network, config=patch_config), input_size)
+    (patch_config,) = patch(network, model, patch_config)
+    found = run(network, input_size)
     columns = ("tokens", "of", "GFLOPs", "un-\npatched", "share", "kept\nMB", "un-\npatched", "share")
     table = table_of(f"{model}, {input_size[1]}x{input_size[2]}, one image", ("block",), columns)
     for index, block in enumerate(found.blocks):

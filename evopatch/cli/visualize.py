@@ -12,7 +12,7 @@ from ..config import EvoConfig
 from ..errors import CheckpointError, ConfigError, UnreadableImageError
 from ..sources.preprocessing import Preprocessing
 from . import options
-from .patch_options import one_config
+from .patch_options import one_config, patch
 from .preprocessing_options import with_preprocessing
 from .tables import console
 
@@ -60,7 +60,6 @@ def visualize(
 
     from ..measure.pictures import visualize as run
     from ..measure.pictures import visualize_training
-    from ..patching.apply import apply
     from ..sources.models import open_classifier
 
     options.check_folder_of(out, "--out")
@@ -70,7 +69,7 @@ def visualize(
     # Weights given by --checkpoints take the place of timm's; a transformers model's come with its configuration.
     pretrained = states is None or not timm.is_model(model)
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing, pretrained)
-    apply(classifier.model, config=patch_config)
+    patch(classifier.model, model, patch_config)
     batch = torch.stack([classifier.transform(_open(path)) for path in image])
     shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (classifier.mean, classifier.std))
     pixels = (batch * scale + shift).clamp(0, 1).permute(0, 2, 3, 1)

@@ -49,6 +49,16 @@ def test_calibrate_then_evaluate_and_finetune(command, files):
     assert run.returncode == 0, run.stderr
     assert "patched as" in run.stderr
     assert json.loads(out.read_text())[1]["config"] == content["after"]["config"]
+    run = command("benchmark", "--model", tuned, "--batch-size", "2", "--rounds", "2", "--warm-up", "1", "--json", out)
+    assert run.returncode == 0, run.stderr
+    assert [side["config"] for side in json.loads(out.read_text())[0]["sides"][1:]] == [content["after"]["config"]]
+    run = command("profile", "--model", tuned, "--json", out)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(out.read_text())["config"] == content["after"]["config"]
+    photo = next(path for path in (files / "photos").rglob("*") if path.is_file())
+    run = command("visualize", "--model", tuned, "--image", photo, "--out", files / "selection.png")
+    assert run.returncode == 0, run.stderr
+    assert "patched as" in run.stderr
     several = ("--keep-ratio", "0.5", "--keep-ratio", "0.3")
     run = command("evaluate", "--model", tuned, "--data", files / "photos", "--json", out, *several)
     assert run.returncode == 0, run.stderr
