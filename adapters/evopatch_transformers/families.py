@@ -39,6 +39,10 @@ class Family(NamedTuple):
     rotation: str = ""
     """The function in its module that rotates queries and keys by tables without an axis for images. Those of a compact
     set have one, as groups differ by image."""
+    places: str = ""
+    """The method of its attention modules that says by the number of tokens where each of them is, to rotate by."""
+    rotates: str = ""
+    """The function in its module that rotates queries or keys by that."""
     biases: Callable[[Any], tuple[str, ...]] = _nothing
     """What layers take to add position biases to the attention logits, by the same: one made by their host, and the
     image size that they make their own of."""
@@ -125,6 +129,14 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("janus.modeling_janus", "JanusVisionModel"): Family("encoder.layers", _none, readout=_none),
     ("vitpose_backbone.modeling_vitpose_backbone", "VitPoseBackboneEncoder"): Family("layer", _none, readout=_none),
     ("videomae.modeling_videomae", "VideoMAEEncoder"): Family("layer", _none, readout=_none, no_grid=_NO_IMAGE),
+    ("vjepa2.modeling_vjepa2", "VJEPA2Encoder"): Family(
+        "layer",
+        _none,
+        readout=_none,
+        places="get_position_ids",
+        rotates="rotate_queries_or_keys",
+        no_grid=_NO_IMAGE,
+    ),
     ("vivit.modeling_vivit", "VivitModel"): Family("layers", _one, no_grid=_NO_IMAGE),
     ("audio_spectrogram_transformer.modeling_audio_spectrogram_transformer", "ASTModel"): Family(
         "layers", _two, readout=_two, no_grid=_NO_IMAGE

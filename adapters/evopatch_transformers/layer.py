@@ -6,7 +6,7 @@ No model's class is swapped: transformers finds by class which hidden states and
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from evopatch.algorithm.rows import exporting
 from evopatch.errors import BypassError, UnsupportedInputError
+from evopatch.forward.beside import Beside
 from evopatch.forward.block import SlowFastBlock, TappedAttention, run_tapped
 from evopatch.forward.host_state import HostState
 from evopatch.forward.spec import qualified
@@ -64,12 +65,13 @@ class SlowFastLayer(SlowFastBlock):
             if isinstance(value, Tensor) and value.dim() and not known:
                 evo_pass.refuse(name, self._evo_index)
 
-        def run(x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
-            if tap is None:
-                return cast(Tensor, own(self, x, **inputs))
-            return cast(Tensor, run_tapped(self, tap, x, **inputs))
+        beside = Beside(self._evo_name)
 
-        return evo_pass.advance(self._evo_index, self, hidden_states, named, run)
+        def run(x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
+            return beside.tokens_of(own(self, x, **inputs) if tap is None else run_tapped(self, tap, x, **inputs))
+
+        tokens = evo_pass.advance(self._evo_index, self, hidden_states, named, run)
+        return beside.again(tokens, None)  # the interface gives attention between all tokens
 
     def _evo_check_bias(self, evo_pass: TokenPass, named: dict[str, Any]) -> None:
         # It is made anew for as many tokens as go through.

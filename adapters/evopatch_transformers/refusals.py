@@ -9,7 +9,6 @@ from torch import nn
 _PACKED = "packs the patches of all its images into one sequence: its tokens are no grid of one image's patches"
 _WHOLE_GRID = "makes keys and values by convolutions over the whole grid"
 _AFTER = "has other tokens behind the patch tokens"
-_PLACES = "works with its tokens' places in the sequence"
 _DIVIDED = "divides attention between time and space"
 _DETECTOR = "attends inside windows of the image in some of its layers"
 
@@ -30,7 +29,6 @@ _REASONS = {
     ("timesformer.modeling_timesformer", "TimesformerEncoder"): _DIVIDED,
     ("videoprism.modeling_videoprism", "VideoPrismVisionModel"): _DIVIDED,
     ("vilt.modeling_vilt", "ViltModel"): "has the tokens of a text before the patch tokens",
-    ("vjepa2.modeling_vjepa2", "VJEPA2Encoder"): _PLACES,
     ("x_clip.modeling_x_clip", "XCLIPVisionEncoder"): "adds a message of the other frames to its tokens in every layer",
     ("yolos.modeling_yolos", "YolosModel"): _AFTER,
 }

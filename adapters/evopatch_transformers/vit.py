@@ -15,10 +15,10 @@ from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks
 from evopatch.rewrite.tracing import TraceSpec
 
 from . import heads, layer, refusals, viewed
-from .families import FAMILIES, loaded, row_of
+from .families import FAMILIES, Family, loaded, row_of
 from .interface import CORE_NAMES, CORES, TappedInterface, check_attends
 from .own_attention import OwnAttention, OwnLayer
-from .rotated import RotatedInterface
+from .rotated import PlacedInterface, RotatedInterface
 
 
 class ViTAdapter(Adapter):
@@ -34,8 +34,8 @@ class ViTAdapter(Adapter):
         trace = TraceSpec(
             (*tables, *biases),
             absent=() if biases else ("attention_mask",),
-            leaf_functions=(_function(host, "apply_rotary_pos_emb"),) if family.rotary and not family.rotation else (),
-            replaced={_function(host, family.rotation): "rotate"} if family.rotation else {},
+            leaf_functions=tuple(_function(host, name) for name in _called(family)),
+            replaced=_replaced(host, family),
         )
         if not family.own_attention:
             trace = dataclasses.replace(trace, core_names=CORE_NAMES, cores=CORES)
@@ -64,13 +64,28 @@ class ViTAdapter(Adapter):
             return layer.plan(host, state, OwnLayer, OwnAttention)
         for name, each in named_blocks(host, state):
             check_attends(each, name, state.spec.trace)
-        attention = RotatedInterface if row_of(host, FAMILIES).rotation else TappedInterface
+        family = row_of(host, FAMILIES)
+        attention = RotatedInterface if family.rotation else PlacedInterface if family.places else TappedInterface
         return layer.plan(host, state, layer.SlowFastLayer, attention)
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
         if reason := row_of(host, FAMILIES).no_grid:
             raise UnsupportedInputError(f"{type(host).__name__} {reason}")
         return layer.grid_of(host.config, image_size)
+
+
+def _called(family: Family) -> tuple[str, ...]:
+    """Names of the functions that rotate queries and keys as they stand."""
+    if family.places:
+        return (family.rotates,)
+    return ("apply_rotary_pos_emb",) if family.rotary and not family.rotation else ()
+
+
+def _replaced(host: nn.Module, family: Family) -> dict[Callable[..., Any] | str, str]:
+    """See `TraceSpec.replaced`."""
+    if family.places:
+        return {family.places: "places"}
+    return {_function(host, family.rotation): "rotate"} if family.rotation else {}
 
 
 def _function(host: nn.Module, name: str) -> Callable[..., Any]:

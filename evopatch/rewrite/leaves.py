@@ -20,9 +20,9 @@ def leaf_methods(shim: nn.Module, tracer: fx.Tracer, names: tuple[str, ...]) -> 
     patched: list[tuple[nn.Module, str]] = []
 
     def recorder(path: str, method: str) -> Callable[..., fx.Proxy]:
-        def record(*args: Any) -> fx.Proxy:
+        def record(*args: Any, **kwargs: Any) -> fx.Proxy:
             module = tracer.create_proxy("get_attr", path, (), {})
-            return tracer.create_proxy("call_method", method, (module, *args), {})
+            return tracer.create_proxy("call_method", method, (module, *args), kwargs)
 
         return record
 

@@ -1,4 +1,4 @@
-"""Calls in a graph that make a position bias of queries, handed to the tap."""
+"""Calls in a graph that make something by token that a compact set needs its own of, handed to the tap."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
 import evopatch
-from evopatch import UnsupportedInputError, UnsupportedModelError
+from evopatch import EvoConfig, UnsupportedInputError, UnsupportedModelError
 from evopatch.patching.handle import Patched
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 96}
@@ -81,6 +81,22 @@ def sapiens(key_heads):
     return of_config("Sapiens2", num_register_tokens=2, num_last_full_attention_layers=1, **fewer)
 
 
+def predicting():
+    config = transformers.VJEPA2Config(
+        patch_size=8,
+        crop_size=40,
+        frames_per_clip=4,
+        tubelet_size=2,
+        hidden_size=48,
+        num_hidden_layers=6,
+        mlp_ratio=2,
+        num_attention_heads=4,
+        num_pooler_layers=1,
+        num_labels=7,
+    )
+    return transformers.VJEPA2ForVideoClassification(config)
+
+
 MODELS = {
     "beit": (beit, IMAGES),
     "beit_biased": (lambda: beit(use_relative_position_bias=True, use_mean_pooling=False), IMAGES),
@@ -119,6 +135,7 @@ MODELS = {
     "git": (lambda: GitVisionModel(GitVisionConfig(**SMALL, image_size=40, patch_size=8)), IMAGES),
     "vitpose": (pose, (2, 3, 64, 48)),
     "videomae": (lambda: of_video("VideoMAE", tubelet_size=2), VIDEOS),
+    "vjepa2": (predicting, VIDEOS),
     "vivit": (lambda: of_video("Vivit", tubelet_size=[2, 8, 8]), VIDEOS),
     "ast": (listening, SOUNDS),
 }
@@ -202,6 +219,25 @@ def test_patches_of_video_are_no_grid():
     with pytest.raises(UnsupportedInputError, match="takes video or sound, whose patches aren't a grid"):
         Patched(evopatch.apply(model)).host.grids((40, 40))
     assert torch.isfinite(result(model(x))).all()
+
+
+@torch.no_grad()
+def test_slow_tokens_of_a_video_are_rotated_by_their_own_places():
+    model, x = made("vjepa2")
+    encoder, taken, entered = model.vjepa2.encoder, 5, []
+    stock = copy.deepcopy(encoder)
+    stock.layer[taken].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    stock(x)
+    config = EvoConfig(keep_ratio=0.5, representative="none", start=taken, stages=1)
+    state = Patched(evopatch.apply(model, config=config)).host.state
+    state.passes = []
+    found = encoder(x).last_hidden_state
+    slow = state.passes[0].partitions[taken].leader
+    images = torch.arange(2).unsqueeze(1)
+    alone = stock.layer[taken](entered[0][images, slow], slow)[0]
+    torch.testing.assert_close(found[images, slow], stock.layernorm(alone), atol=1e-5, rtol=1e-5)
+    elsewhere = stock.layer[taken](entered[0][images, slow], slow.flip(1))[0]
+    assert moved(found[images, slow], stock.layernorm(elsewhere)) > 1e-4
 
 
 def of_qwen():
