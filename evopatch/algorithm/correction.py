@@ -62,6 +62,7 @@ class Regression:
     """
 
     def __init__(self, channels: int, device: torch.device) -> None:
+        self.channels = channels
         self._equations = NormalEquations(channels, channels, device)
 
     def add(self, distance: Tensor, difference: Tensor) -> None:

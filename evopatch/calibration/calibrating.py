@@ -18,6 +18,7 @@ from ..patching.correcting import fit_correction, runs_of
 from ..patching.fitting import blocks_of, fit_foresight
 from ..patching.handle import Patched, unpatch
 from ..patching.learning import learned, set_learned
+from ..patching.window_correcting import fit_window_corrections
 from ..progress import progress_bar
 from ..version import VERSION
 from .batches import images_of
@@ -133,6 +134,7 @@ class _Run:
         spec, depths = copy.host.state.spec, copy.host.state.depths
         begins = [sum(depths[:stage]) for stage in range(len(depths))]
         self._flat = spec.pyramid is None and not spec.windowed
+        self._windowed = spec.windowed
         self._matched = base.representative == "matched"
         original = unpatch(copy.copy())
         self._search_on, self._report_on = images[::2].split(batch_size), images[1::2].split(batch_size)
@@ -158,14 +160,14 @@ class _Run:
         if not self._start.firsts:
             raise ConfigError("the settings to begin with keep all tokens: expected a keep ratio below 1")
         flops = self._levels.first(self._start)
-        # What a selection weighs, and what is learned, is for flat models with matched representatives.
+        # What a selection weighs is for flat models with matched representatives.
         weighs = self._flat and self._matched
-        foresight = weighs and self._foresees(flops)
+        learns = self._matched and self._learns(flops)
         self._search_began = time.monotonic()
         best = self._search.best(level_of(self.trials, self._start, flops), flops, self._depth, self._fixed, weighs)
         best, flops = self._levels.reached(best, flops)
-        best, foresight = self._no_worse(best, flops, foresight)
-        best, corrected = self._corrected(best, flops)
+        best, learns = self._no_worse(best, flops, learns)
+        best, corrected = self._corrected(best, flops, learns)
         after = self._point("calibrated", self.trials, best)
         before = self._point("default", self._plain, nearest(self._plain, self._start, after.flops))
         curve = [before, after]
@@ -179,7 +181,7 @@ class _Run:
             before=before,
             after=after,
             curve=tuple(curve),
-            foresight=foresight,
+            foresight=learns and self._flat,
             corrected=corrected,
             classifier=self._judge.is_classifier,
             searched=sum(map(len, self._search_on)),
@@ -193,12 +195,16 @@ class _Run:
         )
         return found, best
 
-    def _foresees(self, flops: float) -> bool:
-        """Learn foresight, and keep it if the settings to begin with lose less with it on images that it wasn't learned
-        from. Not where features of patches count: it foresees what the class token will attend to."""
-        if self._judge.compares_patches:
+    def _learns(self, flops: float) -> bool:
+        """Learn foresight, or with windows corrections, and keep it if the settings to begin with lose less with it on
+        images that it wasn't learned from."""
+        # Foresight is of what the class token will attend to: not where features of patches count.
+        if self._flat and not self._judge.compares_patches:
+            fit_foresight(self.trials.patched.model, self._learned_from())
+        elif self._windowed:
+            fit_window_corrections(self.trials.patched.model, self._learned_from())
+        else:
             return False
-        fit_foresight(self.trials.patched.model, self._learned_from())
         self.trials.forget_flops()
         with_it, without = (
             self._reporter.all_errors(trials.at(nearest(trials, self._start, flops).config(self._base))).error
@@ -210,21 +216,25 @@ class _Run:
         self.trials.forget_flops()
         return False
 
-    def _no_worse(self, best: Schedule, flops: float, foresight: bool) -> tuple[Schedule, bool]:
-        """What was found; or what the search began with, with foresight or without, where the images to report on lose
-        clearly less so: a few images say little of others."""
+    def _no_worse(self, best: Schedule, flops: float, learns: bool) -> tuple[Schedule, bool]:
+        """What was found; or what the search began with, with what was learned or without, where the images to report
+        on lose clearly less so: a few images say little of others."""
         start, plain = nearest(self.trials, self._start, flops), nearest(self._plain, self._start, flops)
         if clearly_worse(self._errors(best), self._errors(start)):
             best = start
         bare = self._reporter.all_errors(self._plain.at(plain.config(self._base))).error
         if not clearly_worse(self._errors(best), bare):
-            return best, foresight
+            return best, learns
         set_learned(self.trials.patched.model, {})
         self.trials.forget_flops()
         return plain, False
 
-    def _corrected(self, best: Schedule, flops: float) -> tuple[Schedule, tuple[tuple[int, int], ...]]:
-        """Corrections where the images to report on lose less with them, at the same FLOPs."""
+    def _corrected(self, best: Schedule, flops: float, learns: bool) -> tuple[Schedule, tuple[tuple[int, int], ...]]:
+        """Corrections where the images to report on lose less with them, at the same FLOPs. Blocks with windows have
+        theirs from the beginning, each its own."""
+        if self._windowed and learns:
+            plans = self.trials.patched.host.state.plan(best.config(self._base))
+            return best, tuple((i, i) for i, plan in enumerate(plans) if plan.keep_ratio < 1.0)
         if not (self._flat and self._matched and self._base.selection == "stage"):
             return best, ()
         patched = self.trials.patched

@@ -99,7 +99,7 @@ class TappedAttention(GeneratesCode, Steered):
             self._evo_generate()
 
 
-Patch = TypeVar("Patch", SlowFastBlock, TappedAttention)
+Patch = TypeVar("Patch", bound=Steered)
 _MISSING = object()
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -132,7 +132,9 @@ def unwrapped(module: nn.Module, mixin: type[Patch]) -> Patch | None:
     """A patched module, or the one that a wrapper holds."""
     if isinstance(module, mixin):
         return module
-    return next((inner for inner in module.children() if isinstance(inner, mixin)), None)
+    inner: Any = next((child for child in module.children() if isinstance(child, mixin)), None)
+    found: Patch | None = inner
+    return found
 
 
 def layer_norm_of(block: Any) -> nn.LayerNorm | None:

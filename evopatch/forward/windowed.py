@@ -10,11 +10,14 @@ and those not, share a partition, made before the first of them. Selection `"lay
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..algorithm.correction import missed
 from ..algorithm.importance import accumulate, coarsen
 from ..algorithm.partition import Partition, distribute
 from ..algorithm.selection import num_slow
@@ -24,7 +27,23 @@ from ..rewrite.view import View, check_steered
 from .forward_pass import ForwardPass
 from .hooks import FullGrid
 from .host_state import HostState
+from .learned import correction_of
 from .window_blocks import Cut, WindowedBlocks
+
+
+class Received(NamedTuple):
+    """What the tokens of a block received from the rows that went through it."""
+
+    tokens: Tensor
+    """`(B, N, C)`, before the block."""
+    entry: Tensor
+    """`(B, M, C)`, the rows they were merged into."""
+    partition: Partition
+    out: Tensor
+    """`(B, N, C)`, the tokens after the block."""
+    own: Callable[[], Tensor]
+    """Makes `(B, N, C)`, what they would be had each gone through it."""
+
 
 REGIONS = 4
 """So many parts of the image that don't attend to each other may lie in one shifted window."""
@@ -40,6 +59,8 @@ class WindowedPass(ForwardPass):
         self._selected: dict[int, tuple[Windows, WindowPartition]] = {}
         self._grids: dict[int, tuple[int, int]] = {}
         self._first: dict[int, int] = {}
+        self.received: dict[int, Received] | None = None if state.passes is None else {}
+        """Where somebody collects the passes, by block that not all tokens went through."""
 
     def run(self, index: int, block: Any, *args: Any, **options: Any) -> Any:
         """One block.
@@ -78,7 +99,14 @@ class WindowedPass(ForwardPass):
         if blocks.last is not None:
             changed[blocks.last] = _unchanged
         out, rest = blocks.call(View(block, changed), entry, tuple(inputs), options)
-        full = distribute(tokens, out - entry, partition).view(x.shape)
+        full = distribute(tokens, out - entry, partition)
+        correction = correction_of(block, index) if self.representative == "matched" else None
+        if correction is not None:
+            full = full + missed(tokens, entry, partition, correction)
+        if self.received is not None:
+            alone = partial(_alone, block, tokens, given, tuple(inputs), options)
+            self.received[index] = Received(tokens, entry, partition, full, alone)
+        full = full.view(x.shape)
         if blocks.channels_first:
             full = full.permute(0, 3, 1, 2)
         if blocks.last is not None:
@@ -152,6 +180,15 @@ class WindowedPass(ForwardPass):
         loss = importance.pow(self.importance) * novelty
         keep = num_slow(cut.windows.number, self.keep_ratio(index))
         return select_windows(loss, importance, keep, places, cut.windows, self.representative == "single")
+
+
+def _alone(block: Any, like: Tensor, *called: Any) -> Tensor:
+    """`(B, N, C)` tokens after a block that all go through, before what it has on the main branch after all else."""
+    given, inputs, options = called
+    blocks = block._evo_blocks
+    out = View(block, {} if blocks.last is None else {blocks.last: _unchanged}).forward(given, *inputs, **options)
+    tokens: Tensor = out[0] if isinstance(out, tuple) else out
+    return (tokens.permute(0, 2, 3, 1) if blocks.channels_first else tokens).reshape(like.shape)
 
 
 def _unchanged(x: Tensor) -> Tensor:

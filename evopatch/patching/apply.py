@@ -18,7 +18,7 @@ from . import changes, registry
 from .adapter import Adapter, walks_by_itself
 from .changes import Change
 from .containers import containers
-from .fitting import check_images, fit_foresight
+from .from_images import check_images, learn_from
 from .handle import Patched, unpatch
 from .own_model import OwnModel
 from .skipping import check_example, skip_slow_runs
@@ -47,9 +47,10 @@ def apply(
         model: A supported model, or one that holds supported ones as submodules: each of them is patched.
         keep_ratio: Share of the patch tokens that are slow, in (0, 1]; overrides the one in `config`. Default 0.5.
         config: All other settings.
-        images: `(B, 3, height, width)`, 16 or more, as the model expects them and on its device: what tokens are
-            ranked by is learned from the model's own attention on them, in a second or two and without labels (see
-            `docs/concepts.md`, foresight). For flat models with matched representatives.
+        images: `(B, 3, height, width)`, 16 or more, as the model expects them and on its device, to learn from in a
+            second or two and without labels: a flat model what to rank its tokens by, from its own attention on them;
+            a model with windows what its fast tokens miss (see `docs/concepts.md`, foresight and Swin). With matched
+            representatives; not for LeViT and PiT.
         blocks: For a model that no adapter knows: path of the `nn.ModuleList` or `nn.Sequential` that holds its blocks,
             such as `"encoder.layers"`. `evopatch.inspect(model)` says which would do. Blocks take `(B, T, C)`, or
             `(T, B, C)`, and give the same.
@@ -96,7 +97,7 @@ def apply(
     _patch(model, hosts, dict.fromkeys((name for name, _, _ in hosts), config), measured=skip_slow is not None)
     try:
         if images is not None:
-            fit_foresight(model, images)
+            learn_from(model, images)
         if skip_slow is not None:
             skip_slow_runs(model, skip_slow)
     except BaseException:

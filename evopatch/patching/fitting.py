@@ -10,37 +10,18 @@ from torch import Tensor, nn
 
 from ..algorithm.foresight import Regression
 from ..config import EvoConfig
-from ..errors import ConfigError, DataError, UnsupportedModelError
-from ..forward.block import SlowFastBlock, unwrapped
+from ..forward.block import unwrapped
+from ..forward.guarded import GuardedBlock
 from ..forward.host_state import HostState
 from ..forward.learned import FORESIGHT, give
 from ..forward.look_ahead import Look
 from ..plan import BlockPlan
 from .handle import Host, Patched
 
-_LEAST_IMAGES = 8
 AT_ONCE = 16
 """Images of one forward."""
 _WATCHED = BlockPlan(keep_ratio=1.0, selects=False, ends=False, tradeoff=1.0)
 """All tokens, and the block's own class attention."""
-
-
-def check_images(images: Tensor, config: EvoConfig) -> None:
-    """
-    Raises:
-        DataError: If these aren't images to fit foresight on.
-        ConfigError: If nothing would use it.
-    """
-    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
-        found = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-        raise DataError(f"images are {found}: expected a tensor (B, 3, height, width) of floating-point numbers")
-    if len(images) < _LEAST_IMAGES:
-        raise DataError(f"{len(images)} image(s): expected at least {_LEAST_IMAGES}, better 16 or more")
-    if config.representative != "matched":
-        raise ConfigError(
-            f"images were given, and representative={config.representative!r}: what they are for, foresight, ranks "
-            "tokens for matched representatives only. Leave them out"
-        )
 
 
 @torch.no_grad()
@@ -48,21 +29,15 @@ def fit_foresight(model: nn.Module, images: Tensor) -> None:
     """Give every block of a patched flat model its foresight, by the unpatched model's forwards.
 
     Args:
-        model: A patched model; what its blocks had before is replaced.
-        images: `(B, 3, height, width)` as the model expects them, on its device; see `check_images`.
+        model: A patched model; what the blocks of its flat hosts had before is replaced.
+        images: `(B, 3, height, width)` as the model expects them, on its device.
 
     Raises:
         NotPatchedError: If nothing in the model is patched.
-        UnsupportedModelError: If nothing flat is patched in it.
         DataError: If what the model makes of the images isn't finite.
     """
     patched = Patched(model)
-    hosts = {name: host for name, host in patched.hosts.items() if _is_flat(host)}
-    if not hosts:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: foresight is for flat models, and what is patched here pools or cuts its tokens "
-            "on the way (LeViT, PiT, Swin, SAM). Leave the images out"
-        )
+    hosts = {name: host for name, host in patched.hosts.items() if is_flat(host)}
     watched = _watched(patched, hosts)
     sums: dict[str, dict[int, Regression]] = {name: {} for name in hosts}
     for batch in images.split(AT_ONCE):
@@ -77,11 +52,12 @@ def fit_foresight(model: nn.Module, images: Tensor) -> None:
 
 def blocks_of(patched: Patched[Any], host: Host) -> list[nn.Module]:
     """A host's patched blocks, also those that a wrapper holds."""
-    found: list[Any] = [unwrapped(patched.model.get_submodule(first), SlowFastBlock) for first, *_ in host.blocks()]
+    found: list[Any] = [unwrapped(patched.model.get_submodule(first), GuardedBlock) for first, *_ in host.blocks()]
     return found
 
 
-def _is_flat(host: Host) -> bool:
+def is_flat(host: Host) -> bool:
+    """Whether it has one grid, and attends over all of it."""
     return host.state.spec.pyramid is None and not host.state.spec.windowed
 
 

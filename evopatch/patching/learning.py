@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..algorithm.correction import Correction
 from ..errors import UnsupportedModelError
 from ..forward.block import SlowFastBlock, layer_norm_of
+from ..forward.guarded import GuardedBlock
 from ..forward.learned import CORRECTS_FROM, correction_of, foresight_of, give, give_correction, take
 from ..forward.learned import FORESIGHT as _FORESIGHT
 
@@ -64,9 +65,9 @@ def set_learned(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check(model: nn.Module, block: Any, path: str, what: str, tensor: Tensor, axis: int, dims: int) -> None:
-    if not isinstance(block, SlowFastBlock):
+    if not isinstance(block, GuardedBlock):
         raise UnsupportedModelError(f"{what} for '{path}', which is no patched block of {type(model).__name__}")
-    norm = layer_norm_of(block)
+    norm = layer_norm_of(block) if isinstance(block, SlowFastBlock) else None
     channels = tensor.shape[axis] if norm is None or tensor.dim() <= axis else norm.normalized_shape[0]
     if tensor.dim() != dims or tensor.shape[axis] != channels or not tensor.isfinite().all():
         raise UnsupportedModelError(
