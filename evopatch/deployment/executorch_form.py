@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
 from .conversion import Conversion
 from .form import Form, Run
@@ -28,13 +29,68 @@ def _write(conversion: Conversion, path: Path) -> None:
     # Its own way of merging, for dynamic quantisation, looks at each partition by itself, and makes some that wait for
     # each other ("found dependency cycles").
     partitioner.generate_partitions = partitions
+    ops = torch.ops.aten
+    quicker: Any = {
+        ops.linalg_vector_norm.default: _length,
+        ops.gather.default: _gathered,
+        ops.matmul.default: _multiplied,
+    }
+    shorter = conversion.program().run_decompositions(quicker)
+    _unexpand(shorter.graph)
     # Parts of weights are constants then: XNNPACK multiplies by no others, and without it a product is a plain loop.
-    program: Any = constant_prop_pass(conversion.program())
+    program: Any = constant_prop_pass(shorter)
     for name, value in program.constants.items():
         if isinstance(value, Tensor):  # what it writes of a view is from where the view's storage begins
             program.constants[name] = value.detach().clone()
     lowered = to_edge_transform_and_lower(program, partitioner=[partitioner])
     lowered.to_executorch().save(str(path))
+
+
+# What XNNPACK doesn't know runs in plain loops on one thread, some of them slow ones.
+
+
+def _length(x: Tensor, ord: float = 2.0, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
+    """By a product, which XNNPACK knows, in place of powers."""
+    if ord != 2.0 or dim is None or dtype is not None:
+        return NotImplemented
+    return (x * x).sum(dim, keepdim=keepdim).sqrt()
+
+
+def _gathered(x: Tensor, dim: int, index: Tensor, sparse_grad: bool = False) -> Any:
+    """Of one table `(H, A)` for all windows, and the same places for all heads: whole rows, without copies of either."""
+    alike = x.dim() == 3 and dim in (2, -1) and x.stride(0) == 0 == index.stride(1)
+    if not alike or x.shape[1] != index.shape[1]:
+        return NotImplemented
+    places = index[:, 0]
+    return x[0].t().index_select(0, places.reshape(-1)).view(*places.shape, -1).transpose(1, 2)
+
+
+def _multiplied(x: Tensor, y: Tensor) -> Any:
+    """Without copying each side to the axes that it has."""
+    if x.dim() < 3 or x.shape[:-2] != y.shape[:-2]:
+        return NotImplemented
+    product = torch.bmm(x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:]))
+    return product.view(*x.shape[:-1], y.shape[-1])
+
+
+def _unexpand(graph: fx.Graph) -> None:
+    """Let what was copied stand for its copies, where one of them is taken or what is divided by them takes it."""
+    ops = torch.ops.aten
+    for node in list(graph.nodes):
+        place = {ops.select.int: 0, ops.div.Tensor: 1}.get(node.target)
+        if place is None or getattr(node.args[place], "target", None) is not ops.expand.default:
+            continue
+        original = node.args[place].args[0]
+        shape, copied = (list(each.meta["val"].shape) for each in (original, node.args[place]))
+        if node.target is ops.div.Tensor:
+            node.args = (node.args[0], original)
+        elif node.args[2] == 0:
+            before, after = copied[: node.args[1]], copied[node.args[1] + 1 :]
+            if shape == before + after:
+                node.replace_all_uses_with(original)
+            elif shape == [*before, 1, *after]:
+                node.args = (original, *node.args[1:])
+    graph.eliminate_dead_code()
 
 
 def _open(path: Path) -> Run:
