@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rows import exporting
 from .window_selection import WindowPartition
 from .windows import Windows
 
@@ -63,8 +64,13 @@ def compact_bias(bias: Tensor, mask: Tensor | None, windows: Windows, partition:
     batch, count, keep = place.shape
     area, heads = windows.area, bias.shape[0]
     pairs = (place.unsqueeze(3) * area + place.unsqueeze(2)).view(batch * count, 1, keep * keep)
-    compact = bias.flatten(1).expand(batch * count, -1, -1).gather(2, pairs.expand(-1, heads, -1))
-    compact = compact.view(batch * count, heads, keep, keep)
+    if exporting():
+        # Other runtimes copy the table for every window before they gather.
+        compact = bias.flatten(1).t().index_select(0, pairs.flatten())
+        compact = compact.view(batch * count, keep, keep, heads).permute(0, 3, 1, 2)
+    else:
+        compact = bias.flatten(1).expand(batch * count, -1, -1).gather(2, pairs.expand(-1, heads, -1))
+        compact = compact.view(batch * count, heads, keep, keep)
     added = log_size.view(batch * count, 1, 1, -1)[..., :keep]
     if mask is not None:
         own = mask.flatten(1).expand(batch, -1, -1).flatten(0, 1).gather(1, pairs.squeeze(1))

@@ -30,11 +30,7 @@ def _write(conversion: Conversion, path: Path) -> None:
     # each other ("found dependency cycles").
     partitioner.generate_partitions = partitions
     ops = torch.ops.aten
-    quicker: Any = {
-        ops.linalg_vector_norm.default: _length,
-        ops.gather.default: _gathered,
-        ops.matmul.default: _multiplied,
-    }
+    quicker: Any = {ops.linalg_vector_norm.default: _length, ops.matmul.default: _multiplied}
     shorter = conversion.program().run_decompositions(quicker)
     _unexpand(shorter.graph)
     # Parts of weights are constants then: XNNPACK multiplies by no others, and without it a product is a plain loop.
@@ -56,15 +52,6 @@ def _length(x: Tensor, ord: float = 2.0, dim: Any = None, keepdim: bool = False,
     return (x * x).sum(dim, keepdim=keepdim).sqrt()
 
 
-def _gathered(x: Tensor, dim: int, index: Tensor, sparse_grad: bool = False) -> Any:
-    """Of one table `(H, A)` for all windows, and the same places for all heads: whole rows, without copies of either."""
-    alike = x.dim() == 3 and dim in (2, -1) and x.stride(0) == 0 == index.stride(1)
-    if not alike or x.shape[1] != index.shape[1]:
-        return NotImplemented
-    places = index[:, 0]
-    return x[0].t().index_select(0, places.reshape(-1)).view(*places.shape, -1).transpose(1, 2)
-
-
 def _multiplied(x: Tensor, y: Tensor) -> Any:
     """Without copying each side to the axes that it has."""
     if x.dim() < 3 or x.shape[:-2] != y.shape[:-2]:
@@ -74,22 +61,14 @@ def _multiplied(x: Tensor, y: Tensor) -> Any:
 
 
 def _unexpand(graph: fx.Graph) -> None:
-    """Let what was copied stand for its copies, where one of them is taken or what is divided by them takes it."""
+    """Divide by what was copied to as many channels, not by the copies."""
     ops = torch.ops.aten
-    for node in list(graph.nodes):
-        place = {ops.select.int: 0, ops.div.Tensor: 1}.get(node.target)
-        if place is None or getattr(node.args[place], "target", None) is not ops.expand.default:
+    for node in graph.nodes:
+        if node.target is not ops.div.Tensor or getattr(node.args[1], "target", None) is not ops.expand.default:
             continue
-        original = node.args[place].args[0]
-        shape, copied = (list(each.meta["val"].shape) for each in (original, node.args[place]))
-        if node.target is ops.div.Tensor:
-            node.args = (node.args[0], original)
-        elif node.args[2] == 0:
-            before, after = copied[: node.args[1]], copied[node.args[1] + 1 :]
-            if shape == before + after:
-                node.replace_all_uses_with(original)
-            elif shape == [*before, 1, *after]:
-                node.args = (original, *node.args[1:])
+        divided, copies = node.args
+        if divided.meta["val"].shape == copies.meta["val"].shape:
+            node.args = (divided, copies.args[0])
     graph.eliminate_dead_code()
 
 
