@@ -126,7 +126,8 @@ def _loss(point: Point) -> tuple[str, str]:
 
 def _summary(result: Calibration, folder: Path) -> str:
     learned = ["foresight"] if result.foresight else []
-    learned += [f"corrections of runs {', '.join(f'{a} to {b}' for a, b in result.corrected)}"] * bool(result.corrected)
+    runs = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in result.corrected)
+    learned += [f"corrections of blocks {runs}"] * bool(runs)
     reached = "Reached" if result.reached else "NOT reached; this is the best that was found"
     return (
         f"{reached}. {result.tried} settings on {result.searched} images in {result.seconds / 60:.1f} minutes, figures "
