@@ -60,6 +60,8 @@ class PitAdapter(PyramidAdapter):
             head_reads=prefix if is_of("timm", host, _RETURNS_PREFIX) else 0,
             # Of a fine grid with few channels and two or three blocks a selection costs about what it saves.
             start=len(blocks[0]) if len(blocks) > 1 else None,
+            # Its grids get coarser by themselves: keeping less of the last one costs more than it saves.
+            taper=0.0 if len(blocks) > 1 else None,
         )
 
 
