@@ -41,8 +41,8 @@ class Family(NamedTuple):
     set have one, as groups differ by image."""
     places: str = ""
     """The method of its attention modules that says by the number of tokens where each of them is, to rotate by."""
-    rotates: str = ""
-    """The function in its module that rotates queries or keys by that."""
+    rotates: str = "apply_rotary_pos_emb"
+    """The function in its module that rotates queries and keys by tables, or each by places."""
     biases: Callable[[Any], tuple[str, ...]] = _nothing
     """What layers take to add position biases to the attention logits, by the same: one made by their host, and the
     image size that they make their own of."""

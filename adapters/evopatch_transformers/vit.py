@@ -34,7 +34,7 @@ class ViTAdapter(Adapter):
         trace = TraceSpec(
             (*tables, *biases),
             absent=() if biases else ("attention_mask",),
-            leaf_functions=tuple(_function(host, name) for name in _called(family)),
+            leaf_functions=(_function(host, family.rotates),) if _rotates(family) else (),
             replaced=_replaced(host, family),
         )
         if not family.own_attention:
@@ -74,11 +74,9 @@ class ViTAdapter(Adapter):
         return layer.grid_of(host.config, image_size)
 
 
-def _called(family: Family) -> tuple[str, ...]:
-    """Names of the functions that rotate queries and keys as they stand."""
-    if family.places:
-        return (family.rotates,)
-    return ("apply_rotary_pos_emb",) if family.rotary and not family.rotation else ()
+def _rotates(family: Family) -> bool:
+    """Whether queries and keys are rotated by the model's function as it stands."""
+    return bool(family.places) or (family.rotary and not family.rotation)
 
 
 def _replaced(host: nn.Module, family: Family) -> dict[Callable[..., Any] | str, str]:

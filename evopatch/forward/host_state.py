@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from ..algorithm.rows import rounded_share
@@ -39,6 +40,8 @@ class HostState:
         """How many `evopatch.full_grid` contexts are open."""
         self.passes: list[Any] | None = None
         """Where the owner of a copy of a model collects the state of every forward, to look at it."""
+        self.watch: Callable[[int, Any], None] | None = None
+        """Told by every block with windows what its tokens received, in a copy of a model that somebody learns from."""
         self.generated: dict[Any, Any] = {}
         """Code by the structure of the block that it is for; empty but while the host is being patched."""
         self.set_config(config)

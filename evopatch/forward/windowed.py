@@ -10,8 +10,6 @@ and those not, share a partition, made before the first of them. Selection `"lay
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +39,8 @@ class Received(NamedTuple):
     partition: Partition
     out: Tensor
     """`(B, N, C)`, the tokens after the block."""
-    own: Callable[[], Tensor]
-    """Makes `(B, N, C)`, what they would be had each gone through it."""
+    alone: Tensor
+    """`(B, N, C)`, what they would be had each gone through it."""
 
 
 REGIONS = 4
@@ -59,8 +57,7 @@ class WindowedPass(ForwardPass):
         self._selected: dict[int, tuple[Windows, WindowPartition]] = {}
         self._grids: dict[int, tuple[int, int]] = {}
         self._first: dict[int, int] = {}
-        self.received: dict[int, Received] | None = None if state.passes is None else {}
-        """Where somebody collects the passes, by block that not all tokens went through."""
+        self._watch = state.watch
 
     def run(self, index: int, block: Any, *args: Any, **options: Any) -> Any:
         """One block.
@@ -103,9 +100,9 @@ class WindowedPass(ForwardPass):
         correction = correction_of(block, index) if self.representative == "matched" else None
         if correction is not None:
             full = full + missed(tokens, entry, partition, correction)
-        if self.received is not None:
-            alone = partial(_alone, block, tokens, given, tuple(inputs), options)
-            self.received[index] = Received(tokens, entry, partition, full, alone)
+        if self._watch is not None:
+            alone = _alone(block, tokens, given, tuple(inputs), options)
+            self._watch(index, Received(tokens, entry, partition, full, alone))
         full = full.view(x.shape)
         if blocks.channels_first:
             full = full.permute(0, 3, 1, 2)
@@ -182,9 +179,8 @@ class WindowedPass(ForwardPass):
         return select_windows(loss, importance, keep, places, cut.windows, self.representative == "single")
 
 
-def _alone(block: Any, like: Tensor, *called: Any) -> Tensor:
+def _alone(block: Any, like: Tensor, given: Tensor, inputs: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
     """`(B, N, C)` tokens after a block that all go through, before what it has on the main branch after all else."""
-    given, inputs, options = called
     blocks = block._evo_blocks
     out = View(block, {} if blocks.last is None else {blocks.last: _unchanged}).forward(given, *inputs, **options)
     tokens: Tensor = out[0] if isinstance(out, tuple) else out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +44,9 @@ def fit_window_corrections(model: nn.Module, images: Tensor) -> None:
     for name in names:
         state = watched.hosts[name].state
         state.set_plans((_ALL_TOKENS, *(_SELECTING,) * (state.depth - 1)))
-        state.active = True
+        state.active, state.watch = True, partial(_add, sums[name])
     for batch in images.split(AT_ONCE):
-        for name in names:
-            watched.hosts[name].state.passes = []
         watched.model(batch)
-        for name in names:
-            for seen in watched.hosts[name].state.passes or []:
-                _add(seen.received, sums[name])
     for name in names:
         blocks = blocks_of(patched, patched.hosts[name])
         for index, regression in sums[name].items():
@@ -59,13 +54,10 @@ def fit_window_corrections(model: nn.Module, images: Tensor) -> None:
             give_correction(blocks[index], index, regression.solve(rank))
 
 
-def _add(received: dict[int, Received], sums: dict[int, Regression]) -> None:
-    """What one forward saw."""
-    while received:
-        index, seen = received.popitem()
-        tokens = seen.tokens
-        rows = distribute(torch.zeros_like(tokens), seen.entry, seen.partition)
-        own: Any = seen.own()
-        if index not in sums:
-            sums[index] = Regression(tokens.shape[-1], tokens.device)
-        sums[index].add(tokens - rows, own - seen.out)
+def _add(sums: dict[int, Regression], index: int, seen: Received) -> None:
+    """What one block's tokens received in one forward."""
+    tokens = seen.tokens
+    rows = distribute(torch.zeros_like(tokens), seen.entry, seen.partition)
+    if index not in sums:
+        sums[index] = Regression(tokens.shape[-1], tokens.device)
+    sums[index].add(tokens - rows, seen.alone - seen.out)
