@@ -47,9 +47,9 @@ def apply(
         model: A supported model, or one that holds supported ones as submodules: each of them is patched.
         keep_ratio: Share of the patch tokens that are slow, in (0, 1]; overrides the one in `config`. Default 0.5.
         config: All other settings.
-        images: `(B, 3, height, width)`, 16 or more, as the model expects them and on its device, to learn from in a
-            second or two and without labels: a flat model what to rank its tokens by, from its own attention on them;
-            a model with windows what its fast tokens miss (see `docs/concepts.md`, foresight and Swin). With matched
+        images: `(B, 3, height, width)`, 16 or more, as the model expects them and on its device, to learn from in a few
+            seconds and without labels: a flat model what to rank its tokens by, from its own attention on them; a model
+            with windows what its fast tokens miss (see `docs/concepts.md`, foresight and Swin). With matched
             representatives; not for LeViT and PiT.
         blocks: For a model that no adapter knows: path of the `nn.ModuleList` or `nn.Sequential` that holds its blocks,
             such as `"encoder.layers"`. `evopatch.inspect(model)` says which would do. Blocks take `(B, T, C)`, or
