@@ -17,6 +17,10 @@ def _none(config: Any) -> int:
     return 0
 
 
+def _no(config: Any) -> bool:
+    return False
+
+
 def _two(config: Any) -> int:
     return 2
 
@@ -48,8 +52,14 @@ class Family(NamedTuple):
     image size that they make their own of."""
     pads: bool = False
     """Its model masks the tokens that fill up smaller images."""
+    behind: Callable[[Any], int] = _none
+    """Number of tokens behind the patch tokens, by the same; these are what is read then."""
+    looks: Callable[[Any], bool] = _no
+    """Whether it looks at the tokens between its layers, by the same."""
     own_attention: bool = False
     """Its attention modules don't call transformers' interface."""
+    joined: Callable[[Any], int] = _none
+    """How many of its last layers stay as they are, by the same: other tokens join those of the image before them."""
     no_grid: str = ""
     """Why its patch tokens aren't the grid of one image's patches, where they aren't."""
 
@@ -62,6 +72,7 @@ def _registers(config: Any) -> int:
     return 1 + int(config.num_register_tokens)
 
 
+_JOINED_BY_QUERIES = Family("layers", _registers, joined=lambda config: int(config.num_blocks))
 _NO_IMAGE = "takes video or sound, whose patches aren't a grid of an image's"
 _CLIP_LIKE = Family("encoder.layers", _one)
 _PADDED = Family("encoder.layers", _none, readout=_none, pads=True)
@@ -101,6 +112,10 @@ FAMILIES: dict[tuple[str, str], Family] = {
         ),
         own_attention=True,
     ),
+    ("eomt.modeling_eomt", "EomtForUniversalSegmentation"): _JOINED_BY_QUERIES,
+    ("eomt_dinov3.modeling_eomt_dinov3", "EomtDinov3ForUniversalSegmentation"): _JOINED_BY_QUERIES._replace(
+        rotary=True
+    ),
     ("internvl.modeling_internvl", "InternVLVisionEncoder"): Family("layer", _one),
     ("dpt.modeling_dpt", "DPTViTEncoder"): Family("layer", _one),
     ("pixio.modeling_pixio", "PixioModel"): Family("layers", _class_tokens, readout=_class_tokens),
@@ -138,6 +153,12 @@ FAMILIES: dict[tuple[str, str], Family] = {
         no_grid=_NO_IMAGE,
     ),
     ("vivit.modeling_vivit", "VivitModel"): Family("layers", _one, no_grid=_NO_IMAGE),
+    ("yolos.modeling_yolos", "YolosEncoder"): Family(
+        "layer",
+        _one,
+        behind=lambda config: int(config.num_detection_tokens),
+        looks=lambda config: bool(config.use_mid_position_embeddings),
+    ),
     ("audio_spectrogram_transformer.modeling_audio_spectrogram_transformer", "ASTModel"): Family(
         "layers", _two, readout=_two, no_grid=_NO_IMAGE
     ),

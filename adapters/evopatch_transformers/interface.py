@@ -115,7 +115,7 @@ class Interface:
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The model's own implementation on the compact set; attention weights, if asked for, between all tokens."""
-        module, partition = self._module, self._tap.partition
+        module, partition = self._module, self._tap.shown
         bias = self._tap.prepare(query, key, attention_mask, kwargs.get("scaling"))
         implementation = module.config._attn_implementation
         if bias is not None and implementation not in _TAKE_A_BIAS:

@@ -8,15 +8,12 @@ from torch import nn
 
 _PACKED = "packs the patches of all its images into one sequence: its tokens are no grid of one image's patches"
 _WHOLE_GRID = "makes keys and values by convolutions over the whole grid"
-_AFTER = "has other tokens behind the patch tokens"
 _DIVIDED = "divides attention between time and space"
 _DETECTOR = "attends inside windows of the image in some of its layers"
 
 # By module, below transformers.models, and class.
 _REASONS = {
-    ("eomt.modeling_eomt", "EomtForUniversalSegmentation"): "adds queries to its tokens between layers",
-    ("eomt_dinov3.modeling_eomt_dinov3", "EomtDinov3ForUniversalSegmentation"): "adds queries between layers",
-    ("groupvit.modeling_groupvit", "GroupViTVisionEncoder"): _AFTER,
+    ("groupvit.modeling_groupvit", "GroupViTVisionEncoder"): "gathers its patch tokens into groups between layers",
     ("hiera.modeling_hiera", "HieraEncoder"): "attends inside windows whose tokens lie in an order of their own",
     ("imagegpt.modeling_imagegpt", "ImageGPTModel"): "attends to earlier tokens alone",
     ("lw_detr.modeling_lw_detr", "LwDetrViTEncoder"): _DETECTOR,
@@ -30,7 +27,6 @@ _REASONS = {
     ("videoprism.modeling_videoprism", "VideoPrismVisionModel"): _DIVIDED,
     ("vilt.modeling_vilt", "ViltModel"): "has the tokens of a text before the patch tokens",
     ("x_clip.modeling_x_clip", "XCLIPVisionEncoder"): "adds a message of the other frames to its tokens in every layer",
-    ("yolos.modeling_yolos", "YolosModel"): _AFTER,
 }
 
 

@@ -1,6 +1,6 @@
 """Encoders of transformers that call their layers with the tokens alone, or little else: they run on a view.
 
-An encoder's class may be swapped, as transformers finds by the class of a whole model, and of a layer, what to record.
+Their classes are swapped under the same names, by which transformers finds what a model records.
 """
 
 from __future__ import annotations
@@ -8,17 +8,15 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import transformers
 from torch import nn
-from transformers import PreTrainedModel
 
-from evopatch.errors import UnsupportedModelError
 from evopatch.forward.block import SlowFastBlock
 from evopatch.forward.host_state import HostState
 from evopatch.forward.walk import PatchedHost, walk
 from evopatch.patching.adapter import Change, block_changes, named_blocks, passages
 
-from . import interface
+from . import heads, interface
+from .families import Family
 from .own_attention import OwnAttention, check_fused
 from .passing import passes_keywords
 from .recording import is_looked_between
@@ -27,11 +25,16 @@ from .recording import is_looked_between
 class SlowFastEncoder(PatchedHost):
     """Mixin of a patched encoder that runs on a view."""
 
+    _evo_keeps_name = True
+    _evo_looks: bool
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder's own, on slow-fast layers."""
         host: Any = self
-        layers = host.get_submodule(str(self._evo_state.spec.blocks))
-        return walk(self, "forward", *args, compact=not is_looked_between(host, layers, kwargs), **kwargs)
+        layers = [host.get_submodule(path) for (path,) in self._evo_state.blocks]
+        reads_prefix = heads.nobody_looks(host, kwargs)
+        compact = not self._evo_looks and not is_looked_between(host, layers, kwargs)
+        return walk(self, "forward", *args, compact=compact, reads_prefix=reads_prefix, **kwargs)
 
 
 class ViewedLayer(SlowFastBlock):
@@ -42,43 +45,28 @@ class ViewedLayer(SlowFastBlock):
         return interface.traceable(block, cores[-1])
 
 
-def runs_on_view(host: nn.Module, name: str) -> bool:
-    """Whether a host doesn't pass keyword arguments on to its layers, in which the state could travel.
-
-    Args:
-        host: Loops over its layers.
-        name: Fully qualified, for errors.
-
-    Raises:
-        UnsupportedModelError: If it doesn't, and is a whole model, whose class has to stay.
-    """
+def runs_on_view(host: nn.Module) -> bool:
+    """Whether a host doesn't pass keyword arguments on to its layers, in which the state could travel."""
     cls = type(host)
     parameters = inspect.signature(cls.forward).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters) and passes_keywords(cls):
-        return False
-    if isinstance(host, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"'{name or 'model'}' ({cls.__module__}.{cls.__qualname__}) doesn't pass its **kwargs on to its layers in "
-            f"transformers {transformers.__version__}: expected it to take and pass them, since the state of a forward "
-            "pass travels in them. Use a newer version of transformers, or pass **kwargs on"
-        )
-    return True
+    return not (any(p.kind is p.VAR_KEYWORD for p in parameters) and passes_keywords(cls))
 
 
-def plan(host: nn.Module, state: HostState, own_attention: bool) -> list[Change]:
+def plan(host: Any, state: HostState, family: Family) -> list[Change]:
     """Every change to a host, its layers and their attention modules.
 
     Args:
         host: Loops over its layers.
         state: Its.
-        own_attention: Its attention modules don't call transformers' interface.
+        family: Its.
 
     Raises:
         UnsupportedModelError: If a layer can't be patched; names it.
     """
-    changes = [Change(host, SlowFastEncoder, {"_evo_state": state}), *passages(host, state.index_of)]
+    attributes = {"_evo_state": state, "_evo_looks": family.looks(host.config)}
+    changes = [Change(host, SlowFastEncoder, attributes), *passages(host, state.index_of)]
     for name, layer in named_blocks(host, state):
-        if own_attention:
+        if family.own_attention:
             check_fused(layer, name, state.spec.trace)
             changes += block_changes(layer, name, state, SlowFastBlock, OwnAttention)
         else:

@@ -11,6 +11,7 @@ from torch import nn
 
 from evopatch.errors import UnsupportedInputError
 from evopatch.forward.host_state import HostState
+from evopatch.forward.spec import Block
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks
 from evopatch.rewrite.tracing import TraceSpec
 
@@ -39,14 +40,17 @@ class ViTAdapter(Adapter):
         )
         if not family.own_attention:
             trace = dataclasses.replace(trace, core_names=CORE_NAMES, cores=CORES)
+        joined, behind = family.joined(host.config), family.behind(host.config)
+        readout = behind or family.readout(host.config)
         return HostSpec(
-            family.blocks,
-            family.prefix(host.config),
-            family.readout(host.config),
-            head_reads=family.readout(host.config),
+            _first(host, family.blocks, joined) if joined else family.blocks,
+            family.prefix(host.config) + behind,
+            readout,
+            head_reads=0 if joined or behind else readout,
+            behind=behind,
             trace=trace,
             token_inputs=tables,
-            mask="" if biases else "attention_mask",
+            mask="" if biases or behind else "attention_mask",
             pads=family.pads,
         )
 
@@ -57,14 +61,13 @@ class ViTAdapter(Adapter):
         return heads.plan(holder, host)
 
     def plan(self, host: nn.Module, state: HostState) -> list[Change]:
-        own_attention = row_of(host, FAMILIES).own_attention
-        if viewed.runs_on_view(host, state.name):
-            return viewed.plan(host, state, own_attention)
-        if own_attention:
+        family = row_of(host, FAMILIES)
+        if viewed.runs_on_view(host):
+            return viewed.plan(host, state, family)
+        if family.own_attention:
             return layer.plan(host, state, OwnLayer, OwnAttention)
         for name, each in named_blocks(host, state):
             check_attends(each, name, state.spec.trace)
-        family = row_of(host, FAMILIES)
         attention = RotatedInterface if family.rotation else PlacedInterface if family.places else TappedInterface
         return layer.plan(host, state, layer.SlowFastLayer, attention)
 
@@ -72,6 +75,12 @@ class ViTAdapter(Adapter):
         if reason := row_of(host, FAMILIES).no_grid:
             raise UnsupportedInputError(f"{type(host).__name__} {reason}")
         return layer.grid_of(host.config, image_size)
+
+
+def _first(host: nn.Module, container: str, others: int) -> tuple[tuple[Block, ...], ...]:
+    """All layers but the last `others`, as one stage."""
+    names = [name for name, _ in host.get_submodule(container).named_children()]
+    return (tuple((f"{container}.{name}",) for name in names[: len(names) - others]),)
 
 
 def _rotates(family: Family) -> bool:

@@ -60,6 +60,16 @@ class Partition(NamedTuple):
         """`M`, and one more where a row takes the tokens that nothing stands in for."""
         return self.rows if self.complete else self.rows + 1
 
+    def shown(self, behind: int) -> Partition:
+        """The same of tokens of which the first ones stand behind all others.
+
+        Args:
+            behind: How many of the prefix tokens do.
+        """
+        if not behind:
+            return self
+        return self._replace(group=self.group.roll(-behind, 1), weight=self.weight.roll(-behind, 1))
+
     def to(self, device: torch.device) -> Partition:
         """The same on a device, for models spread over several."""
         if self.group.device == device:

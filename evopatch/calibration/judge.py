@@ -28,12 +28,13 @@ class Judge:
     Args:
         unpatched: The model without the patch.
         batches: Images `(B, 3, height, width)`, on its device and in its type.
-        prefix: How many of the first tokens are no patch tokens, where it returns tokens.
+        prefix: How many tokens are no patch tokens, where it returns tokens.
+        behind: How many of these are the last ones; the others are the first.
     """
 
-    def __init__(self, unpatched: nn.Module, batches: Sequence[Tensor], prefix: int) -> None:
+    def __init__(self, unpatched: nn.Module, batches: Sequence[Tensor], prefix: int, behind: int = 0) -> None:
         self.batches = batches
-        self._prefix = prefix
+        self._prefix, self._behind = prefix, behind
         with torch.no_grad():
             self._outputs = [compared(unpatched(batch), unpatched) for batch in batches]
 
@@ -80,5 +81,6 @@ class Judge:
                 distances.append(distance)
             else:  # class and patch features count alike
                 split = self._prefix if features is own.values[0] and self._prefix < distance.shape[1] else 0
+                distance = distance.roll(self._behind, 1) if split else distance
                 distances += [part.mean(1) for part in (distance[:, :split], distance[:, split:]) if part.shape[1]]
         return Errors(torch.stack(distances).mean(0).double().clamp_min(0.0).cpu(), None)

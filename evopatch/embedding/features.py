@@ -24,8 +24,8 @@ class FeatureExtractor:
     """Makes features of images.
 
     Of a timm model the image's feature is what its head would read, before any projection of the head. Of a
-    transformers model it is the mean of the prefix tokens that its head reads, the class token as a rule, or where
-    there are none the mean of the patch tokens; after the last norm in both.
+    transformers model it is the mean of the tokens that its head reads beside the patch tokens, the class token as a
+    rule, or where there are none the mean of the patch tokens; after the last norm in both.
 
     Args:
         model: A patched model of timm or transformers, which is run in eval mode.
@@ -37,7 +37,7 @@ class FeatureExtractor:
 
     def __init__(self, model: nn.Module, patches: bool) -> None:
         spec = Patched(model).host.state.spec
-        self.prefix, self._readout = spec.prefix, spec.readout
+        self.prefix, self._readout, self._behind = spec.prefix, spec.readout, spec.behind
         self.patches = patches
         self.model: Any = model.eval()
         self._is_timm = hasattr(model, "forward_features") and hasattr(model, "forward_head")
@@ -67,6 +67,8 @@ class FeatureExtractor:
                 "vision tower"
             )
         tokens = tokens.flatten(1, 2) if tokens.dim() == 4 else tokens  # timm's Swin: (B, h, w, C)
+        if self._behind:
+            tokens = tokens.roll(self._behind, 1)
         if not self._is_timm:
             image = tokens[:, : self._readout].mean(1) if self._readout else tokens[:, self.prefix :].mean(1)
         return Features(image, tokens[:, self.prefix :] if self.patches else None)

@@ -22,9 +22,17 @@ class Layout:
     def __init__(self, spec: HostSpec, stage_of: tuple[int, ...]) -> None:
         self._spec, self._stage_of = spec, stage_of
 
-    def of_block(self, index: int, x: Tensor) -> Tensor:
+    def of_block(self, index: int, x: Tensor, ordered: bool = True) -> Tensor:
         """`(B, M, C)` tokens as a block takes them: so, or `(M, B, C)`, or `(B, C, h, w)`; the compact set as one
-        column."""
+        column.
+
+        Args:
+            index: The block's.
+            x: The tokens.
+            ordered: Those that stand behind the patch tokens come last. False: the order is no matter, as to attention.
+        """
+        if self._spec.behind and ordered:
+            x = x.roll(-self._spec.behind, 1)
         if self._spec.tokens_first:
             return x.transpose(0, 1)
         if not self._spec.channels_first:
@@ -44,8 +52,10 @@ class Layout:
             x = F.pad(x, (0, 0, 0, rows * columns))
         return self.of_block(index, x)
 
-    def of_tokens(self, x: Tensor) -> Tensor:
+    def of_tokens(self, x: Tensor, ordered: bool = True) -> Tensor:
         """The inverse of `of_block`."""
+        if self._spec.behind and ordered:
+            x = x.roll(self._spec.behind, 1)
         if self._spec.tokens_first:
             return x.transpose(0, 1)
         if not self._spec.channels_first:

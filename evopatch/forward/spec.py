@@ -61,6 +61,9 @@ class HostSpec:
     head_reads: int = 0
     """The same if it reads nothing else of what the last block returns; 0 where it does, or others may. See
     `rewrite.reading.rows_read`."""
+    behind: int = 0
+    """How many of the prefix tokens stand behind the patch tokens in the host, such as YOLOS's detection tokens: the
+    first ones by `prefix` and `readout`, in all that isn't the host's own code."""
     trace: TraceSpec = field(default_factory=TraceSpec)
     token_inputs: tuple[str, ...] = ()
     """Those of the block's inputs that have one entry per patch token, such as a rotary table: averaged per group."""

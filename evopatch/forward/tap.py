@@ -37,6 +37,7 @@ class AttentionTap:
         everything: `(B, M, C)`, where only the prefix tokens go through the block: what its attention module would be
             given if all did, to take keys and values from.
         mask: Of this forward pass.
+        behind: How many of the prefix tokens stand behind the patch tokens, where all tokens go through the block.
     """
 
     def __init__(
@@ -50,7 +51,11 @@ class AttentionTap:
         full_grid: FullGrid | None = None,
         everything: Tensor | None = None,
         mask: Mask | None = None,
+        behind: int = 0,
     ) -> None:
+        self._behind = behind if partition is None else 0
+        self.shown = None if partition is None else partition.shown(behind)
+        """The partition, by the order that the model's own code has its tokens in."""
         # A compact set has no rows of tokens that are left out.
         self._mask = mask.whole if mask is not None and partition is None else None
         self.key_bias: Tensor | None = None
@@ -172,21 +177,13 @@ class AttentionTap:
         else:
             probabilities = logits.softmax(dim, dtype=dtype)
         if self.observe:
-            if self.readout:
-                observed = probabilities[:, :, : self.readout].detach().float()
-            elif self.received:
-                share = self._share(logits[:, 0]).unsqueeze(1).to(probabilities.dtype)
-                observed = (share @ probabilities[:, :, self.prefix :].detach()).float()
-            else:
-                # Logits are linear in the query: their mean is the mean query's, as `attend` takes it.
-                share = self._share(logits[:, 0]).unsqueeze(1).to(logits.dtype)
-                observed = (share @ logits[:, :, self.prefix :].detach()).softmax(-1, dtype=torch.float32)
-            self._observed.append(observed.mean((1, 2)))
+            self._observe_softmax(logits.detach(), probabilities.detach())
         if own is None or self.partition is None or self.full_grid is None or not self.full_grid.wants(own):
             return probabilities
         # Logits of the attention between all tokens, but for a number per query.
-        shown: Tensor = own(spread_attention(probabilities, self.partition).log())
-        return unspread_attention(shown, self.partition)
+        assert self.shown is not None
+        shown: Tensor = own(spread_attention(probabilities, self.shown).log())
+        return unspread_attention(shown, self.shown)
 
     def _bias(self, bias: Tensor | None, like: Tensor) -> Tensor | None:
         if bias is not None and self.partition is not None:
@@ -207,7 +204,23 @@ class AttentionTap:
             return like.new_zeros(like.shape[0], 1, rows).softmax(-1)
         return self.key_bias[:, None, self.prefix :].softmax(-1)
 
+    def _observe_softmax(self, logits: Tensor, probabilities: Tensor) -> None:
+        if self._behind:
+            logits, probabilities = (each.roll((self._behind,) * 2, (2, 3)) for each in (logits, probabilities))
+        if self.readout:
+            observed = probabilities[:, :, : self.readout].float()
+        elif self.received:
+            share = self._share(logits[:, 0]).unsqueeze(1).to(probabilities.dtype)
+            observed = (share @ probabilities[:, :, self.prefix :]).float()
+        else:
+            # Logits are linear in the query: their mean is the mean query's, as `attend` takes it.
+            share = self._share(logits[:, 0]).unsqueeze(1).to(logits.dtype)
+            observed = (share @ logits[:, :, self.prefix :]).softmax(-1, dtype=torch.float32)
+        self._observed.append(observed.mean((1, 2)))
+
     def _observe(self, query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> None:
+        if self._behind:
+            query, key = query.roll(self._behind, 2), key.roll(self._behind, 2)
         rows: slice
         share: Tensor | None
         if self.readout:

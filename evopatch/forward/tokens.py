@@ -67,12 +67,15 @@ class TokenPass(ForwardPass):
         beside = Beside(block._evo_name)
 
         def run(x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
-            x = self._layout.of_block(index, x)
+            ordered = tap is None or tap.partition is None
+            x = self._layout.of_block(index, x, ordered)
             out = own(block, x, **inputs) if tap is None else run_tapped(block, tap, x, **inputs)
-            return self._layout.of_tokens(beside.tokens_of(out))
+            return self._layout.of_tokens(beside.tokens_of(out), ordered)
 
         tokens = self.advance(index, block, self._layout.of_tokens(x), inputs, run)
-        return beside.again(self._layout.given_back(index, tokens), self.partitions.get(index))
+        partition = self.partitions.get(index)
+        shown = None if partition is None else partition.shown(self.spec.behind)
+        return beside.again(self._layout.given_back(index, tokens), shown)
 
     def advance(self, index: int, block: PatchedBlock, x: Tensor, inputs: Mapping[str, Any], run: Run) -> Tensor:
         """One block.
@@ -177,11 +180,11 @@ class TokenPass(ForwardPass):
     def _full_grid(self, index: int, partition: Partition | None) -> FullGrid | None:
         if not self.hooks_see or partition is None:
             return None
-        grid = None
-        if self.spec.channels_first:
-            assert self.spec.pyramid is not None
-            grid = self.spec.pyramid.grids[self.stage_of[index]]
-        return FullGrid(self.everything_seen, partition, grid, tokens_first=self.spec.tokens_first)
+        spec, grid = self.spec, None
+        if spec.channels_first:
+            assert spec.pyramid is not None
+            grid = spec.pyramid.grids[self.stage_of[index]]
+        return FullGrid(self.everything_seen, partition.shown(spec.behind), grid, tokens_first=spec.tokens_first)
 
     def _carried(self, index: int, g: Tensor) -> Tensor:
         """`g` after a block, on the grid of the block after it."""
@@ -277,6 +280,7 @@ class TokenPass(ForwardPass):
             self._full_grid(index, partition),
             everything,
             self.mask,
+            spec.behind,
         )
         out = run(x, inputs, tap)
         if not tap.used:

@@ -16,7 +16,8 @@ from matrix import every
 from timm.layers import set_fused_attn
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
-from transformers import ViTConfig, ViTModel
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
+from transformers.modeling_outputs import BaseModelOutput
 from variants import FLAT, PYRAMIDS, SIZE, build, call, images, images_for
 
 import evopatch
@@ -657,20 +658,31 @@ def test_a_shallow_copy_works(name):
     assert torch.equal(call(model, x), expected)
 
 
-def test_a_forward_that_passes_no_keywords_on_is_refused():
+@pytest.mark.parametrize("held", [False, True])
+@torch.no_grad()
+def test_a_forward_that_passes_no_keywords_on_and_looks_between_its_layers(held):
     class Narrow(ViTModel):
         def forward(self, pixel_values):
             x = self.embeddings(pixel_values)
+            self.looked = []
             for layer in self.layers:
                 x = layer(x)
-            return self.layernorm(x)
+                self.looked.append(x)
+            return BaseModelOutput(last_hidden_state=self.layernorm(x))
 
     torch.manual_seed(0)
-    model, x = Narrow(looking_vit().config).eval(), images()
-    expected = call(model, x)
-    with pytest.raises(UnsupportedModelError, match=r"'model' .*Narrow\) doesn't pass its \*\*kwargs on to its layers"):
-        evopatch.apply(model)
-    assert torch.equal(call(model, x), expected)
+    model, x = (ViTForImageClassification if held else ViTModel)(looking_vit().config).eval(), images()
+    (model.vit if held else model).__class__ = Narrow
+    plain = call(model, x)
+    evopatch.apply(model, keep_ratio=1.0)
+    assert torch.equal(call(model, x), plain)
+    evopatch.set_keep_ratio(model, 0.5)
+    found, host = call(model, x), model.vit if held else model
+    assert moved(found, plain) > 1e-4
+    assert {tokens.shape for tokens in host.looked} == {host.embeddings(x).shape}
+    with evopatch.full_grid(model):
+        torch.testing.assert_close(call(model, x), found, atol=2e-5, rtol=2e-5)
+    assert torch.equal(call(evopatch.remove(model), x), plain)
 
 
 # Tools that compile or trace in their own ways

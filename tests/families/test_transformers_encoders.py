@@ -22,6 +22,8 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransforme
 
 import evopatch
 from evopatch import EvoConfig, UnsupportedInputError, UnsupportedModelError
+from evopatch.calibration.judge import Judge
+from evopatch.embedding.features import FeatureExtractor
 from evopatch.patching.handle import Patched
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 96}
@@ -97,6 +99,20 @@ def predicting():
     return transformers.VJEPA2ForVideoClassification(config)
 
 
+def detecting(**others):
+    config = transformers.YolosConfig(
+        **SMALL, image_size=[40, 40], patch_size=8, num_detection_tokens=7, num_labels=5, **others
+    )
+    return transformers.YolosForObjectDetection(config)
+
+
+def segmenting(name, **others):
+    config = getattr(transformers, f"{name}Config")(
+        **{**SMALL, **others}, image_size=40, patch_size=8, num_blocks=2, num_queries=7, num_upscale_blocks=1
+    )
+    return getattr(transformers, f"{name}ForUniversalSegmentation")(config)
+
+
 MODELS = {
     "beit": (beit, IMAGES),
     "beit_biased": (lambda: beit(use_relative_position_bias=True, use_mean_pooling=False), IMAGES),
@@ -138,8 +154,12 @@ MODELS = {
     "vjepa2": (predicting, VIDEOS),
     "vivit": (lambda: of_video("Vivit", tubelet_size=[2, 8, 8]), VIDEOS),
     "ast": (listening, SOUNDS),
+    "yolos": (lambda: detecting(use_mid_position_embeddings=False), IMAGES),
+    "yolos_between": (detecting, (2, 3, 48, 40)),
+    "eomt": (lambda: segmenting("Eomt", mlp_ratio=2), IMAGES),
+    "eomt_dinov3": (lambda: segmenting("EomtDinov3"), IMAGES),
 }
-EVERY = cases("name", sorted(MODELS), fast=["owlv2", "videomae", "ast"])
+EVERY = cases("name", sorted(MODELS), fast=["owlv2", "videomae", "ast", "yolos", "eomt"])
 
 
 def made(name):
@@ -153,7 +173,7 @@ def made(name):
 
 
 def result(out):
-    keys = ("logits", "heatmaps", "predicted_depth", "last_hidden_state")
+    keys = ("logits", "masks_queries_logits", "heatmaps", "predicted_depth", "last_hidden_state")
     return next(out[key] for key in keys if out.get(key) is not None)
 
 
@@ -240,6 +260,73 @@ def test_slow_tokens_of_a_video_are_rotated_by_their_own_places():
     assert moved(found[images, slow], stock.layernorm(elsewhere)) > 1e-4
 
 
+@cases("kind", ["sdpa", "eager"], fast=["sdpa"])
+@torch.no_grad()
+def test_tokens_behind_the_patch_tokens(kind):
+    """They rank the patch tokens, take part in a compact set, and are where the model's code has them."""
+    model, x = made("yolos")
+    model.set_attn_implementation("eager")
+    stock, behind, taken = model(x, output_attentions=True, output_hidden_states=True), 7, 3
+    attention = torch.stack([each[:, :, -behind:, 1:-behind].mean((1, 2)) for each in stock.attentions])
+    encoder = copy.deepcopy(model.vit.encoder)
+    model.set_attn_implementation(kind)
+    config = EvoConfig(keep_ratio=0.5, representative="none", start=taken, stages=1, tradeoff=1.0, look_ahead=0.0)
+    state = Patched(evopatch.apply(model, config=config)).host.state
+    assert (state.spec.prefix, state.spec.readout, state.spec.behind) == (8, 7, 7)
+    seen = []
+    handle = model.vit.encoder.layer[taken].layernorm_after.register_forward_pre_hook(
+        lambda _, args: seen.append(*args)
+    )
+    state.passes = []
+    found = model(x, output_hidden_states=True).hidden_states
+    handle.remove()
+    images = torch.arange(2).unsqueeze(1)
+    slow = state.passes[0].partitions[taken].leader
+    assert torch.equal(slow.sort().values, attention[taken - 1].topk(slow.shape[1]).indices.sort().values)
+    there = torch.cat([torch.zeros(2, 1, dtype=torch.long), 1 + slow, torch.arange(26, 33).expand(2, -1)], 1)
+    before = stock.hidden_states[taken]
+    torch.testing.assert_close(found[taken], before)
+    torch.testing.assert_close(
+        found[taken + 1][images, there], encoder.layer[taken](before[images, there]), atol=1e-5, rtol=1e-5
+    )
+    fast = torch.ones(2, 33, dtype=torch.bool).scatter(1, there, False)
+    torch.testing.assert_close(found[taken + 1][fast], before[fast])
+    assert seen[0].shape == before.shape
+    alone = encoder.layer[taken]
+    attended = alone.attention(alone.layernorm_before(before[images, there])) + before[images, there]
+    torch.testing.assert_close(seen[0][images, there], attended, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_features_of_a_model_with_tokens_behind_the_patch_tokens():
+    model, x = made("yolos")
+    tokens = model.vit(x).last_hidden_state
+    evopatch.apply(model, keep_ratio=1.0)
+    found = FeatureExtractor(model, patches=True)(x)
+    torch.testing.assert_close(found.image, tokens[:, -7:].mean(1))
+    assert torch.equal(found.patches, tokens[:, 1:-7])
+    judged = [each.clone() for each in (tokens, tokens, tokens)]
+    judged[1][:, 1:-7] = torch.randn(2, 25, 48)
+    judged[2][:, -7:] = torch.randn(2, 7, 48)
+    outputs = iter(judged)
+    judge = Judge(lambda _: next(outputs), [x], 8, 7)
+    patches, others = (judge.all_errors(lambda _: next(outputs)).error for _ in range(2))
+    assert (patches > 0.4).all()  # half of it is the patches'
+    assert ((others > 0.3) & (others < 0.5)).all()  # seven of the eight others
+
+
+@torch.no_grad()
+def test_layers_that_queries_join_stay_as_they_are():
+    model, x = made("eomt")
+    queries = model.query.weight.shape[0]
+    evopatch.apply(model)
+    assert Patched(model).host.state.depth == 4
+    assert all(type(layer).__module__.startswith("transformers") for layer in model.layers[4:])
+    assert [each.shape[1] for each in model(x, output_hidden_states=True).hidden_states] == [30] * 5 + [
+        30 + queries
+    ] * 2
+
+
 def of_qwen():
     config = transformers.Qwen2VLConfig(
         vision_config={"depth": 2, "embed_dim": 48, "num_heads": 4, "hidden_size": 48},
@@ -252,7 +339,7 @@ def of_qwen():
     ("build", "text"),
     [
         (of_qwen, r"visual: Qwen2VisionTransformerPretrainedModel packs the patches of all its images"),
-        (lambda: transformers.YolosModel(transformers.YolosConfig(**SMALL, image_size=[40, 40])), "behind the patch"),
+        (lambda: transformers.GroupViTVisionModel(transformers.GroupViTVisionConfig()), "gathers its patch tokens"),
         (lambda: transformers.ViltModel(transformers.ViltConfig(**SMALL)), "ViltModel has the tokens of a text before"),
         (lambda: transformers.TimesformerModel(transformers.TimesformerConfig(**SMALL)), r"^found .* encoder: Times"),
         (lambda: transformers.BertModel(transformers.BertConfig(**SMALL)), "no adapter serves it"),

@@ -5,8 +5,6 @@ import timm
 import torch
 from comparing import Snapshot
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.dinov2.modeling_dinov2 import Dinov2Encoder
 from variants import build, images
 
 import evopatch
@@ -71,20 +69,6 @@ def test_a_library_that_is_too_old(monkeypatch):
     for version in ("1.0.12", "1.1.0.dev0", "2.0"):
         monkeypatch.setattr(timm, "__version__", version)
         assert evopatch.is_patched(evopatch.apply(build("vit")))
-
-
-def test_an_encoder_that_keeps_its_keywords_to_itself():
-    class Forgetful(Dinov2Encoder):
-        def forward(self, hidden_states, **kwargs):
-            for layer in self.layer:
-                hidden_states = layer(hidden_states)
-            return BaseModelOutput(last_hidden_state=hidden_states)
-
-    model = build("hf_dinov2")
-    model.dinov2.encoder.__class__ = Forgetful
-    with pytest.raises(evopatch.UnsupportedModelError, match=r"'dinov2\.encoder' .* doesn't pass its \*\*kwargs on"):
-        evopatch.apply(model)
-    assert not evopatch.is_patched(model)
 
 
 def test_a_class_changed_after_apply_is_not_undone():
