@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from evopatch.errors import UnsupportedModelError
 from evopatch.forward.host_state import HostState
-from evopatch.forward.joined_blocks import JoinedBlocks
+from evopatch.forward.joined_blocks import RelativeBlocks
 from evopatch.forward.spec import qualified
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks, passages
 from evopatch.patching.window_changes import common_window, window_block_changes
@@ -18,7 +18,7 @@ from evopatch.rewrite.tracing import TraceSpec
 from .walks import SlowFastWindowed, grid_of
 
 
-class SamBlocks(JoinedBlocks):
+class SamBlocks(RelativeBlocks):
     """Of SAM."""
 
     def normed(self, attention: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

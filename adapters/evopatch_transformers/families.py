@@ -182,6 +182,12 @@ def loaded(table: Mapping[tuple[str, str], Row]) -> dict[type[nn.Module], Row]:
     return found
 
 
+def function_of(host: nn.Module, name: str) -> Callable[..., Any]:
+    """A function of the module that a host's class is from."""
+    function: Callable[..., Any] = vars(sys.modules[type(host).__module__])[name]
+    return function
+
+
 def row_of(host: nn.Module, table: Mapping[tuple[str, str], Row]) -> Row:
     """Of an instance of one of the classes, or of a subclass."""
     return next(row for cls, row in loaded(table).items() if isinstance(host, cls))

@@ -12,7 +12,7 @@ from transformers.models.vitdet.modeling_vitdet import add_decomposed_relative_p
 
 from evopatch.errors import UnsupportedInputError
 from evopatch.forward.host_state import HostState
-from evopatch.forward.joined_blocks import JoinedBlocks
+from evopatch.forward.joined_blocks import RelativeBlocks
 from evopatch.forward.walk import PatchedHost, walk
 from evopatch.forward.windowed import WindowedPass
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks, passages
@@ -24,7 +24,7 @@ from .families import loaded, row_of
 from .recording import is_recorded
 
 
-class SamBlocks(JoinedBlocks):
+class SamBlocks(RelativeBlocks):
     """Of SAM."""
 
     norm = "layer_norm1"
@@ -37,7 +37,7 @@ class SamBlocks(JoinedBlocks):
         return between
 
 
-class VitDetBlocks(JoinedBlocks):
+class VitDetBlocks(RelativeBlocks):
     """Of ViTDet, some of which end with a convolution.
 
     Args:
@@ -127,7 +127,7 @@ class SamAdapter(Adapter):
     def plan(self, host: Any, state: HostState) -> list[Change]:
         changes = [Change(host, self.mixin, {"_evo_state": state}), *passages(host, state.index_of)]
         vitdet, blocks = row_of(host, FAMILIES).vitdet, named_blocks(host, state)
-        window = common_window((block for _, block in blocks), self.grid(host, _image_size(host.config)))
+        window = common_window((block for _, block in blocks), self.grid(host, image_size_of(host.config)))
         for name, block in blocks:
             kind = VitDetBlocks(window, bool(block.use_residual_block)) if vitdet else SamBlocks(window)
             changes += window_block_changes(block, name, state, kind)
@@ -137,6 +137,7 @@ class SamAdapter(Adapter):
         return layer.grid_of(host.config, image_size)
 
 
-def _image_size(config: Any) -> tuple[int, int]:
+def image_size_of(config: Any) -> tuple[int, int]:
+    """Height and width that a model is made for."""
     size = config.image_size
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks
 from evopatch.rewrite.tracing import TraceSpec
 
 from . import heads, layer, refusals, viewed
-from .families import FAMILIES, Family, loaded, row_of
+from .families import FAMILIES, Family, function_of, loaded, row_of
 from .interface import CORE_NAMES, CORES, TappedInterface, check_attends
 from .own_attention import OwnAttention, OwnLayer
 from .rotated import PlacedInterface, RotatedInterface
@@ -35,7 +34,7 @@ class ViTAdapter(Adapter):
         trace = TraceSpec(
             (*tables, *biases),
             absent=() if biases else ("attention_mask",),
-            leaf_functions=(_function(host, family.rotates),) if _rotates(family) else (),
+            leaf_functions=(function_of(host, family.rotates),) if _rotates(family) else (),
             replaced=_replaced(host, family),
         )
         if not family.own_attention:
@@ -92,10 +91,4 @@ def _replaced(host: nn.Module, family: Family) -> dict[Callable[..., Any] | str,
     """See `TraceSpec.replaced`."""
     if family.places:
         return {family.places: "places"}
-    return {_function(host, family.rotation): "rotate"} if family.rotation else {}
-
-
-def _function(host: nn.Module, name: str) -> Callable[..., Any]:
-    """Of the module that a host's class is from."""
-    function: Callable[..., Any] = vars(sys.modules[type(host).__module__])[name]
-    return function
+    return {function_of(host, family.rotation): "rotate"} if family.rotation else {}

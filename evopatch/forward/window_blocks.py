@@ -12,6 +12,7 @@ from ..algorithm.window_bias import compact_bias
 from ..algorithm.window_selection import WindowPartition
 from ..algorithm.windows import Windows
 from ..rewrite.view import View
+from .block import TappedAttention
 from .guarded import GuardedBlock
 
 
@@ -32,12 +33,14 @@ class WindowedBlocks(ABC):
     """The block's submodule that is called with windows `(windows, A, C)` and a mask."""
     inside_attention: tuple[str, ...] = ()
     """Paths in that of the modules that are called with something else to run than their own forward."""
-    traced: bool = False
-    """Whether the attention runs generated code."""
+    traced: type[TappedAttention] | None = None
+    """The mixin of an attention that runs generated code; None: it runs its own forward."""
     norm: str | None = None
     """The block's module before its attention, where it has one there."""
     single: Mapping[str, Any]
     """The block's attributes with which windows are single tokens, unshifted."""
+    apart: tuple[str, ...] = ()
+    """The block's modules that make nothing of the tokens they are given, as one that makes tables for their places."""
     last: str | None = None
     """The block's module on the main branch after everything else, if it has one, which is for all tokens: a norm, or
     a convolution."""
@@ -64,13 +67,16 @@ class WindowedBlocks(ABC):
         return normalised
 
     @abstractmethod
-    def attend(self, attention: Any, cut: Cut, selected: WindowPartition) -> tuple[Callable[..., Any], dict[str, Any]]:
+    def attend(
+        self, attention: Any, cut: Cut, selected: WindowPartition, others: tuple[Any, ...]
+    ) -> tuple[Callable[..., Any], dict[str, Any]]:
         """How the attention is called on windows `(windows, R, C)` of the compact set.
 
         Args:
             attention: The block's attention module.
             cut: How the block cuts its map.
             selected: Who goes through it for whom.
+            others: What else the block calls it with.
 
         Returns:
             What it runs, a function of itself and its arguments, and keyword arguments for it.
@@ -104,7 +110,9 @@ class BiasedBlocks(WindowedBlocks):
             A view of the attention whose own forward runs, and keyword arguments for it.
         """
 
-    def attend(self, attention: Any, cut: Cut, selected: WindowPartition) -> tuple[Callable[..., Any], dict[str, Any]]:
+    def attend(
+        self, attention: Any, cut: Cut, selected: WindowPartition, others: tuple[Any, ...]
+    ) -> tuple[Callable[..., Any], dict[str, Any]]:
         bias = compact_bias(self.bias(attention), cut.mask, cut.windows, selected)
         view, given = self.biased(attention, bias)
         return view.instead, given

@@ -12,6 +12,30 @@ from torch import Tensor
 from ..algorithm.relative_positions import Places, relative_bias, table_of
 
 
+class RotatedTap:
+    """One block's run in one forward pass, where the block rotates by its tables.
+
+    Args:
+        log_size: `(G, R)` float32, of the rows of the compact set.
+    """
+
+    everything = None
+    full_grid = None
+    shown = None
+
+    def __init__(self, log_size: Tensor) -> None:
+        self._log_size = log_size
+
+    def prepare(self, query: Tensor, *others: Any) -> Tensor:
+        """What is added to the logits, `(G, 1, 1, R)`.
+
+        Args:
+            query: `(G, H, R, D)`.
+            *others: Key, position bias (there is none) and scale.
+        """
+        return self._log_size[:, None, None].to(query.dtype)
+
+
 class WindowTap:
     """One block's run in one forward pass.
 

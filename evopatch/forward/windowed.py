@@ -115,8 +115,8 @@ class WindowedPass(ForwardPass):
         if not self.hooks_see:
             return {}
         full_grid = FullGrid(self.everything_seen, selected.partition, cut.windows.grid)
-        children = block._modules.items()
-        return {name: full_grid.around(child) for name, child in children if child and full_grid.wants(child)}
+        children = [(n, child) for n, child in block._modules.items() if child and n not in block._evo_blocks.apart]
+        return {name: full_grid.around(child) for name, child in children if full_grid.wants(child)}
 
     def _observe(self, index: int, block: Any, tokens: Tensor, cut: Windows) -> Tensor:
         """`(B, N)`: accumulated attention of the map's mean query over the windows' mean keys."""
@@ -211,7 +211,7 @@ class _Attention:
         if selected.held is not None:
             x = x * selected.held.reshape(x.shape[:2]).unsqueeze(2).to(x.dtype)
         check_steered(self._attention, self._name)
-        run, given = blocks.attend(self._attention, self._cut, selected)
+        run, given = blocks.attend(self._attention, self._cut, selected, args[1:])
         # By its own call, so that its hooks run.
         out = self._attention(blocks.laid_out(x), evo=run, **kwargs, **given)
         if isinstance(out, tuple):

@@ -31,6 +31,7 @@ _BUILT_IN = {
         "evopatch_transformers.levit:LevitAdapter",
         "evopatch_transformers.swin:SwinAdapter",
         "evopatch_transformers.sam:SamAdapter",
+        "evopatch_transformers.sam3:Sam3Adapter",
     ),
     "torchvision": ("evopatch_torchvision.vit:ViTAdapter", "evopatch_torchvision.swin:SwinAdapter"),
 }

@@ -27,19 +27,17 @@ def window_block_changes(block: nn.Module, name: str, state: HostState, kind: Wi
     own = {"_evo_state": state, "_evo_name": name, "_evo_blocks": kind}
     attention = block.get_submodule(kind.attention)
     changes = [Change(block, SlowFastWindowBlock, own)]
-    if kind.traced:
-        return [*changes, _traced(attention, f"{name}.{kind.attention}", state)]
+    if kind.traced is not None:
+        return [*changes, _traced(attention, f"{name}.{kind.attention}", state, kind.traced)]
     changes.append(Change(attention, Steered, {}))
     return changes + [Change(attention.get_submodule(path), Steered, {}) for path in kind.inside_attention]
 
 
-def _traced(attention: nn.Module, name: str, state: HostState) -> Change:
+def _traced(attention: nn.Module, name: str, state: HostState, mixin: type[TappedAttention]) -> Change:
     key, trace = ("attention", fingerprint(attention)), state.spec.trace
     if key not in state.generated:
-        state.generated[key] = generate_core(attention, name, trace)
-    return Change(
-        attention, TappedAttention, {"_evo_name": name, "_evo_trace": trace, "_evo_code": state.generated[key]}
-    )
+        state.generated[key] = generate_core(mixin._evo_traceable(attention), name, trace)
+    return Change(attention, mixin, {"_evo_name": name, "_evo_trace": trace, "_evo_code": state.generated[key]})
 
 
 def common_window(blocks: Iterable[nn.Module], grid: tuple[int, int]) -> int:

@@ -12,12 +12,13 @@ from variants import EVERY, FLAT, PIT, PYRAMIDS, TRANSFORMERS, WINDOWED, build, 
 import evopatch
 
 # LeViT of transformers, PiT, and torchvision's models, have no checkpointing.
-CHECKPOINTING = EVERY - (PYRAMIDS & TRANSFORMERS) - PIT - {"torchvision", "torchvision_swin", "torchvision_swinv2"}
+CHECKPOINTING = EVERY - (PYRAMIDS & TRANSFORMERS) - PIT
+CHECKPOINTING -= {"torchvision", "torchvision_swin", "torchvision_swinv2", "hf_sam3"}
 
 
 def regularisation(name, rate):
     """The setting by which a model's blocks draw random numbers in training; "hf_sam" has none."""
-    if name == "hf_sam_eager":
+    if name in ("hf_sam_eager", "hf_sam3"):
         return {"attention_dropout": rate}
     if name not in TRANSFORMERS & FLAT or "dino" in name or "registers" in name:
         return {"drop_path_rate": rate}
