@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
+from .joined import GloballyJoined, JoinedInterface
+
 
 def _one(config: Any) -> int:
     return 1
@@ -58,6 +60,8 @@ class Family(NamedTuple):
     """Whether it looks at the tokens between its layers, by the same."""
     own_attention: bool = False
     """Its attention modules don't call transformers' interface."""
+    windows: type[JoinedInterface] | None = None
+    """Its layers are given windows as images, of which some attend over all windows together: theirs is this."""
     joined: Callable[[Any], int] = _none
     """How many of its last layers stay as they are, by the same: other tokens join those of the image before them."""
     no_grid: str = ""
@@ -73,6 +77,7 @@ def _registers(config: Any) -> int:
 
 
 _JOINED_BY_QUERIES = Family("layers", _registers, joined=lambda config: int(config.num_blocks))
+_IN_WINDOWS = "has its tokens in windows, each of which is a grid of its own"
 _NO_IMAGE = "takes video or sound, whose patches aren't a grid of an image's"
 _CLIP_LIKE = Family("encoder.layers", _one)
 _PADDED = Family("encoder.layers", _none, readout=_none, pads=True)
@@ -115,6 +120,12 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("eomt.modeling_eomt", "EomtForUniversalSegmentation"): _JOINED_BY_QUERIES,
     ("eomt_dinov3.modeling_eomt_dinov3", "EomtDinov3ForUniversalSegmentation"): _JOINED_BY_QUERIES._replace(
         rotary=True
+    ),
+    ("lw_detr.modeling_lw_detr", "LwDetrViTEncoder"): Family(
+        "layer", _none, readout=_none, windows=JoinedInterface, no_grid=_IN_WINDOWS
+    ),
+    ("rf_detr.modeling_rf_detr", "RfDetrDinov2Encoder"): Family(
+        "layer", _one, windows=GloballyJoined, no_grid=_IN_WINDOWS
     ),
     ("internvl.modeling_internvl", "InternVLVisionEncoder"): Family("layer", _one),
     ("dpt.modeling_dpt", "DPTViTEncoder"): Family("layer", _one),

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from evopatch.algorithm.partition import spread_attention
+from evopatch.algorithm.partition import Partition, spread_attention
 from evopatch.errors import AttentionNotFoundError, UnsupportedModelError
 from evopatch.forward.block import TappedAttention
 from evopatch.forward.tap import AttentionTap
@@ -115,8 +115,8 @@ class Interface:
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The model's own implementation on the compact set; attention weights, if asked for, between all tokens."""
-        module, partition = self._module, self._tap.shown
-        bias = self._tap.prepare(query, key, attention_mask, kwargs.get("scaling"))
+        module, partition = self._module, self._between()
+        bias = self._prepared(query, key, attention_mask, kwargs.get("scaling"))
         implementation = module.config._attn_implementation
         if bias is not None and implementation not in _TAKE_A_BIAS:
             implementation = "sdpa"
@@ -126,6 +126,14 @@ class Interface:
             return output, weights
         wanted = self._weights_wanted() or self._tap.full_grid is not None
         return output, spread_attention(weights, partition) if wanted else None
+
+    def _between(self) -> Partition | None:
+        """The compact set that attention weights are of; None if all tokens go through."""
+        return self._tap.shown
+
+    def _prepared(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor | None:
+        """See `AttentionTap.prepare`."""
+        return self._tap.prepare(query, key, mask, scale)
 
     def _weights_wanted(self) -> bool:
         asked = self._kwargs.get("output_attentions", getattr(self._module.config, "output_attentions", False))

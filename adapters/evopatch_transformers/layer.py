@@ -6,6 +6,7 @@ No model's class is swapped: transformers finds by class which hidden states and
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,7 +99,10 @@ def _assert_nothing_masked(mask: Tensor | BlockMask) -> None:
 
 
 def plan(
-    host: nn.Module, state: HostState, mixin: type[SlowFastLayer], attention_mixin: type[TappedAttention]
+    host: nn.Module,
+    state: HostState,
+    mixin: type[SlowFastLayer],
+    attention_mixin: Callable[[nn.Module], type[TappedAttention]],
 ) -> list[Change]:
     """Every change to a host, its layers and their attention modules.
 
@@ -106,14 +110,14 @@ def plan(
         host: Passes keyword arguments on to its layers.
         state: Its.
         mixin: For the layers.
-        attention_mixin: For their attention modules.
+        attention_mixin: For the attention modules of one of them.
 
     Raises:
         UnsupportedModelError: If a layer can't be patched; names it.
     """
     changes = [Change(host, None, {"_evo_state": state}, pre_hook=start_pass)]
     for index, (name, layer) in enumerate(named_blocks(host, state)):
-        layer_change, *others = block_changes(layer, name, state, mixin, attention_mixin)
+        layer_change, *others = block_changes(layer, name, state, mixin, attention_mixin(layer))
         own = {**layer_change.attributes, "_evo_index": index}
         changes += [dataclasses.replace(layer_change, attributes=own), *others]
     return changes

@@ -9,15 +9,12 @@ from torch import nn
 _PACKED = "packs the patches of all its images into one sequence: its tokens are no grid of one image's patches"
 _WHOLE_GRID = "makes keys and values by convolutions over the whole grid"
 _DIVIDED = "divides attention between time and space"
-_DETECTOR = "attends inside windows of the image in some of its layers"
 
 # By module, below transformers.models, and class.
 _REASONS = {
     ("groupvit.modeling_groupvit", "GroupViTVisionEncoder"): "gathers its patch tokens into groups between layers",
     ("hiera.modeling_hiera", "HieraEncoder"): "attends inside windows whose tokens lie in an order of their own",
     ("imagegpt.modeling_imagegpt", "ImageGPTModel"): "attends to earlier tokens alone",
-    ("lw_detr.modeling_lw_detr", "LwDetrViTEncoder"): _DETECTOR,
-    ("rf_detr.modeling_rf_detr", "RfDetrDinov2Encoder"): _DETECTOR,
     ("pixtral.modeling_pixtral", "PixtralVisionModel"): _PACKED,
     ("pvt.modeling_pvt", "PvtEncoder"): _WHOLE_GRID,
     ("pvt_v2.modeling_pvt_v2", "PvtV2Encoder"): _WHOLE_GRID,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -47,6 +48,7 @@ class ViTAdapter(Adapter):
             readout,
             head_reads=0 if joined or behind else readout,
             behind=behind,
+            joined=family.windows.windows(host.config) if family.windows else 1,
             trace=trace,
             token_inputs=tables,
             mask="" if biases or behind else "attention_mask",
@@ -64,11 +66,10 @@ class ViTAdapter(Adapter):
         if viewed.runs_on_view(host):
             return viewed.plan(host, state, family)
         if family.own_attention:
-            return layer.plan(host, state, OwnLayer, OwnAttention)
+            return layer.plan(host, state, OwnLayer, lambda layer: OwnAttention)
         for name, each in named_blocks(host, state):
             check_attends(each, name, state.spec.trace)
-        attention = RotatedInterface if family.rotation else PlacedInterface if family.places else TappedInterface
-        return layer.plan(host, state, layer.SlowFastLayer, attention)
+        return layer.plan(host, state, layer.SlowFastLayer, partial(_attention_of, family))
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
         if reason := row_of(host, FAMILIES).no_grid:
@@ -80,6 +81,13 @@ def _first(host: nn.Module, container: str, others: int) -> tuple[tuple[Block, .
     """All layers but the last `others`, as one stage."""
     names = [name for name, _ in host.get_submodule(container).named_children()]
     return (tuple((f"{container}.{name}",) for name in names[: len(names) - others]),)
+
+
+def _attention_of(family: Family, layer: nn.Module) -> type[TappedInterface]:
+    """The mixin for a layer's attention module."""
+    if family.windows is not None and family.windows.joins(layer):
+        return family.windows
+    return RotatedInterface if family.rotation else PlacedInterface if family.places else TappedInterface
 
 
 def _rotates(family: Family) -> bool:

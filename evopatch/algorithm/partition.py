@@ -70,6 +70,20 @@ class Partition(NamedTuple):
             return self
         return self._replace(group=self.group.roll(-behind, 1), weight=self.weight.roll(-behind, 1))
 
+    def joined(self, windows: int) -> Partition:
+        """Of tokens and rows that attend over several windows, each of which has an entry of its own here.
+
+        Args:
+            windows: So many entries that follow each other are one image: `B` becomes `B / windows`, `T` and `M` become
+                `windows` times as many. Only `group`, `weight` and `rows` are those of whole images.
+        """
+        rows = torch.arange(windows, device=self.group.device).view(-1, 1) * self.rows
+        group = self.group.view(-1, windows, self.group.shape[1])
+        if not self.complete:
+            rows = torch.where(group == self.rows, (windows - 1) * self.rows, rows)
+        group, weight = (group + rows).flatten(1), self.weight.view(-1, windows * self.weight.shape[1])
+        return self._replace(group=group, weight=weight, rows=windows * self.rows)
+
     def to(self, device: torch.device) -> Partition:
         """The same on a device, for models spread over several."""
         if self.group.device == device:
@@ -92,7 +106,8 @@ def with_prefix(group: Tensor, prefix: int) -> Tensor:
 def merge(x: Tensor, partition: Partition) -> Tensor:
     """`(B, T, C)` tokens to the `(B, M, C)` compact set: each row the weighted mean of its tokens (equation 5)."""
     compact = weighted_row_sums(x, partition.weight, partition.group, partition.rows_there())
-    return compact if partition.complete else compact[:, :-1]
+    # Contiguous, as blocks may take a view of it.
+    return compact if partition.complete else compact[:, :-1].contiguous()
 
 
 def distribute(x: Tensor, change: Tensor, partition: Partition) -> Tensor:

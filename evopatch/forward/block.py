@@ -170,7 +170,8 @@ def seen_tokens(block: PatchedBlock, x: Tensor, inputs: Mapping[str, Any]) -> Te
     code = block._evo_metric
     named = tuple(inputs[name] for name in code.inputs)
     tokens: Tensor = code.functions[block.training](block, x.detach(), named, None, block)
-    return detached(tokens)
+    # Those of several windows may come as one image.
+    return detached(tokens).reshape(*x.shape[:-1], tokens.shape[-1])
 
 
 def answering_tokens(block: PatchedBlock, x: Tensor, inputs: tuple[Any, ...]) -> Tensor:

@@ -8,6 +8,7 @@ block on all tokens: each token shows the value of its row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -67,6 +68,7 @@ class FullGrid:
         grid: Rows and columns where tokens lie in an image's layout, `(B, C, h, w)` or `(B, h, w, C)`.
         maps: Whether `(B, H, M, M)` is attention between tokens; else `M` channels of every token.
         tokens_first: Tensors of three axes are `(M, B, C)`.
+        joined: Some tensors hold so many entries of the batch one after the other, see `HostSpec.joined`.
     """
 
     def __init__(
@@ -76,12 +78,14 @@ class FullGrid:
         grid: tuple[int, int] | None,
         maps: bool = True,
         tokens_first: bool = False,
+        joined: int = 1,
     ) -> None:
         self._everything = everything
         self._partition = partition
         self._grid = grid
         self._maps = maps
         self._tokens_first = tokens_first
+        self._whole = None if joined == 1 else FullGrid(everything, partition.joined(joined), grid, maps)
 
     def wants(self, module: nn.Module) -> bool:
         """Whether to call this module on all tokens."""
@@ -91,9 +95,10 @@ class FullGrid:
         """What stands for the module: takes and returns the compact set, calls the module on all tokens."""
         # A compact set may have as many rows as a head has channels; norms work on those.
         normalises = isinstance(module, nn.Identity) or "norm" in type(module).__name__.lower()
-        return Shown(
-            module, FullGrid(self._everything, self._partition, self._grid, not normalises, self._tokens_first)
-        )
+        shown = copy(self)
+        shown._maps = not normalises
+        shown._whole = None if self._whole is None else self._whole.around(module)._evo_full_grid
+        return Shown(module, shown)
 
     def around_run(self, module: Any, run: Callable[..., Any]) -> Shown:
         """The same for a `Steered` module that works on a compact set: its hooks see all tokens.
@@ -129,6 +134,8 @@ class FullGrid:
             return x
         partition, rows = self._partition, self._partition.rows
         tokens = partition.group.shape[1]
+        if self._whole is not None and x.shape[0] == self._whole._partition.group.shape[0]:
+            return self._whole._show(x)
         if x.dim() == 3 and self._tokens_first:
             return _spread(x.transpose(0, 1), partition).transpose(0, 1) if x.shape[0] == rows else x
         if x.dim() == 3 and x.shape[1] == rows:
@@ -151,6 +158,8 @@ class FullGrid:
         if not isinstance(x, Tensor) or x.dim() < 3:
             return x
         partition, tokens = self._partition, self._partition.group.shape[1]
+        if self._whole is not None and x.shape[0] == self._whole._partition.group.shape[0]:
+            return self._whole._hide(x)
         if x.dim() == 3 and self._tokens_first:
             return merge(x.transpose(0, 1), partition).transpose(0, 1) if x.shape[0] == tokens else x
         if x.dim() == 3 and x.shape[1] == tokens:

@@ -64,6 +64,8 @@ class HostSpec:
     behind: int = 0
     """How many of the prefix tokens stand behind the patch tokens in the host, such as YOLOS's detection tokens: the
     first ones by `prefix` and `readout`, in all that isn't the host's own code."""
+    joined: int = 1
+    """Some blocks attend over so many windows together, which are images of their own to all else."""
     trace: TraceSpec = field(default_factory=TraceSpec)
     token_inputs: tuple[str, ...] = ()
     """Those of the block's inputs that have one entry per patch token, such as a rotary table: averaged per group."""

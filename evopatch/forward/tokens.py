@@ -180,11 +180,10 @@ class TokenPass(ForwardPass):
     def _full_grid(self, index: int, partition: Partition | None) -> FullGrid | None:
         if not self.hooks_see or partition is None:
             return None
-        spec, grid = self.spec, None
-        if spec.channels_first:
-            assert spec.pyramid is not None
-            grid = spec.pyramid.grids[self.stage_of[index]]
-        return FullGrid(self.everything_seen, partition.shown(spec.behind), grid, tokens_first=spec.tokens_first)
+        spec = self.spec
+        grid = spec.pyramid.grids[self.stage_of[index]] if spec.channels_first and spec.pyramid is not None else None
+        shown = partition.shown(spec.behind)
+        return FullGrid(self.everything_seen, shown, grid, tokens_first=spec.tokens_first, joined=spec.joined)
 
     def _carried(self, index: int, g: Tensor) -> Tensor:
         """`g` after a block, on the grid of the block after it."""

@@ -17,6 +17,8 @@ from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionCo
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2VisionConfig
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2VisionModel
+from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
+from transformers.models.rf_detr.modeling_rf_detr import RfDetrDinov2Backbone
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
@@ -113,6 +115,22 @@ def segmenting(name, **others):
     return getattr(transformers, f"{name}ForUniversalSegmentation")(config)
 
 
+IN_WINDOWS = {"mlp_ratio": 2, "image_size": 80, "patch_size": 8, "out_features": ["stage3", "stage6"]}
+IN_WINDOWS |= {name: SMALL[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+
+
+def in_windows_of_dinov2():
+    config = RfDetrDinov2Config(**IN_WINDOWS, num_windows=2, window_block_indexes=[0, 1, 3, 4])
+    return RfDetrDinov2Backbone(config)
+
+
+def in_windows():
+    config = transformers.LwDetrViTConfig(
+        **IN_WINDOWS, pretrain_image_size=80, num_windows=4, window_block_indices=[0, 1, 3, 4]
+    )
+    return transformers.LwDetrViTBackbone(config)
+
+
 MODELS = {
     "beit": (beit, IMAGES),
     "beit_biased": (lambda: beit(use_relative_position_bias=True, use_mean_pooling=False), IMAGES),
@@ -156,10 +174,12 @@ MODELS = {
     "ast": (listening, SOUNDS),
     "yolos": (lambda: detecting(use_mid_position_embeddings=False), IMAGES),
     "yolos_between": (detecting, (2, 3, 48, 40)),
+    "rf_detr": (in_windows_of_dinov2, (2, 3, 80, 80)),
+    "lw_detr": (in_windows, (2, 3, 80, 80)),
     "eomt": (lambda: segmenting("Eomt", mlp_ratio=2), IMAGES),
     "eomt_dinov3": (lambda: segmenting("EomtDinov3"), IMAGES),
 }
-EVERY = cases("name", sorted(MODELS), fast=["owlv2", "videomae", "ast", "yolos", "eomt"])
+EVERY = cases("name", sorted(MODELS), fast=["owlv2", "videomae", "ast", "yolos", "eomt", "rf_detr"])
 
 
 def made(name):
@@ -173,6 +193,8 @@ def made(name):
 
 
 def result(out):
+    if "feature_maps" in out:
+        return out.feature_maps[-1]
     keys = ("logits", "masks_queries_logits", "heatmaps", "predicted_depth", "last_hidden_state")
     return next(out[key] for key in keys if out.get(key) is not None)
 
@@ -315,6 +337,61 @@ def test_features_of_a_model_with_tokens_behind_the_patch_tokens():
     assert ((others > 0.3) & (others < 0.5)).all()  # seven of the eight others
 
 
+@cases("name", ["rf_detr", "lw_detr"], fast=["rf_detr"])
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+@torch.no_grad()
+def test_layers_that_attend_over_several_windows(name, kind):
+    model, x = made(name)
+    model.set_attn_implementation(kind)
+    prefix, taken = int(name == "rf_detr"), 2
+    stock = model(x, output_hidden_states=True).hidden_states
+    layer = copy.deepcopy(model.encoder.layer[taken])
+    config = EvoConfig(keep_ratio=0.5, representative="none", start=taken, stages=1, look_ahead=0.0)
+    state = Patched(evopatch.apply(model, config=config)).host.state
+    norm = model.encoder.layer[taken].get_submodule("norm1" if prefix else "layernorm_before")
+    seen = []
+    asking = model.encoder.layer[taken].attention.q_proj
+    handle = asking.register_forward_pre_hook(lambda module, args: seen.append(*args))
+    state.passes = []
+    found = model(x, output_hidden_states=True).hidden_states
+    handle.remove()
+    partition = state.passes[0].partitions[taken]
+    windows = torch.arange(8).unsqueeze(1)  # four of each image
+    there = torch.cat([torch.zeros(8, prefix, dtype=torch.long), prefix + partition.leader], 1)
+    before = stock[taken]
+    torch.testing.assert_close(found[taken], before)
+    alone = layer(before[windows, there])
+    torch.testing.assert_close(found[taken + 1][windows, there], alone, atol=1e-5, rtol=1e-5)
+    assert moved(alone, before[windows, there]) > 1e-3
+    apart = 0.0 * alone
+    for window in range(8):  # on its own it would be something else
+        apart[window] = layer(before[window, there[window]].repeat(4, 1, 1))[0]
+    assert moved(alone, apart) > 1e-4
+    normed = norm(before).view(2, 4 * before.shape[1], -1)
+    places = (there + torch.arange(4).repeat(2).unsqueeze(1) * before.shape[1]).view(2, -1)
+    images = torch.arange(2).unsqueeze(1)
+    torch.testing.assert_close(seen[0][images, places], normed[images, places])
+    with pytest.raises(UnsupportedInputError, match="has its tokens in windows"):
+        evopatch.token_selection(model, x)
+
+
+@torch.no_grad()
+def test_what_windows_that_attend_together_are_ranked_by():
+    """Attention of each window's class token to the tokens of its window."""
+    model, x = made("rf_detr")
+    layer, before = model.encoder.layer[2], model(x, output_hidden_states=True).hidden_states[2]
+    query, key = (
+        projection(layer.norm1(before)).unflatten(2, (4, -1)).transpose(1, 2)
+        for projection in (layer.attention.q_proj, layer.attention.k_proj)
+    )
+    weights = (query[:, :, :1] @ key.transpose(2, 3) * layer.attention.scaling).softmax(-1)
+    config = EvoConfig(keep_ratio=0.5, start=3, stages=1, tradeoff=1.0, look_ahead=0.0)
+    state = Patched(evopatch.apply(model, config=config)).host.state
+    state.passes = []
+    model(x)
+    torch.testing.assert_close(state.passes[0].g[2], weights.mean((1, 2))[:, 1:])
+
+
 @torch.no_grad()
 def test_layers_that_queries_join_stay_as_they_are():
     model, x = made("eomt")
@@ -423,7 +500,7 @@ def test_packed_images_are_refused():
         model(patches, image_grid_hw=grid)
 
 
-@cases("name", ["internvl", "smolvlm", "data2vec"], fast=["internvl"])
+@cases("name", ["internvl", "smolvlm", "data2vec", "yolos", "yolos_between", "lw_detr"], fast=["internvl"])
 def test_layers_on_a_view(name):
     """Encoders that pass no keyword arguments on."""
     model, x = made(name)
