@@ -29,24 +29,27 @@ class EvoConfig:
         selection: `"stage"` selects once per run of blocks and keeps the compact set through the run,
             `"layer"` selects again before every block (the paper's section 3.4: layer-to-stage training).
         stages: Number of runs over the blocks from `start` on, or the first block of each run. A run never crosses
-            from one stage of a pyramid (LeViT, PiT) to the next: there a number is that of runs in each stage. None:
+            from one stage of a pyramid (LeViT, PiT, Swin) to the next: there a number is that of runs in each. None:
             three runs, with a constant schedule two, or one per keep ratio; in a pyramid one per stage from `start` on.
         schedule: How one keep ratio is spread over the runs. `"taper"` lets it fall (three runs at 0.5: 0.76, 0.56 and
-            0.31, see `plan.tapered`; the three stages of LeViT: 0.75, 0.5 and 0.25; those of Swin keep it) and makes
-            later runs of one stage longer (2 to 3 to 4 and so on),
-            `"constant"` (the paper's) uses it in every run and makes them equally long.
+            0.31, see `plan.tapered`; the three stages of LeViT: 0.75, 0.5 and 0.25; those of PiT and Swin keep it) and
+            makes later runs of one stage longer (2 to 3 to 4 and so on), `"constant"` (the paper's) uses it in every
+            run and makes them equally long.
         representative: What stands in for the fast tokens. `"matched"`: every fast token joins the slow token
             most similar to it, needs no training. `"single"`: one token, the mean of all fast tokens weighted by
             class attention (the paper's equations 5 and 6). `"none"`: fast tokens are carried unchanged.
         tradeoff: Weight of a block's own class attention when it is accumulated over depth (the paper's
-            equation 4, where it is 0.5), in [0, 1]; a sequence gives one per block.
+            equation 4, where it is 0.5), in [0, 1]; a sequence gives one per block. Without effect where matched
+            representatives are chosen by look-ahead alone (as by default), by foresight, or inside windows.
         importance: How much a token's importance counts against its novelty when matched representatives choose the
-            slow tokens: the exponent of its accumulated class attention, at least 0. Classifiers read what the class
-            token attends to; dense features are wanted everywhere (see `dense`).
+            slow tokens: the importance's exponent, in [0, 10]. Classifiers read what the class token attends to; dense
+            features are wanted everywhere (see `dense`). With other representatives it counts where windows are chosen
+            as a whole, and nowhere else; tokens matched inside windows are chosen by novelty alone.
         look_ahead: Weight of what later blocks would attend to, by their own weights on the tokens as they are now, in
             the importance that matched representatives are chosen by, in [0, 1]; the rest is what earlier blocks
             attended to, as all of it is where nothing can be looked at. For flat models and PiT, whose queries and
-            keys are plain linear projections (docs/concepts.md).
+            keys are plain linear projections (docs/concepts.md). Without effect with other representatives, and once
+            foresight is learned from images, by `apply(images=)` or `calibrate`.
         readout: Let the last block update nothing but what the head reads, where that are prefix tokens: exact, and a
             fifteenth of a 12-block model's work less. None: unless `keep_ratio` is 1.0, which is exactly the original
             forward. True: also then (see `exact`). False: never.
@@ -175,6 +178,6 @@ def _check_number(name: str, value: Any, *, expected: str, valid: Any) -> None:
 def _check_block(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(
-            f"{name}={value!r}: expected a block index of at least 1, since the tokens are ranked by the class "
-            "attention of an earlier block"
+            f"{name}={value!r}: expected a block index of at least 1, as the first block takes all tokens: before it, "
+            "there is no class attention to rank them by"
         )

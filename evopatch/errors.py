@@ -30,7 +30,11 @@ class UnsupportedInputError(EvoPatchError, ValueError):
 
 
 class BypassError(EvoPatchError, RuntimeError):
-    """A patched block was called from outside its model's own forward."""
+    """The patch would be passed by.
+
+    A patched block was called from outside its model's own forward; or a patched module, its forward or its class was
+    replaced after `apply`, or layers were added or removed.
+    """
 
 
 class CheckpointError(EvoPatchError, ValueError):

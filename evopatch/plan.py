@@ -90,7 +90,7 @@ def _looked_at(selecting: int, end: int) -> tuple[int, ...]:
 def _first_blocks(config: EvoConfig, depths: tuple[int, ...], default: int | None) -> list[int]:
     depth = sum(depths)
     if depth < 2:
-        raise ConfigError(f"a model with {depth} block(s): expected at least 2, one to rank the tokens by")
+        raise ConfigError(f"a model with {depth} block(s): expected at least 2, as the first takes all tokens")
     begins = [sum(depths[:stage]) for stage in range(len(depths))]
     if isinstance(config.stages, tuple):
         firsts = list(config.stages)
