@@ -9,7 +9,6 @@ import timm
 import torch
 
 import evopatch
-from evopatch.measure.timing import compare_speed
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="deit_small_patch16_224")
@@ -34,8 +33,9 @@ evopatch.set_keep_ratio(model, 0.5)
 print(f"FLOPs of the whole model: {evopatch.profile(model, (3, 224, 224)).ratio:.3f} of unpatched")
 print("slow tokens per block:", evopatch.token_selection(model, images)[0].sum(dim=(1, 2)).tolist())
 
-speed = compare_speed(model, images, rounds=10)
-print(f"images/s: {speed.patched:.1f} patched, {speed.unpatched:.1f} unpatched, {speed.ratio:.2f}x (median of pairs)")
+unpatched, patched = evopatch.benchmark(model, images, rounds=10).sides
+print(f"images/s: {patched.images_per_second:.1f} patched, {unpatched.images_per_second:.1f} unpatched")
+print(f"{patched.speed_up:.2f} times as fast (median of alternating rounds)")
 
 evopatch.remove(model)
 with torch.no_grad():
