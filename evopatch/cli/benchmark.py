@@ -15,7 +15,7 @@ from ..errors import ConfigError, SpeedWarning
 from ..progress import progress_bar
 from . import options
 from .options import Precision
-from .patch_options import patch, several_configs
+from .patch_options import Asked, patch, several_configs
 from .tables import console, megabytes, table_of, write_json
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def benchmark(
     model: options.Model,
     *,
     config: options.ConfigFile = None,
-    patch_configs: list[EvoConfig],
+    asked: Asked,
     image_size: options.ImageSize = None,
     batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Repeat for several. Default 16.")] = None,
     device: options.Device = "cpu",
@@ -72,18 +72,18 @@ def benchmark(
         import matplotlib  # noqa: F401, before the work that it draws
     other = None if peer is None else _load(peer)
     network, input_size = open_architecture(model, image_size)
-    patch_configs = patch(network, model, *patch_configs)
+    configs = patch(network, model, asked)
     network = options.place(network, device, dtype)
     image = torch.randn(1, *input_size, device=device, dtype=getattr(torch, dtype.value))
-    peers = {} if other is None else _peers(other, unpatch(Patched(network).copy()), image, patch_configs)
+    peers = {} if other is None else _peers(other, unpatch(Patched(network).copy()), image, configs)
     sizes = batch_size or [16]
     results = []
-    with progress_bar(f"{model}, {len(patch_configs)} setting(s)", len(sizes) * (rounds + warm_up)) as advance:
+    with progress_bar(f"{model}, {len(configs)} setting(s)", len(sizes) * (rounds + warm_up)) as advance:
         for size in sizes:
             batch = torch.randn(size, *input_size, device=device, dtype=image.dtype)
             results.append(
                 run(
-                    network, batch, patch_configs, peers=peers, rounds=rounds, warm_up=warm_up,
+                    network, batch, configs, peers=peers, rounds=rounds, warm_up=warm_up,
                     compile=compile_mode or compile_, train=train, on_round=advance,
                 )
             )  # fmt: skip

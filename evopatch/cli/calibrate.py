@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..config import EvoConfig
 from ..errors import DataError
 from ..progress import errors
 from ..sources.preprocessing import Preprocessing
 from . import options
 from .options import Precision
-from .patch_options import one_config, patch
+from .patch_options import Asked, one_config, patch
 from .preprocessing_options import with_preprocessing
 from .tables import console, percent, table_of
 
@@ -56,7 +55,7 @@ def calibrate(
     device: options.Device = "cpu",
     dtype: Annotated[Precision, typer.Option()] = Precision.float32,
     preprocessing: Preprocessing,
-    patch_config: EvoConfig,
+    asked: Asked,
 ) -> None:
     """The best settings for this model under a target, found on a few images without labels.
 
@@ -83,7 +82,7 @@ def calibrate(
     few = sorted({round(place * (len(chosen) - 1) / max(1, number - 1)) for place in range(number)})
     from torch.utils.data import Subset
 
-    patch(network, model, patch_config)
+    patch(network, model, asked)
     try:
         result = run(
             network,

@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from ..config import EvoConfig
 from ..progress import errors
 from ..sources.preprocessing import Preprocessing
 from . import options
 from .options import Precision
-from .patch_options import one_config, patch
+from .patch_options import Asked, one_config, patch
 from .preprocessing_options import with_preprocessing
 from .tables import console
 
@@ -37,7 +36,7 @@ def embed(
     shard_rows: Annotated[int, typer.Option(min=1, help="Images of one shard: lost at most when it is killed.")] = 1024,
     workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
     dtype: Annotated[Precision, typer.Option()] = Precision.float32,
-    patch_config: EvoConfig,
+    asked: Asked,
     preprocessing: Preprocessing,
 ) -> None:
     """Features of every image into one parquet file: of the image, and with --patch-features of its patches.
@@ -55,7 +54,7 @@ def embed(
     options.check_folder_of(out, "--out")
     encoder = open_encoder(model, checkpoint, num_classes, preprocessing)
     network = options.place(encoder.model, str(process_state().device), dtype)
-    patch(network, model, patch_config)
+    patch(network, model, asked)
     found = run(
         network,
         open_every(data, encoder.transform),

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import EvoConfig
 from ..progress import errors, progress_bar
 from ..sources.preprocessing import Preprocessing
 from . import options
 from .options import Precision
-from .patch_options import patch, several_configs
+from .patch_options import Asked, patch, several_configs
 from .preprocessing_options import with_preprocessing
 from .tables import QUALITY, console, quality, table_of, write_json
 
@@ -37,7 +36,7 @@ def evaluate(
     config: options.ConfigFile = None,
     checkpoint: options.Checkpoint = None,
     num_classes: options.NumClasses = None,
-    patch_configs: list[EvoConfig],
+    asked: Asked,
     preprocessing: Preprocessing,
     rows: Annotated[str | None, typer.Option(help="Only these images, as in 650: or 0:100.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 50,
@@ -63,7 +62,7 @@ def evaluate(
     options.check_folder_of(json_out, "--json")
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing)
     network = options.place(classifier.model, device, dtype)
-    patch_configs = patch(network, model, *patch_configs)
+    configs = patch(network, model, asked)
     dataset: Images | Subset[Any] = open_evaluation(data, classifier.transform)
     if rows is not None:
         dataset = Subset(dataset, options.parse_rows(rows, len(dataset)))
@@ -75,8 +74,8 @@ def evaluate(
             unreadable.extend(batch.unreadable)
             yield batch.images, batch.labels
 
-    with progress_bar(f"{model}, {len(patch_configs)} setting(s)", len(dataset)) as advance:
-        results = run(network, batches(), patch_configs, classifier.input_size, on_batch=advance)
+    with progress_bar(f"{model}, {len(configs)} setting(s)", len(dataset)) as advance:
+        results = run(network, batches(), configs, classifier.input_size, on_batch=advance)
     if unreadable:
         errors.print(f"{len(unreadable)} unreadable image(s) left out: {', '.join(unreadable[:5])}", highlight=False)
     title = f"{model}, {results[0].images} images, {dtype.value}, no training"

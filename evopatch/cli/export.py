@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..config import EvoConfig
 from ..errors import ConfigError, DataError
 from ..sources.preprocessing import Preprocessing
 from . import options
-from .patch_options import one_config, patch
+from .patch_options import Asked, one_config, patch
 from .tables import console, megabytes
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def export(
     checkpoint: options.Checkpoint = None,
     num_classes: options.NumClasses = None,
     pretrained: Annotated[bool, typer.Option("--pretrained/--no-pretrained", help="Or random weights.")] = True,
-    patch_config: EvoConfig,
+    asked: Asked,
     batch: Annotated[str | None, typer.Option(help="dynamic or a number. Default: dynamic if the format can.")] = None,
     image_size: Annotated[str | None, typer.Option(help="dynamic or pixels. Default: the model's.")] = None,
     half: Annotated[bool, typer.Option("--half", help="Values in float16.")] = False,
@@ -77,7 +76,7 @@ def export(
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing, pretrained, any_size)
     number = max(images, batch_size or 0)
     shown, calibration = _images(classifier, data, number, _CALIBRATION if int8 else 0)
-    patch(classifier.model, model, patch_config)
+    patch(classifier.model, model, asked)
     result = run(
         classifier.model, out, format.value, images=shown, batch_size=batch_size, any_size=any_size, half=half,
         int8=calibration if int8 else None, benchmark=benchmark,

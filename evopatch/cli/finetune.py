@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from ..config import EvoConfig
 from ..errors import ConfigError, TrainingError, TrainingInterruptedError
 from ..progress import errors
 from ..sources.preprocessing import Preprocessing
 from ..training.settings import FinetuneConfig
 from . import options, settings_file
 from .finetune_report import report
-from .patch_options import one_config, patch
+from .patch_options import Asked, one_config, patch
 from .preprocessing_options import with_preprocessing
 from .training_options import with_training
 
@@ -87,7 +86,7 @@ def finetune(
         str | None, typer.Option(help="timm's name of a policy, such as rand-m9-mstd0.5-inc1.", rich_help_panel=_DATA)
     ] = None,
     random_erasing: Annotated[float, typer.Option(help="Probability.", rich_help_panel=_DATA)] = 0.0,
-    patch_config: EvoConfig,
+    asked: Asked,
     training: FinetuneConfig,
 ) -> None:
     """Patch a classifier and train it: with labels, or without any, taught by itself unpatched.
@@ -130,7 +129,7 @@ def finetune(
     splits.train.transform = training_transform(classifier, augmentation)
     if not labels:
         splits.train.labels = None
-    patch(classifier.model, model, patch_config)
+    patch(classifier.model, model, asked)
     settings_file.save(folder, ctx)
     try:
         result = run(

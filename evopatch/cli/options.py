@@ -36,26 +36,32 @@ def _read_config(ctx: typer.Context, path: Path | None) -> Path | None:
         values = read_toml(path)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{path} can't be read as TOML: {error}") from None
-    options = {parameter.name: parameter for parameter in ctx.command.params}
-    known = sorted(str(name) for name in options if name not in ("config", "help"))
+    options = {_named(parameter): parameter for parameter in ctx.command.params}
+    known = sorted(name for name in options if name not in ("config", "help"))
     if unknown := sorted(set(values) - set(known)):
         raise typer.BadParameter(f"{path} has the unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
     ctx.default_map = dict(ctx.default_map or {}) | _strings(values, options)
     return path
 
 
-def _strings(values: Mapping[str, Any], options: Mapping[Any, Any]) -> dict[str, Any]:
+def _named(parameter: Any) -> str:
+    """What a file calls an option: as the command line does, with underscores."""
+    long = next((option[2:] for option in parameter.opts if option.startswith("--")), None)
+    return str(parameter.name) if long is None else long.replace("-", "_")
+
+
+def _strings(values: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     # As if typed on the command line, so that every value is checked and converted like one.
     def text(value: Any) -> Any:
         return value if isinstance(value, bool) else str(value)
 
     found: dict[str, Any] = {}
     for name, value in values.items():
-        repeated = getattr(options[name], "multiple", False)
+        key, repeated = options[name].name, getattr(options[name], "multiple", False)
         if isinstance(value, list):
-            found[name] = [text(v) for v in value] if repeated else ",".join(map(str, value))
+            found[key] = [text(v) for v in value] if repeated else ",".join(map(str, value))
         else:
-            found[name] = [text(value)] if repeated else text(value)
+            found[key] = [text(value)] if repeated else text(value)
     return found
 
 
@@ -119,6 +125,14 @@ def parse_ratios(text: str) -> float | tuple[float, ...]:
     except ValueError:
         raise typer.BadParameter(f"'{text}': expected a number, or numbers separated by commas") from None
     return values[0] if len(values) == 1 else values
+
+
+def parse_start(text: str) -> int | float:
+    """A block, or below 1 a share of the depth."""
+    try:
+        return int(text) if text.lstrip("-").isdecimal() else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"'{text}': expected a block's number, or a share of the depth") from None
 
 
 def parse_channels(text: str | None) -> tuple[float, ...] | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ..config import EvoConfig
 from . import options
-from .patch_options import one_config, patch
+from .patch_options import Asked, one_config, patch
 from .tables import console, megabytes, table_of, write_json
 
 
@@ -13,7 +12,7 @@ def profile(
     model: options.Model,
     *,
     config: options.ConfigFile = None,
-    patch_config: EvoConfig,
+    asked: Asked,
     image_size: options.ImageSize = None,
     json_out: options.JsonOut = None,
 ) -> None:
@@ -26,7 +25,7 @@ def profile(
 
     options.check_folder_of(json_out, "--json")
     network, input_size = open_architecture(model, image_size)
-    (patch_config,) = patch(network, model, patch_config)
+    (setting,) = patch(network, model, asked)
     found = run(network, input_size)
     columns = ("tokens", "of", "GFLOPs", "un-\npatched", "share", "kept\nMB", "un-\npatched", "share")
     table = table_of(f"{model}, {input_size[1]}x{input_size[2]}, one image", ("block",), columns)
@@ -54,7 +53,7 @@ def profile(
         f"{memory[1]} MB, share {memory[2]}.",
         highlight=False,
     )
-    write_json(json_out, {"config": patch_config.to_dict(), **found.to_dict()})
+    write_json(json_out, {"config": setting.to_dict(), **found.to_dict()})
 
 
 def _pair(patched: float, unpatched: float) -> tuple[str, str, str]:

@@ -15,7 +15,7 @@ from ..config import EvoConfig
 from ..errors import ConfigError
 from ..progress import errors
 from . import options
-from .patch_options import one_config
+from .patch_options import Asked, one_config
 
 
 @one_config
@@ -25,7 +25,7 @@ def run(
     *,
     config: options.ConfigFile = None,
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module, as for python -m.")] = False,
-    patch_config: EvoConfig,
+    asked: Asked,
 ) -> None:
     """Run a script unchanged, with every supported timm and transformers model that it builds patched.
 
@@ -40,7 +40,7 @@ def run(
     logger.addHandler(_Printed())
     logger.setLevel(logging.INFO)
     sys.argv = [script, *ctx.args]
-    with autopatch(config=patch_config) as patched:
+    with autopatch(config=asked.over(EvoConfig())[0]) as patched:
         try:
             if module:
                 sys.path.insert(0, "")

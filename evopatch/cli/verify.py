@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..config import EvoConfig
 from ..errors import DataError
 from ..progress import errors
 from ..sources.preprocessing import Preprocessing
 from . import options
 from .options import Precision
-from .patch_options import one_config, patch
+from .patch_options import Asked, one_config, patch
 from .preprocessing_options import with_preprocessing
 from .tables import console, table_of, write_json
 
@@ -36,7 +35,7 @@ def verify(
     ] = None,
     checkpoint: options.Checkpoint = None,
     num_classes: options.NumClasses = None,
-    patch_config: EvoConfig,
+    asked: Asked,
     preprocessing: Preprocessing,
     batch_size: Annotated[int, typer.Option(min=2, help="So many images, evenly spread over the data.")] = 8,
     device: options.Device = "cpu",
@@ -59,7 +58,7 @@ def verify(
     options.check_folder_of(json_out, "--json")
     network, images = _open(model, data, checkpoint, num_classes, preprocessing, batch_size)
     network = options.place(network, device, dtype)
-    patch(network, model, patch_config)
+    patch(network, model, asked)
     found = run(network, images, compile=compile_)
     table = table_of(f"{model}, {'x'.join(map(str, images.shape))}", ("check", ""), ("found", "at most"))
     for check in found.checks:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..config import EvoConfig
 from ..errors import CheckpointError, ConfigError, UnreadableImageError
 from ..sources.preprocessing import Preprocessing
 from . import options
-from .patch_options import one_config, patch
+from .patch_options import Asked, one_config, patch
 from .preprocessing_options import with_preprocessing
 from .tables import console
 
@@ -46,7 +45,7 @@ def visualize(
         list[int] | None, typer.Option(help="Repeat for several. Default: the blocks that select anew.")
     ] = None,
     groups: Annotated[bool, typer.Option("--groups", help="Colour the tokens that are updated together.")] = False,
-    patch_config: EvoConfig,
+    asked: Asked,
     preprocessing: Preprocessing,
 ) -> None:
     """Which tokens are slow: rows are pictures, columns are blocks or checkpoints.
@@ -69,7 +68,7 @@ def visualize(
     # Weights given by --checkpoints take the place of timm's; a transformers model's come with its configuration.
     pretrained = states is None or not timm.is_model(model)
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing, pretrained)
-    patch(classifier.model, model, patch_config)
+    patch(classifier.model, model, asked)
     batch = torch.stack([classifier.transform(_open(path)) for path in image])
     shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (classifier.mean, classifier.std))
     pixels = (batch * scale + shift).clamp(0, 1).permute(0, 2, 3, 1)

@@ -137,7 +137,7 @@ def test_bad_usage_is_one_message(arguments, code, message, run_in, tmp_path):
 def test_a_file_of_settings_for_evaluate(command, photos, tmp_path):
     (tmp_path / "settings.toml").write_text(
         f'model = "vit_tiny_patch16_224"\ncheckpoint = "{photos / "weights.pth"}"\nnum_classes = 3\n'
-        f'data = "{photos / "photos"}"\nkeep_ratio = [0.7, "0.6,0.3"]\njson_out = "{tmp_path / "out.json"}"'
+        f'data = "{photos / "photos"}"\nkeep_ratio = [0.7, "0.6,0.3"]\njson = "{tmp_path / "out.json"}"'
     )
     run = command("evaluate", "--config", tmp_path / "settings.toml")
     assert run.returncode == 0, run.stderr
