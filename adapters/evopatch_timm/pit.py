@@ -24,8 +24,7 @@ class SlowFastPit(PatchedHost):
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The host's own, on slow-fast blocks; it returns the class tokens alone."""
-        after = (self.transformers, self.transformers[-1], self.norm)
-        reads_prefix = reads_prefix_only(self, "timm", _RETURNS_PREFIX, after)
+        reads_prefix = reads_prefix_only(self, "timm", _RETURNS_PREFIX, (self.norm,))
         return walk(self, "forward_features", x, *args, compact=True, reads_prefix=reads_prefix, **kwargs)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -49,7 +49,7 @@ def missed(x: Tensor, entry: Tensor, partition: Partition, correction: Correctio
     if not partition.complete:
         rows = F.pad(rows, (0, 0, 0, 1))
     own = rows.flatten(0, 1).index_select(0, flat_rows(partition.group, rows.shape[1]))
-    out = (x @ down - own.view(*x.shape[:2], -1)) @ up
+    out = (x @ down - own.view(*x.shape[:2], rows.shape[2])) @ up
     return out if partition.complete else out.masked_fill((partition.group == partition.rows).unsqueeze(2), 0.0)
 
 

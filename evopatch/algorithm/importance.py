@@ -44,7 +44,7 @@ def class_attention(
         # At batch 1 operator calls count: this product of all heads is a third of those of one over four axes, where
         # some converters lose track of the axes.
         logits = query.flatten(0, 1) @ key.flatten(0, 1).transpose(1, 2)
-        logits = logits.view(*key.shape[:2], -1, key.shape[2])
+        logits = logits.view(*query.shape[:3], key.shape[2])
     logits = logits * scale if bias is None else torch.add(detached(bias), logits, alpha=scale)
     return logits.softmax(dim=-1, dtype=torch.float32).mean(dim=(1, 2))
 

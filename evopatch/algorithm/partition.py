@@ -121,7 +121,7 @@ def distribute(x: Tensor, change: Tensor, partition: Partition) -> Tensor:
         change = F.pad(change, (0, 0, 0, 1))
     batch, rows, channels = change.shape
     own = change.reshape(-1, channels).index_select(0, flat_rows(partition.group, rows))
-    return x + own.view(batch, -1, channels)
+    return x + own.view(batch, x.shape[1], channels)
 
 
 def merge_positions(table: Tensor, partition: Partition, prefix: int) -> Tensor:

@@ -16,7 +16,8 @@ from ..algorithm.importance import detached
 from ..errors import UnsupportedInputError
 from ..rewrite.classes import Steered
 from ..rewrite.fast_paths import forward_of
-from ..rewrite.graph import Code, GeneratesCode, generate_core, generate_metric
+from ..rewrite.generated import GeneratesCode
+from ..rewrite.graph import Code, generate_core, generate_metric
 from ..rewrite.tracing import TraceSpec, attention_cores
 from ..rewrite.view import Call, ContainerView, View, check_steered, on_view
 from .guarded import GuardedBlock
@@ -91,17 +92,8 @@ class TappedAttention(GeneratesCode, Steered):
         module: Any = self
         self.__dict__["_evo_code"] = generate_core(self._evo_traceable(module), self._evo_name, self._evo_trace)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        before = self.__dict__.get(name, _MISSING)
-        super().__setattr__(name, value)
-        # Tracing has read plain values such as `num_heads` or `fused_attn`.
-        if name != "training" and isinstance(value, _PLAIN) and (type(value) is not type(before) or value != before):
-            self._evo_generate()
-
 
 Patch = TypeVar("Patch", bound=Steered)
-_MISSING = object()
-_PLAIN = (bool, int, float, str, type(None))
 
 
 def block_codes(mixin: type[SlowFastBlock], block: nn.Module, name: str, trace: TraceSpec) -> dict[str, Any]:

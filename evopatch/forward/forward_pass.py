@@ -8,8 +8,8 @@ in a local variable: threads, nested forwards, and several forwards before one b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from ..errors import UnsupportedInputError
 from ..rewrite.classes import Steered
 from .hooks import is_recomputed, wants_tokens
 from .host_state import HostState
+
+Value = TypeVar("Value")
 
 
 class ForwardPass(ABC):
@@ -90,6 +92,14 @@ class ForwardPass(ABC):
             *args: What its host calls it with.
             **kwargs: The same.
         """
+
+    def run_begin(self, index: int) -> int:
+        """The block that selects the tokens that go through a block."""
+        return max(earlier for earlier, plan in enumerate(self.plans[: index + 1]) if plan.selects)
+
+    def before(self, index: int, values: Mapping[int, Value], begin: int = 0) -> Value | None:
+        """What is there by the last block before one, not before `begin`; somebody's code may leave blocks out."""
+        return next((values[i] for i in range(index - 1, begin - 1, -1) if i in values), None)
 
     def leave(self, index: int, x: Tensor) -> Tensor:
         """After a block and the modules that belong to it."""

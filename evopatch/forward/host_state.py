@@ -35,6 +35,8 @@ class HostState:
         self.index_of = {block[0]: index for index, block in enumerate(self.blocks)}
         self.around_blocks = frozenset(on_the_way(self.index_of)) - self.index_of.keys()
         """Paths of the modules between the host and its blocks."""
+        self.known_paths = self.around_blocks.union(*self.blocks)
+        """These, and those of everything that blocks are made of."""
         self.stage_of = tuple(number for number, depth in enumerate(self.depths) for _ in range(depth))
         self.full_grid = 0
         """How many `evopatch.full_grid` contexts are open."""
@@ -42,9 +44,15 @@ class HostState:
         """Where the owner of a copy of a model collects the state of every forward, to look at it."""
         self.watch: Callable[[int, Any], None] | None = None
         """Told by every block with windows what its tokens received, in a copy of a model that somebody learns from."""
+        self.methods: dict[str, str] = {}
+        """By name, which function each method of the host was that walks over the blocks, when it was patched."""
         self.generated: dict[Any, Any] = {}
         """Code by the structure of the block that it is for; empty but while the host is being patched."""
         self.set_config(config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is made for itself: nobody would close the contexts that are open here, or read what is collected.
+        return {**self.__dict__, "full_grid": 0, "passes": None, "watch": None}
 
     def set_config(self, config: EvoConfig) -> None:
         """Take another configuration.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..algorithm.correction import Correction
@@ -41,7 +42,9 @@ def give(block: nn.Module, name: str, values: Tensor) -> None:
     """
     # On the device of an offloaded block, and in the type of a quantised one, nothing would be left of them.
     device = next(block.parameters()).device
-    block.register_buffer(name, values if device.type == "meta" else values.to(device), persistent=False)
+    with torch.inference_mode(False):
+        kept = values.clone() if values.is_inference() else values  # the first can't take part in training
+        block.register_buffer(name, kept if device.type == "meta" else kept.to(device), persistent=False)
 
 
 def take(block: nn.Module, *names: str) -> None:

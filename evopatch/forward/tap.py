@@ -168,6 +168,11 @@ class AttentionTap:
     ) -> Tensor:
         """Stands where a block takes the softmax of its `(B, H, M, M)` attention logits, maybe by an `nn.Softmax`."""
         self.used = True
+        if logits.dim() != 4:
+            raise UnsupportedInputError(
+                f"attention logits {tuple(logits.shape)} in {self.block}: expected four axes (B, H, T, T). Leave the "
+                "model unpatched, or write the attention so"
+            )
         bias = None if self._sizes_added else self._bias(None, logits)
         if bias is not None:
             logits = logits + bias
@@ -193,7 +198,7 @@ class AttentionTap:
         if self._mask is not None:
             mask = added(self._mask, like.dtype)
             return mask if bias is None else bias + mask
-        key_bias = self.key_bias.to(like.dtype).view(self.key_bias.shape[0], 1, 1, -1)
+        key_bias = self.key_bias.to(like.dtype)[:, None, None]
         # In place: the merged bias is nobody else's, and may be the largest tensor of a block.
         return key_bias if bias is None else bias.add_(key_bias)
 

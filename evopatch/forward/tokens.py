@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -56,8 +55,9 @@ class TokenPass(ForwardPass):
         own = host_class(block).forward
         if not self.active and not self._reads_out(index, block):
             return own(block, *args, **kwargs)
-        x, *others = args
-        inputs = dict(zip(block._evo_metric.parameters[1:], others, strict=False)) | kwargs
+        first, *names = block._evo_metric.parameters
+        x, *others = args or (kwargs.pop(first),)
+        inputs = dict(zip(names, others, strict=False)) | kwargs
         for name, value in inputs.items():
             if name not in self.spec.trace.inputs and value is not None and value is not False:
                 if name != self.spec.mask:
@@ -106,7 +106,6 @@ class TokenPass(ForwardPass):
             check_tokens(x.shape[1], self.spec.prefix, self.grid, self.name)
         if self.spec.pyramid is not None and (index == 0 or self.stage_of[index - 1] != self.stage_of[index]):
             check_stage(x.shape[1] - self.spec.prefix, self.spec.pyramid.grids, self.stage_of[index], self.name)
-        plan = self.plans[index]
         named = dict(inputs) | {name: inputs.get(name) for name in self.spec.trace.inputs}
         self.mask.read(index, named, x, self.refuse)
         if self.spec.adds:
@@ -115,10 +114,10 @@ class TokenPass(ForwardPass):
             if not reads_out and not self._accumulates(index):
                 return run(x, named, None)
             return self._tapped(index, block, x, named, None, run, reads_out)
-        before = None if plan.selects else self.partitions[index - 1].to(x.device)
-        partition = self.partitions[index] = before or self._select(index, block, x, named)
-        first = index if plan.selects or not self.compact else self._first[index - 1]
-        self._first[index] = first
+        before = self.before(index, self.partitions, self.run_begin(index))
+        selected = self._select(index, block, x, named) if before is None else before.to(x.device)
+        partition = self.partitions[index] = selected
+        first = self._first[index] = self.run_begin(index) if self.compact else index
         compact = x
         if first == index:
             compact = merge(x, partition)
@@ -169,8 +168,7 @@ class TokenPass(ForwardPass):
         block = unwrapped(self.modules[index], SlowFastBlock) if self.plans[index].ends else None
         if block is None or self.representative != "matched":
             return None
-        first = max(i for i, plan in enumerate(self.plans[: index + 1]) if plan.selects)
-        return correction_of(block, first)
+        return correction_of(block, self.run_begin(index))
 
     def _reads_out(self, index: int, block: PatchedBlock) -> bool:
         """Whether only the prefix tokens go through a block, all others are no more than looked at."""
@@ -198,32 +196,32 @@ class TokenPass(ForwardPass):
         tokens_out = self.mask.left_out
         left_out = None if tokens_out is None else tokens_out[:, prefix:]
         if self.representative != "matched":
-            g, single = self._accumulated(index, x.device), self.representative == "single"
+            g, single = self._accumulated(index, x), self.representative == "single"
             return select_top(g, keep, prefix, single, left_out)
         if not self.spec.looks_ahead:
             seen = self._layout.of_tokens(seen_tokens(block, self._layout.of_block(index, x), inputs))
-            features, g = F.normalize(seen[:, prefix:], dim=-1), self._accumulated(index, x.device)
+            features, g = F.normalize(seen[:, prefix:], dim=-1), self._accumulated(index, x)
         else:
             look, running = Look(x, inputs, prefix, self.spec.readout, tokens_out), cast(Any, block)
             features = look.features(running)
             weights = foresight_of(running)
             if weights is None:
-                g = self._importance(index, look.ahead(self._looked_at(index), running), x.device)
+                g = self._importance(index, look.ahead(self._looked_at(index), running), x)
             else:
                 g = foreseen(features, given(weights, features), left_out)
         return select_matched(g, features, keep, prefix, self.importance, left_out)
 
-    def _importance(self, index: int, ahead: Tensor | None, device: torch.device) -> Tensor:
+    def _importance(self, index: int, ahead: Tensor | None, x: Tensor) -> Tensor:
         """What tokens are ranked by without foresight.
 
         Args:
             index: Of the block that selects.
             ahead: What later blocks would attend to, where any can be looked at.
-            device: Of the tokens.
+            x: The tokens.
         """
         if ahead is not None and self.look_ahead == 1.0:
             return ahead
-        g = self._accumulated(index, device)
+        g = self._accumulated(index, x)
         return g if ahead is None else accumulate(g, ahead, self.look_ahead)
 
     def _looked_at(self, index: int) -> list[Any]:
@@ -245,9 +243,10 @@ class TokenPass(ForwardPass):
             return True
         return self.look_ahead == 1.0 and can_look_ahead(self._looked_at(index))
 
-    def _accumulated(self, index: int, device: torch.device) -> Tensor:
-        """`g` before a block that selects; the first block never does."""
-        return self.g[index - 1].to(device)
+    def _accumulated(self, index: int, x: Tensor) -> Tensor:
+        """`g` before a block that selects, for `(B, T, ...)`; the same for all where none ran before it."""
+        g = self.before(index, self.g)
+        return x.new_ones(x.shape[0], x.shape[1] - self.spec.prefix).float() if g is None else g.to(x.device)
 
     def _tapped(
         self,
@@ -290,10 +289,11 @@ class TokenPass(ForwardPass):
         if accumulates:
             tradeoff = cast(float, self.plans[index].tradeoff)
             attention = tap.class_attention()
-            before = self.g[index - 1].to(x.device) if index else None
-            if partition is None or before is None:
-                g = accumulate(before, attention[:, spec.prefix :], tradeoff)
+            if partition is not None:
+                g = accumulate_compact(self._accumulated(index, partition.group), attention, tradeoff, partition)
             else:
-                g = accumulate_compact(before, attention, tradeoff, partition)
+                before = self.before(index, self.g)
+                own = attention[:, spec.prefix :]
+                g = accumulate(None if before is None else before.to(x.device), own, tradeoff)
             self.g[index] = self._carried(index, g)
         return out

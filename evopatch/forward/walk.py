@@ -21,6 +21,7 @@ class PatchedHost(Swapped):
     """Mixin of a patched host; an adapter's wraps the methods that walk over the blocks, each by `walk`."""
 
     _evo_state: HostState
+    training: bool
 
 
 def walk(
@@ -46,13 +47,22 @@ def walk(
     """
     function = getattr(host_class(host), method)
     state = host._evo_state
-    if not state.active and compact and not reads_prefix:
+    if not torch.compiler.is_compiling() and state.methods.get(method, name := full_name(function)) != name:
+        compact = reads_prefix = False  # somebody gave the class another one, which may look
+    # What is computed anew in backward has to find this forward's settings.
+    recomputed = host.training and torch.is_grad_enabled()
+    if not state.active and compact and not reads_prefix and not recomputed:
         return function(host, *args, **kwargs)
     refuse_symbolic(args, kwargs)
     forward_pass = pass_class(state, compact)
     forward_pass.grid, forward_pass.reads_prefix = grid, reads_prefix
     view = viewed(host, forward_pass)
     return on_view(function, view, *args, **kwargs)
+
+
+def full_name(function: Any) -> str:
+    """Of a function, with its module."""
+    return f"{function.__module__}.{getattr(function, '__qualname__', '')}"
 
 
 def refuse_symbolic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

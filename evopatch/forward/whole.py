@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 
 from ..rewrite.reading import is_of
-from .hooks import wants_tokens
+from .hooks import has_foreign_hooks, wants_tokens
 from .host_state import HostState
 
-# Their modules between the blocks and the head are norms, which do the same to every token.
 _LIBRARIES = {"torch", "timm", "transformers", "evopatch"}
+_BY_TOKEN = (nn.Linear, nn.Identity, nn.Dropout, nn.Tanh, nn.GELU, nn.ReLU, nn.SiLU)
+_OVER_TOKENS = ("batch", "group", "instance", "response")
+"""In names of norms that do something else to a token when other tokens are there."""
 
 
 def reads_prefix_only(host: Any, library: str, methods: Collection[str], after: Iterable[nn.Module | None]) -> bool:
@@ -28,8 +30,26 @@ def reads_prefix_only(host: Any, library: str, methods: Collection[str], after: 
     state: HostState = host._evo_state
     if not state.reads_out or not is_of(library, host, methods):
         return False
-    return all(module is None or (_is_known(module) and not wants_tokens(module)) for module in after)
+    around = {path: host.get_submodule(path) for path in state.around_blocks}
+    if any(has_foreign_hooks(module) or not _holds_blocks(module, path, state) for path, module in around.items()):
+        return False
+    return all(module is None or (_treats_tokens_alone(module) and not wants_tokens(module)) for module in after)
 
 
-def _is_known(module: nn.Module) -> bool:
-    return type(module).__module__.partition(".")[0] in _LIBRARIES
+def _holds_blocks(module: nn.Module, path: str, state: HostState) -> bool:
+    """Whether a container holds nothing but what was patched; True of other modules."""
+    if not isinstance(module, (nn.Sequential, nn.ModuleList)):
+        return True
+    return all(f"{path}.{name}" in state.known_paths for name in module._modules)
+
+
+def _treats_tokens_alone(module: nn.Module) -> bool:
+    """Whether what a module makes of a token can't depend on other tokens, by the classes in it."""
+    for inner in module.modules():
+        name = type(inner).__name__.lower()
+        norm = "norm" in name and not any(word in name for word in _OVER_TOKENS)
+        known = type(inner).__module__.partition(".")[0] in _LIBRARIES
+        plain = isinstance(inner, _BY_TOKEN) or norm or "pooler" in name or type(inner) is nn.Sequential
+        if not known or not plain:
+            return False
+    return True

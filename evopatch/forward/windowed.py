@@ -56,7 +56,6 @@ class WindowedPass(ForwardPass):
         self.partitions: dict[int, Partition] = {}
         self._selected: dict[int, tuple[Windows, WindowPartition]] = {}
         self._grids: dict[int, tuple[int, int]] = {}
-        self._first: dict[int, int] = {}
         self._watch = state.watch
 
     def run(self, index: int, block: Any, *args: Any, **options: Any) -> Any:
@@ -133,16 +132,17 @@ class WindowedPass(ForwardPass):
 
     def _accumulated(self, index: int, x: Tensor) -> Tensor | None:
         """`g` before a block, on the grid of its stage; None before the first one."""
-        if index == 0:
+        earlier = [i for i in range(index) if i in self.g]  # somebody's code may leave blocks out
+        if not earlier:
             return None
-        g = self.g[index - 1].to(x.device)
-        same_grid = self.stage_of[index] == self.stage_of[index - 1] or not self.spec.coarsens
-        return g if same_grid else coarsen(g, self._grids[index - 1], kernel=2)
+        last, g = earlier[-1], self.g[earlier[-1]].to(x.device)
+        same_grid = self.stage_of[index] == self.stage_of[last] or not self.spec.coarsens
+        return g if same_grid else coarsen(g, self._grids[last], kernel=2)
 
     def _selection(self, index: int, block: Any, tokens: Tensor, cut: Cut) -> WindowPartition | None:
         """Who goes through the block for whom; None: every token for itself."""
-        plan, matched = self.plans[index], self.representative == "matched"
-        first = self._first[index] = index if plan.selects else self._first[index - 1]
+        matched = self.representative == "matched"
+        first = self.run_begin(index)
         if cut.windows.area < 2 or (cut.windows.number < 2 and not matched):
             return None
         for earlier in range(first, index + 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
@@ -19,6 +20,7 @@ from ..rewrite.fast_paths import is_multihead
 from ..rewrite.graph import Code, generate_core
 from ..rewrite.tracing import TraceSpec, on_the_way
 from .changes import Change
+from .merge_probe import check_merges, is_unknown
 
 __all__ = ["Adapter", "Change", "HostSpec"]
 
@@ -93,6 +95,7 @@ def block_changes(
     state: HostState,
     mixin: type[SlowFastBlock] = SlowFastBlock,
     attention_mixin: type[TappedAttention] = TappedAttention,
+    judged: bool = False,
 ) -> list[Change]:
     """The changes to one block: to itself, its attention modules, and the modules on the way to them.
 
@@ -102,12 +105,17 @@ def block_changes(
         state: Of its host.
         mixin: For the block.
         attention_mixin: For its attention modules.
+        judged: It is known that it makes of merged tokens what it makes of all of them.
 
     Raises:
-        UnsupportedModelError: If it can't be traced, or a forward was replaced on a module itself.
+        UnsupportedModelError: If it can't be traced, a forward was replaced on a module itself, or it has modules of
+            one's own and does something else with merged tokens (see `merge_probe`).
     """
     alike = fingerprint(block)
     if alike not in state.generated:
+        if not judged and is_unknown(block):
+            as_here = partial(block_changes, mixin=mixin, attention_mixin=attention_mixin, judged=True)
+            check_merges(block, name, state.spec, as_here)
         state.generated[alike] = _generate(block, name, state.spec.trace, mixin, attention_mixin)
     codes, attentions = state.generated[alike]
     changes = [Change(block, mixin, {"_evo_state": state, "_evo_name": name, **codes})]
@@ -178,21 +186,23 @@ def walks_by_itself(host: nn.Module, adapter: Adapter, state: HostState) -> bool
     """Whether code that isn't the library's may walk over a host's blocks, and look at tokens in between.
 
     A subclass may override any method and call `super()`; it walks by itself where one of its functions names the
-    container of the blocks.
+    container of the blocks, or one of its forward methods calls none: whatever it calls then walks.
     """
     libraries = {cls.__module__.partition(".")[0] for cls in adapter.hosts()}
     names = {part for block in state.blocks for path in block for part in path.split(".") if not part.isdigit()}
+    mixin: type[Any] = getattr(adapter, "mixin", nn.Module)
+    walking = {name for cls in mixin.__mro__ for name in vars(cls) if name.startswith("forward")}
     for cls in type(host).__mro__:
         if cls in (nn.Module, object):
             continue
         for value in vars(cls).values():
             function = getattr(value, "__func__", getattr(value, "fget", value))
             origin = str(getattr(function, "__module__", "") or "").partition(".")[0]
-            if (
-                hasattr(function, "__code__")
-                and origin not in {*libraries, "torch"}
-                and _names(function.__code__, names)
-            ):
+            if not hasattr(function, "__code__") or origin in {*libraries, "torch"}:
+                continue
+            if _names(function.__code__, names):
+                return True
+            if function.__name__ in walking and not _names(function.__code__, walking):
                 return True
     return False
 

@@ -102,6 +102,25 @@ class Patched(Generic[Model]):
             )
         return next(iter(self.hosts.values()))
 
+    def check_as_applied(self) -> None:
+        """
+        Raises:
+            UnsupportedModelError: If a host was changed since `apply` in such a way that it would be patched
+                otherwise, as timm's `reset_classifier` does with another pooling.
+        """
+        for host in self.hosts.values():
+            adapter = registry.find(host.module)
+            if adapter is None:
+                continue  # somebody said with blocks= what it is
+            spec, now = host.state.spec, adapter.inspect(host.module, host.name or type(host.module).__name__)
+            if (spec.prefix, spec.readout) != (now.prefix, now.readout):
+                raise UnsupportedModelError(
+                    f"'{host.name or type(host.module).__name__}' had {spec.prefix} prefix tokens, of which its head "
+                    f"read {spec.readout}, when it was patched, and has {now.prefix} and {now.readout} now (such as by "
+                    "reset_classifier with another pooling): use evopatch.remove(model), and evopatch.apply after such "
+                    "a change"
+                )
+
     @property
     def config(self) -> EvoConfig:
         """The configuration, of the first host where there are several."""

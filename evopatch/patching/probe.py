@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from ..rewrite.fast_paths import forward_of
 
 _PATCHES = 9
 
@@ -25,6 +27,12 @@ def width_of(block: nn.Module) -> int | None:
             if isinstance(size, int):
                 return size
     return None
+
+
+def required_inputs(block: nn.Module) -> tuple[str, ...]:
+    """Names of what a block has to be given beside its tokens."""
+    _, *others = list(inspect.signature(forward_of(block)).parameters.values())[1:]
+    return tuple(p.name for p in others if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 @torch.no_grad()
@@ -53,7 +61,7 @@ def takes_tokens_first(
         UnsupportedModelError: If it does neither, or what it makes of patch tokens depends on their order.
     """
     tables = tables or {}
-    runner = _Runner(block, name, absent)
+    runner = Runner(block, name, absent)
     # Without tables either of the first two axes may be that of the tokens.
     patches = next((_first(table).shape[-2] for table in tables.values()), _PATCHES)
     x = runner.random(2 if tables else prefix + _PATCHES + 1, prefix + patches, channels)
@@ -95,7 +103,7 @@ def _reordered(table: Any, order: Tensor) -> Any:
     return table.index_select(-2, order)
 
 
-def _reaches_others(runner: _Runner, x: Tensor, tables: Mapping[str, Any], out: Tensor, axis: int) -> bool:
+def _reaches_others(runner: Runner, x: Tensor, tables: Mapping[str, Any], out: Tensor, axis: int) -> bool:
     """Whether a change of the first entry of an axis changes what others give."""
     changed = x.clone()
     changed.select(axis, 0).copy_(-changed.select(axis, 0))
@@ -103,17 +111,17 @@ def _reaches_others(runner: _Runner, x: Tensor, tables: Mapping[str, Any], out: 
     return not runner.equal(runner(changed, tables).index_select(axis, others), out.index_select(axis, others))
 
 
-class _Runner:
+class Runner:
     """A block's forward in eval mode and single precision, with random weights and without hooks; of one on the meta
     device on the CPU."""
 
     def __init__(self, block: nn.Module, name: str, absent: Iterable[str]) -> None:
         self._name = name
-        self._absent = dict.fromkeys(absent)
+        self.absent = dict.fromkeys(absent)
         own = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
-        self._device = torch.device("cpu") if own.is_meta else own.device
+        self.device = torch.device("cpu") if own.is_meta else own.device
         self._made: dict[int, nn.Parameter] = {}
-        self._block = self._twin(block)
+        self.block = self._twin(block)
 
     def _twin(self, module: Any) -> Any:
         """Shares with the module what isn't weights, buffers, hooks or modules."""
@@ -138,20 +146,20 @@ class _Runner:
         return self._made[id(parameter)]
 
     def _filled(self, buffer: Tensor) -> Tensor:
-        buffer = torch.ones_like(buffer, device=self._device) if buffer.is_meta else buffer.clone()
+        buffer = torch.ones_like(buffer, device=self.device) if buffer.is_meta else buffer.clone()
         return buffer.float() if buffer.is_floating_point() else buffer
 
     def random(self, *shape: int) -> Tensor:
         # Of its own generator: nobody's random numbers change.
         generator = torch.Generator().manual_seed(len(shape) + sum(shape))
-        return torch.randn(*shape, generator=generator).to(self._device)
+        return torch.randn(*shape, generator=generator).to(self.device)
 
     def __call__(self, x: Tensor, tables: Mapping[str, Any]) -> Tensor:
         try:
-            out = self._block(x, **self._absent | dict(tables))
+            out = self.block(x, **self.absent | dict(tables))
         except Exception as error:  # whatever somebody's module raises
             raise UnsupportedModelError(
-                f"{self._name} ({type(self._block).__name__}) can't be run on random tokens {tuple(x.shape)}: "
+                f"{self._name} ({type(self.block).__name__}) can't be run on random tokens {tuple(x.shape)}: "
                 f"{type(error).__name__}: {error}. Expected blocks that take (B, T, C) and give the same; other inputs "
                 "with one entry per patch token, such as a rotary table, are named in token_inputs, and need images=. "
                 "See evopatch.inspect(model)"
@@ -161,7 +169,7 @@ class _Runner:
         if not isinstance(out, Tensor) or out.shape != x.shape:
             found = f"{tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
             raise UnsupportedModelError(
-                f"{self._name} ({type(self._block).__name__}) gives {found} for tokens {tuple(x.shape)}: expected a "
+                f"{self._name} ({type(self.block).__name__}) gives {found} for tokens {tuple(x.shape)}: expected a "
                 "tensor of the same shape, or a tuple that begins with one. See evopatch.inspect(model) for containers "
                 "that would do"
             )

@@ -12,14 +12,14 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from ..errors import AttentionNotFoundError
-from .classes import Swapped, host_class
+from .classes import host_class
 from .projections import Projections, find_projections
 from .readout import readout_graph
 from .replaced import adds_replaced, replace_calls
@@ -61,28 +61,6 @@ class Code:
 
 def _untraced() -> None:
     return None
-
-
-class GeneratesCode(Swapped):
-    """Mixin of a module that runs generated code: makes it again after unpickling."""
-
-    _evo_always: ClassVar[str]
-    """The attribute that always holds code, but after unpickling."""
-
-    def _evo_generate(self) -> None:
-        raise NotImplementedError
-
-    def _evo_refresh(self) -> None:
-        """Make the code again if the class got another forward, as libraries that patch timm do; not under compile."""
-        if torch.compiler.is_compiling():
-            return
-        if self.__dict__[self._evo_always].source is not self._evo_host_class.forward:
-            self._evo_generate()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        if self.__dict__[self._evo_always] is None:  # a copy has its original's
-            self._evo_generate()
 
 
 def generate_core(module: nn.Module, name: str, spec: TraceSpec) -> Code:
@@ -216,7 +194,14 @@ def _is_softmax(node: fx.Node) -> bool:
 
 
 def _check_logits(softmax: fx.Node, block: nn.Module, name: str, spec: TraceSpec) -> None:
-    """Between the product of queries and keys and the softmax nothing else may depend on the tokens' places."""
+    """Between the product of queries and keys and the softmax nothing else may depend on the tokens' places, and it is
+    over the keys, the last of four axes."""
+    dim = _dim(softmax, block)
+    if dim not in (-1, 3):
+        raise AttentionNotFoundError(
+            f"{name} ({type(block).__name__}): the softmax '{softmax}' is over axis {dim}; expected the last one, of "
+            "attention logits (B, H, T, T). Leave the model unpatched, or write the attention in that layout"
+        )
     node: Any = softmax.args[0]
     while isinstance(node, fx.Node):
         if node.op == "call_function" and node.target in _MATMULS:
@@ -232,6 +217,13 @@ def _check_logits(softmax: fx.Node, block: nn.Module, name: str, spec: TraceSpec
         "and the softmax; expected nothing but a scaling. Create the model with fused attention "
         "(timm.layers.set_fused_attn(True) before), whose position bias evopatch averages for the compact set"
     )
+
+
+def _dim(softmax: fx.Node, block: nn.Module) -> Any:
+    if softmax.target is softmax_of:
+        module: Any = softmax.args[1]
+        return getattr(block.get_submodule(str(module.target)), "dim", None)
+    return softmax.kwargs["dim"] if "dim" in softmax.kwargs else (*softmax.args, None)[1]
 
 
 def _adds_position_bias(node: fx.Node) -> bool:

@@ -133,5 +133,22 @@ def _probed(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     """By what the layer makes of each channel alone."""
     channels = like.shape[-1]
     inputs = torch.eye(channels, channels, device=like.device, dtype=like.dtype)
-    out: Tensor = layer(torch.cat([inputs, inputs.new_zeros(1, channels)]).unsqueeze(0))[0]
+    # torch.compile follows no copies; it has no hooks that look at values either.
+    quiet = layer if torch.compiler.is_compiling() else _quiet(layer)
+    out: Tensor = quiet.forward(torch.cat([inputs, inputs.new_zeros(1, channels)]).unsqueeze(0))[0]
     return (out[:-1] - out[-1:]).transpose(0, 1), out[-1]
+
+
+def _quiet(module: Any) -> Any:
+    """A module on the same weights that nobody listens to and that remembers nothing: no dropout, statistics of batches
+    or observers of quantisation, as what it is run on here are no tokens."""
+    quiet = object.__new__(type(module))
+    quiet.__dict__.update(
+        module.__dict__,
+        training=False,
+        _buffers={name: None if b is None else b.clone() for name, b in module._buffers.items()},
+        _modules={name: None if child is None else _quiet(child) for name, child in module._modules.items()},
+        _forward_hooks={},
+        _forward_pre_hooks={},
+    )
+    return quiet

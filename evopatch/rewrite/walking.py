@@ -171,6 +171,8 @@ def _loop(loop: ast.For) -> Manner | None:
     items = _items(loop.target)
     if not any(_calls(statement, items) for statement in loop.body):
         return None
+    if any(isinstance(node, (ast.Break, ast.Return)) for node in ast.walk(loop)):
+        return Manner.LOOKING
     adds, looks = adds_up(loop)
     if adds:
         return Manner.LOOKING if looks else Manner.PLAIN
@@ -181,9 +183,26 @@ def _loop(loop: ast.For) -> Manner | None:
     # An index may be used for anything; the block and the tokens for nothing else than its step.
     block = loop.target.elts[-1] if isinstance(loop.target, ast.Tuple) else loop.target
     looked_at = tokens | _items(block)
+    if len(set().union(*_taken(loop.body, items))) != 1:
+        return Manner.LOOKING  # a block may be left out
     if len(tokens) != 1 or loop.orelse or any(looked_at & _items(node) for node in others):
         return Manner.LOOKING
     return max(manner for _, manner in steps)
+
+
+def _taken(statements: Iterable[ast.stmt], items: set[str]) -> tuple[set[int], set[int]]:
+    """How many steps there may be until the statements end, and until they go on with the next block."""
+    going, gone = {0}, set[int]()
+    for statement in statements:
+        if isinstance(statement, ast.Continue):
+            return set(), gone | going
+        if isinstance(statement, ast.If):
+            branches = [_taken(branch, items) for branch in (statement.body, statement.orelse)]
+            gone |= {count + more for count in going for _, left in branches for more in left}
+            going = {count + more for count in going for left, _ in branches for more in left}
+        elif _steps(statement, items):
+            going = {count + 1 for count in going}
+    return going, gone
 
 
 def _collect(

@@ -45,10 +45,12 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         NotPatchedError: If nothing in the model is patched.
+        UnsupportedModelError: If it was changed since, so that patching it anew would give another model.
         CheckpointError: If the model is of neither library, can't be built again from what the folder would hold, or
             another model's weights in the folder would be read in place of this one's.
     """
     patched = Patched(model)
+    patched.check_as_applied()
     hosts = {name: config.to_dict() for name, config in patched.configs.items()}
     name, library = _library_of(patched.model)
     folder = Path(path)
@@ -57,7 +59,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".evopatch-", dir=folder) as temporary:
         library.save(patched.model, Path(temporary))
-        if tensors := learned(patched.model):
+        tensors = learned(patched.model)
+        if tensors:
             from safetensors.torch import save_file  # which both libraries bring
 
             save_file(tensors, Path(temporary, LEARNED_FILE))
@@ -72,6 +75,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
             (folder / file_name).unlink()
         last = Path(temporary, FILE_NAME)
         written = {"format": FORMAT, "evopatch": VERSION, "library": name, "hosts": hosts, "files": files}
+        if tensors:
+            written["learned"] = sorted(tensors)
         last.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         os.replace(last, folder / FILE_NAME)
 
@@ -146,10 +151,18 @@ def patch_as_saved(model: Model, folder: Path) -> Model:
 
     file = folder / FILE_NAME
     _, hosts = _read(file)
+    expected = _entries(file, "learned")
     try:
         apply_again(model, hosts)
-        if (folder / LEARNED_FILE).exists():
-            set_learned(model, load_file(folder / LEARNED_FILE))
+        tensors = load_file(folder / LEARNED_FILE) if (folder / LEARNED_FILE).exists() else {}
+        if expected and expected != tensors.keys():
+            missing = ", ".join(sorted(expected ^ tensors.keys())[:3])
+            raise CheckpointError(
+                f"{folder / LEARNED_FILE} holds {len(tensors)} tensors and {file.name} lists {len(expected)} that the "
+                f"model learned from images ({missing} ...): the file is of another model, or was lost. Copy the whole "
+                "folder, or save the model again"
+            )
+        set_learned(model, tensors)
         return model
     except (UnsupportedModelError, ConfigError, SafetensorError) as error:
         raise CheckpointError(f"{file} doesn't fit the model in this folder: {error}") from error

@@ -1,0 +1,204 @@
+"""Blocks that make something else of merged tokens than of all of them are refused: one's own, and a library's."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from variants import images
+from variants.own_models import HEADS, WIDTH, Attention, Block, OwnViT
+
+import evopatch
+from evopatch import UnsupportedModelError
+
+DIFFERENT = "gives something else for tokens that are merged than for each of several equal ones"
+
+
+class Split(Attention):
+    def heads(self, x):
+        return self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def joined(self, out):
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class KeysFirst(Split):
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        weights = (k @ q.transpose(-2, -1) * 0.25).softmax(-2)
+        return self.joined(weights.transpose(-2, -1) @ v)
+
+
+class Talking(Split):
+    def __init__(self):
+        super().__init__()
+        self.talk = nn.Linear(HEADS, HEADS)
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        weights = (q @ k.transpose(-2, -1) * 0.25).softmax(-1)
+        return self.joined(self.talk(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v)
+
+
+class Counting(Split):
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        return self.joined(F.scaled_dot_product_attention(q * math.log(x.shape[1]), k, v))
+
+
+class ThreeAxes(Split):
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        weights = torch.bmm(q, k.transpose(1, 2)).softmax(-1)
+        return self.joined(torch.bmm(weights, v).unflatten(0, (-1, HEADS)))
+
+
+class Squeezing(nn.Module):
+    """Squeeze-and-excitation."""
+
+    def __init__(self, in_features=WIDTH, hidden_features=None, **others):
+        super().__init__()
+        self.inner, self.gate = nn.Linear(in_features, in_features), nn.Linear(in_features, in_features)
+
+    def forward(self, x):
+        return self.inner(x) * self.gate(x.mean(1, keepdim=True)).sigmoid()
+
+
+class Convolving(nn.Module):
+    def __init__(self, in_features=WIDTH, hidden_features=None, **others):
+        super().__init__()
+        self.inner = nn.Conv1d(in_features, in_features, 3, padding=1)
+
+    def forward(self, x):
+        return self.inner(x.transpose(1, 2)).transpose(1, 2)
+
+
+class OverTokens(Squeezing):
+    def forward(self, x):
+        return F.instance_norm(self.inner(x).transpose(1, 2)).transpose(1, 2)
+
+
+class Plain(Squeezing):
+    def forward(self, x):
+        return F.gelu(self.inner(x)) * self.gate(x).sigmoid()
+
+
+def own(attention=Attention, mlp=None):
+    torch.manual_seed(0)
+    model = OwnViT().eval()
+    model.blocks = nn.ModuleList(Block(attention, 0.0) for _ in range(6))
+    if mlp is not None:
+        for block in model.blocks:
+            block.mlp = mlp()
+    return model.eval()
+
+
+def told(model):
+    return evopatch.apply(model, blocks="blocks", prefix_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (lambda: own(KeysFirst), r"blocks\.0.*the softmax 'softmax' is over axis -2; expected the last one"),
+        (lambda: own(Talking), DIFFERENT),
+        (lambda: own(Counting), DIFFERENT),
+        (lambda: own(ThreeAxes), r"attention logits .* in blocks\.0: expected four axes"),
+        (lambda: own(mlp=Squeezing), DIFFERENT),
+        (lambda: own(mlp=OverTokens), DIFFERENT),
+        (lambda: own(mlp=Convolving), "come in another order"),
+    ],
+)
+def test_own_blocks(model, text):
+    model, x = model(), images()
+    expected = model(x)
+    with pytest.raises(UnsupportedModelError, match=text):
+        told(model)
+    assert not evopatch.is_patched(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_own_blocks_that_treat_tokens_alone():
+    assert evopatch.is_patched(told(own(mlp=Plain)))
+
+
+def library(mlp):
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=40, patch_size=8, embed_dim=WIDTH, depth=6, num_heads=4, mlp_layer=mlp).eval()
+
+
+@pytest.mark.parametrize("mlp", [Squeezing, Convolving, OverTokens])
+def test_parts_of_ones_own_in_blocks_of_a_library(mlp):
+    model, x = library(mlp), images()
+    expected, seed = model(x), torch.get_rng_state()
+    with pytest.raises(UnsupportedModelError, match=rf"blocks\.0 \(Block\) {DIFFERENT}"):
+        evopatch.apply(model)
+    assert not evopatch.is_patched(model)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(torch.get_rng_state(), seed)
+
+
+@pytest.mark.parametrize("mlp", [Plain, Mlp])
+@torch.no_grad()
+def test_parts_that_treat_tokens_alone(mlp):
+    model = library(mlp)
+    model.pos_embed.zero_()
+    # Merging equal tokens loses nothing.
+    patches = torch.randn(4, 3, 8, 8, dtype=torch.float64)[torch.randint(0, 4, (1, 5, 5))]
+    x = patches.permute(0, 3, 1, 4, 2, 5).reshape(1, 3, 40, 40)
+    x = x + 1e-4 * torch.randn(x.shape, dtype=torch.float64)
+    expected = model.double()(x)
+    assert (evopatch.apply(model)(x) - expected).abs().max() < 1e-5
+
+
+class Leaving(nn.Module):
+    """Walks over its blocks in ways that may leave some out."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.model, self.way = own(), way
+        self.blocks, self.left_out = self.model.blocks, ()
+
+    def forward(self, x):
+        return getattr(self, self.way)(self.model.embed(x)).mean(1)
+
+    def under_condition(self, x):
+        for number, block in enumerate(self.blocks):
+            if number not in self.left_out:
+                x = block(x)
+        return x
+
+    def continuing(self, x):
+        for number, block in enumerate(self.blocks):
+            if number in self.left_out:
+                continue
+            x = block(x)
+        return x
+
+    def breaking(self, x):
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number + 1 in self.left_out:
+                break
+        return x
+
+    def by_name(self, x):
+        for block in self.blocks:
+            x = block(x=x)
+        return x
+
+
+@pytest.mark.parametrize("left_out", [(), (3,), (4,), (5,)])
+@pytest.mark.parametrize("way", ["under_condition", "continuing", "breaking", "by_name"])
+@torch.no_grad()
+def test_walks_that_leave_blocks_out(way, left_out):
+    model, x = Leaving(way), images()
+    told(model)
+    model.left_out = left_out
+    found = model(x)
+    with evopatch.full_grid(model):
+        torch.testing.assert_close(model(x), found, atol=2e-5, rtol=2e-5)
