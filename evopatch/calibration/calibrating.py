@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import EvoConfig
 from ..errors import ConfigError
 from ..forward.learned import give_correction
+from ..measure.fingerprint import fingerprint
 from ..patching.apply import apply, is_patched
 from ..patching.correcting import fit_correction, runs_of
 from ..patching.fitting import blocks_of, fit_foresight
@@ -69,7 +70,8 @@ def calibrate(
         config: Settings that the search begins with. None: those of a patched model, else the default.
         batch_size: Of the forwards, also of those that are timed.
         budget: Seconds of search; learning and the report come on top.
-        output: A folder for what was tried: an interrupted search that is begun again there goes on.
+        output: A folder for what was tried: an interrupted search that is begun again there goes on, one with another
+            model, other weights, images, target or `config` begins anew.
         progress: Show a progress bar.
 
     Returns:
@@ -151,8 +153,18 @@ class _Run:
         self._fixed = [begin for begin in begins[1:] if begin > begins[0]]
         self._start = schedule_of(state.plans, self._fixed, base.importance)
         self._depth = state.depth
-        what = f"{type(copy.model).__name__} {tuple(images.shape)} {float(images.double().sum()):.6e} {target} {base}"
-        self._record = Record(None if folder is None else folder / SEARCH_FILE, what)
+        self._record = Record(None)
+        if folder is not None:
+            self._record = Record(
+                folder / SEARCH_FILE,
+                {
+                    "model": type(copy.model).__name__,
+                    "weights": fingerprint(original.state_dict()),
+                    "images": fingerprint({"images": images}),
+                    "target": str(target),
+                    "config": base.to_json(),
+                },
+            )
         self._search = Search(self.trials, self._judge, self._record, budget, self._tell)
 
     def result(self) -> tuple[Calibration, Schedule]:

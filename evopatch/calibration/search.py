@@ -6,13 +6,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..progress import errors as messages
 from .judge import Judge
 from .schedule import Schedule
 from .trials import Trials
@@ -31,18 +33,25 @@ class Record:
 
     Args:
         file: JSON, written after every trial; None: nowhere.
-        what: Tells searches apart: another one starts anew.
+        what: Tells searches apart, by name: one that differs in any starts anew, and says so.
     """
 
-    def __init__(self, file: Path | None, what: str) -> None:
-        self._file, self._what = file, what
+    def __init__(self, file: Path | None, what: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._file, self._what = file, dict(what)
         self._errors: dict[str, list[float]] = {}
         if file is not None and file.exists():
             try:
                 content = json.loads(file.read_text())
-                self._errors = content["errors"] if content["search"] == what else {}
+                tried: dict[str, list[float]] = content["errors"]
+                known = dict(content["search"])
             except (ValueError, KeyError, TypeError, OSError) as error:
                 raise CheckpointError(f"{file} is damaged: {error!r}. Remove it to begin anew") from error
+            other = [name for name, value in self._what.items() if known.get(name) != value]
+            if other:
+                text = f"{file} is of a search with another {' and another '.join(other)}: it begins anew"
+                messages.print(text, highlight=False, markup=False, soft_wrap=True)
+            else:
+                self._errors = tried
 
     def __len__(self) -> int:
         return len(self._errors)

@@ -42,10 +42,5 @@ class Target:
             raise ConfigError(f"target_{kind}={value!r}: expected {expected}")
         return cls(kind, float(value))
 
-    @property
-    def bounds_cost(self) -> bool:
-        """Whether the cost is given and the loss is to be small; else it is the other way round."""
-        return self.kind in ("flops", "speedup")
-
     def __str__(self) -> str:
         return f"{self.kind} {self.value:g}"

@@ -70,7 +70,7 @@ def test_the_search_finds_what_is_better():
     assert result.after.error < result.before.error
 
 
-def test_repeated_and_resumed_runs_find_the_same(tmp_path, monkeypatch):
+def test_repeated_and_resumed_runs_find_the_same(tmp_path, monkeypatch, capsys):
     images = images_for("vit", 16)
     first = evopatch.calibrate(build("vit"), images, target_flops=0.7, output=tmp_path / "a", **QUICK)
     put, times = Record.put, []
@@ -92,10 +92,32 @@ def test_repeated_and_resumed_runs_find_the_same(tmp_path, monkeypatch):
     assert not set(times[:4]) & set(times[4:])  # nothing is tried twice
     assert deterministic(second) == deterministic(first)
     # Another search in the same folder begins anew.
+    capsys.readouterr()
     evopatch.calibrate(build("vit"), images, target_flops=0.75, output=tmp_path / "b", **QUICK)
+    assert "is of a search with another target: it begins anew" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "b" / "search.json").write_text("{")
     with pytest.raises(evopatch.CheckpointError, match="damaged"):
         evopatch.calibrate(build("vit"), images, target_flops=0.7, output=tmp_path / "b", **QUICK)
+
+
+def recorded(folder):
+    return json.loads((folder / "search.json").read_text())["errors"]
+
+
+def test_a_search_of_another_model_begins_anew(tmp_path, capsys):
+    """Also of the same architecture, after one weight was trained; and of the same images in another order."""
+    images = images_for("vit", 16)
+    given = {"target_flops": 0.7, "output": tmp_path, **QUICK, "budget": 1e-9}
+    evopatch.calibrate(build("vit"), images, **given)
+    first = recorded(tmp_path)
+    assert "anew" not in capsys.readouterr().err
+    model = build("vit")
+    model.blocks[2].mlp.fc1.weight.data[3, 5] *= 1.5
+    for other, now in (("weights", images), ("images", images.flip(0))):
+        evopatch.calibrate(model, now, **given)
+        assert f"is of a search with another {other}: it begins anew" in " ".join(capsys.readouterr().err.split())
+        assert recorded(tmp_path) != first
+        evopatch.remove(model)
 
 
 @pytest.mark.slow
