@@ -45,7 +45,7 @@ def images_of(data: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
 def _tensors(data: Any) -> Iterator[Tensor]:
     # A loader has a length, too, but no items by position.
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        items = Items(data)
+        items = Items(data, labelled=False)
         found = [items[index] for index in range(len(items))]
         unreadable = [name for item in found for name in item.unreadable]
         refuse_unreadable(unreadable, len(items), "calibration")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import DataError
 from ..progress import errors
 from ..sources.preprocessing import Preprocessing
 from . import options
@@ -75,9 +74,8 @@ def calibrate(
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing)
     network = options.place(classifier.model, device, dtype)
     dataset = open_evaluation(data, classifier.transform)
-    chosen = range(len(dataset)) if rows is None else options.parse_rows(rows, len(dataset))
-    if not len(chosen):
-        raise DataError(f"--rows {rows}: none of the {len(dataset)} images of {data}")
+    dataset.labels = None
+    chosen = range(len(dataset)) if rows is None else options.parse_rows(rows, len(dataset), "--rows")
     number = min(images, len(chosen))
     few = sorted({round(place * (len(chosen) - 1) / max(1, number - 1)) for place in range(number)})
     from torch.utils.data import Subset

@@ -55,6 +55,7 @@ def evaluate(
 
     from ..measure.accuracy import evaluate as run
     from ..measure.comparison import ratio_text
+    from ..sources.heads import count_classes
     from ..sources.images import open_evaluation
     from ..sources.models import open_classifier
     from ..training.items import Items, collate
@@ -63,10 +64,19 @@ def evaluate(
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing)
     network = options.place(classifier.model, device, dtype)
     configs = patch(network, model, asked)
-    dataset: Images | Subset[Any] = open_evaluation(data, classifier.transform)
+    images = open_evaluation(data, classifier.transform)
+    dataset: Images | Subset[Any] = images
     if rows is not None:
-        dataset = Subset(dataset, options.parse_rows(rows, len(dataset)))
-    loader = DataLoader(Items(dataset), batch_size=batch_size, num_workers=workers, collate_fn=collate)
+        dataset = Subset(images, options.parse_rows(rows, len(images), "--rows"))
+    items = Items(dataset)
+    items.classes = count_classes(network) or None
+    if images.labels is not None and images.classes not in (None, items.classes):
+        errors.print(
+            f"{data} names {images.classes} classes and {model} has {items.classes}: top-1 and top-5 mean something "
+            "only where labels are the model's own numbers of classes",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+    loader = DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=collate)
     unreadable: list[str] = []
 
     def batches() -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..sources.models import Classifier
 
 _ANY = "dynamic"
+_INSTEAD = ", or --no-pretrained for random weights"
 _CALIBRATION = 128
 """Images to quantise by, at most; after those that the file is verified with."""
 
@@ -73,7 +74,7 @@ def export(
     if int8 and data is None:
         raise ConfigError("--int8: expected --data too, images to find the ranges of values by")
     preprocessing = Preprocessing(None, None, None, size)
-    classifier = open_classifier(model, checkpoint, num_classes, preprocessing, pretrained, any_size)
+    classifier = open_classifier(model, checkpoint, num_classes, preprocessing, pretrained, any_size, _INSTEAD)
     number = max(images, batch_size or 0)
     shown, calibration = _images(classifier, data, number, _CALIBRATION if int8 else 0)
     patch(classifier.model, model, asked)
@@ -100,6 +101,7 @@ def _images(classifier: Classifier, data: str | None, number: int, calibration: 
         noise = torch.randn(number, *classifier.input_size, generator=torch.Generator().manual_seed(0))
         return noise, noise[:0]
     dataset = open_evaluation(data, classifier.transform)
+    dataset.labels = None
     wanted = min(number + calibration, len(dataset))
     if len(dataset) < number + min(calibration, 1):
         more = " and others to quantise by" if calibration else ""

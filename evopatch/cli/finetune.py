@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..sources.models import Classifier
 
 _DATA = "Data and augmentation"
+_INSTEAD = ", or --no-pretrained to train from scratch; `--data digits` needs no network either"
 
 
 class _Splits(NamedTuple):
@@ -111,7 +112,8 @@ def finetune(
 
     seed_everything(training.seed)  # random weights and heads
     folder = output or Path(f"evopatch-finetune-{re.sub(r'[^A-Za-z0-9_.-]+', '-', model).strip('-')}")
-    classifier = open_classifier(model, checkpoint, num_classes, preprocessing, pretrained)
+    settings_file.check(folder, ctx)
+    classifier = open_classifier(model, checkpoint, num_classes, preprocessing, pretrained, instead=_INSTEAD)
     splits = _open(data, eval_data)
     taught_by = _teacher(teacher, teacher_checkpoint, classifier)
     old_classes = count_classes(classifier.model)
@@ -121,8 +123,10 @@ def finetune(
         _say(f"{data} has {splits.classes} classes: {model} gets a new head in place of the one for {old_classes}")
         reset_head(classifier.model, splits.classes)
     from_random = new_head or (not pretrained and checkpoint is None)
-    if taught_by is None and from_random and (not labels or training.objective == "distillation"):
-        raise ConfigError("a model with random weights can't teach itself: give --teacher, or train with labels")
+    labelled = labels and splits.train.labels is not None
+    if taught_by is None and from_random and (not labelled or training.objective == "distillation"):
+        why = f", and {data} has no labels" if labels and not labelled else ""
+        raise ConfigError(f"a model with random weights can't teach itself{why}: give --teacher, or train with labels")
     if training.trainable != "all" and from_random:
         raise ConfigError(f"--trainable {training.trainable} would leave random weights as they are: use all")
     augmentation = Augmentation(_pair(scale), hflip, color_jitter, auto_augment, random_erasing)
@@ -130,18 +134,14 @@ def finetune(
     if not labels:
         splits.train.labels = None
     patch(classifier.model, model, asked)
-    settings_file.save(folder, ctx)
+    trained_on = _subset(splits.train, rows, "--rows")
+    evaluation = None if splits.evaluation is None else _evaluated(splits.evaluation, classifier, eval_rows)
     try:
-        result = run(
-            classifier.model,
-            _subset(splits.train, rows),
-            None if splits.evaluation is None else _evaluated(splits.evaluation, classifier, eval_rows),
-            training,
-            teacher=taught_by,
-            output=folder,
-            resume=resume,
-            progress=True,
-        )
+        with settings_file.saved(folder, ctx):
+            result = run(
+                classifier.model, trained_on, evaluation, training, teacher=taught_by, output=folder, resume=resume,
+                progress=True,
+            )  # fmt: skip
     except TrainingInterruptedError as error:
         how = f"evopatch finetune --config {folder / settings_file.NAME} --resume"
         raise TrainingError(f"{str(error).split('. Call again')[0]}. To go on: {how}") from None
@@ -162,15 +162,15 @@ def _open(data: str, eval_data: str | None) -> _Splits:
     return _Splits(train, evaluation, train.classes)
 
 
-def _subset(images: Images, rows: str | None) -> Dataset[Any]:
+def _subset(images: Images, rows: str | None, option: str) -> Dataset[Any]:
     from torch.utils.data import Subset
 
-    return images if rows is None else Subset(images, options.parse_rows(rows, len(images)))
+    return images if rows is None else Subset(images, options.parse_rows(rows, len(images), option))
 
 
 def _evaluated(images: Images, classifier: Classifier, rows: str | None) -> Dataset[Any]:
     images.transform = classifier.transform
-    return _subset(images, rows)
+    return _subset(images, rows, "--eval-rows")
 
 
 def _pair(text: str) -> tuple[float, float]:

@@ -147,13 +147,19 @@ def parse_channels(text: str | None) -> tuple[float, ...] | None:
     return value
 
 
-def parse_rows(text: str, total: int) -> range:
-    """`FIRST:LAST`, either of them may be left out."""
+def parse_rows(text: str, total: int, option: str) -> range:
+    """`FIRST:LAST`, either of them may be left out; of an option.
+
+    Raises:
+        DataError: If there are no such rows.
+    """
     first, separator, last = text.partition(":")
     if not separator:
         raise typer.BadParameter(f"rows {text}: expected FIRST:LAST, either of them may be left out")
     begin, end = whole_numbers([first or "0", last or str(total)], text)
-    return range(total)[begin:end]
+    if not (rows := range(total)[begin:end]):
+        raise DataError(f"{option} {text}: none of the images, which are {total}, 0 to {total - 1}")
+    return rows
 
 
 def whole_numbers(parts: list[str], text: str) -> list[int]:

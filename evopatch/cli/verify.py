@@ -103,7 +103,9 @@ def _open(
     from ..sources.images import open_evaluation
     from ..training.items import Items
 
-    items = Items(open_evaluation(data, classifier.transform))
+    dataset = open_evaluation(data, classifier.transform)
+    dataset.labels = None
+    items = Items(dataset)
     step = max(1, len(items) // batch_size)
     images: list[Tensor] = []
     unreadable: list[str] = []

@@ -171,7 +171,7 @@ class _PlacedBatch(NamedTuple):
 
 class _Placed(Dataset[Any]):
     def __init__(self, images: Images) -> None:
-        self._items = Items(images)
+        self._items = Items(images, labelled=False)
 
     def __getitem__(self, index: int) -> Any:
         return index, self._items[index]

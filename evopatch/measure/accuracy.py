@@ -82,7 +82,7 @@ def evaluate(
         if labels is None:
             labels = torch.full((len(batch),), -1)
         else:
-            _check_labels(labels, logits[0].shape[1])
+            _check_labels(labels, logits[0].shape[1], images)
         sums += torch.stack([_sums(own, logits[0], labels.cpu()) for own in logits])
         images += len(batch)
         on_batch(len(batch))
@@ -110,10 +110,14 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def _check_labels(labels: Tensor, classes: int) -> None:
-    outside = (labels < 0) | (labels >= classes)
-    if outside.any():
-        raise DataError(f"label {int(labels[outside][0])} for a model with {classes} classes")
+def _check_labels(labels: Tensor, classes: int, before: int) -> None:
+    outside = ((labels < 0) | (labels >= classes)).nonzero()
+    if len(outside):
+        first = int(outside[0])
+        raise DataError(
+            f"image {before + first} has the label {int(labels[first])}: expected 0 to {classes - 1}, as the model has "
+            f"{classes} classes. Number the classes of the data as the model does"
+        )
 
 
 def _sums(logits: Tensor, unpatched: Tensor, labels: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch.utils.data import Dataset
 
 from ..errors import DataError, UnreadableImageError
+from .labels import class_number
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,6 +80,7 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
 
         Raises:
             UnreadableImageError: If the image is damaged.
+            DataError: If its label is no whole number.
         """
         import PIL.Image
 
@@ -94,7 +97,7 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
         except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
             raise UnreadableImageError(self.name(index), error) from error
         transformed = image if self.transform is None else self.transform(image)
-        return transformed, None if self.labels is None else int(self.labels[index])
+        return transformed, None if self.labels is None else class_number(self.labels[index], partial(self.name, index))
 
 
 class Digits(Images):

@@ -43,6 +43,7 @@ def open_classifier(
     preprocessing: Preprocessing = _OWN,
     pretrained: bool = True,
     any_size: bool = False,
+    instead: str = "",
 ) -> Classifier:
     """A classifier with pretrained weights.
 
@@ -54,6 +55,7 @@ def open_classifier(
         preprocessing: Changes to the model's own.
         pretrained: False for random weights, of a timm model.
         any_size: Of a timm model: create it for images of any size.
+        instead: What else the caller takes where pretrained weights can't be had, for the end of that message.
 
     Raises:
         UnsupportedModelError: If there is no such model; names similar ones.
@@ -63,7 +65,7 @@ def open_classifier(
     library, source = library_and_source(name)
     if library == "timm":
         with no_retries():
-            return _timm_classifier(source, checkpoint, num_classes, preprocessing, pretrained, any_size)
+            return _timm_classifier(source, checkpoint, num_classes, preprocessing, pretrained, any_size, instead)
     only_timm: dict[str, Any] = {
         "--checkpoint": checkpoint,
         "--num-classes": num_classes,
@@ -158,6 +160,7 @@ def _timm_classifier(
     preprocessing: Preprocessing,
     pretrained: bool,
     any_size: bool,
+    instead: str,
 ) -> Classifier:
     import timm
     import timm.data
@@ -170,7 +173,9 @@ def _timm_classifier(
     if checkpoint is not None:
         model = _from_file(name, checkpoint, options)
     else:
-        model = _pretrained(name, options) if pretrained else timm.create_model(name, pretrained=False, **options)
+        model = (
+            _pretrained(name, options, instead) if pretrained else timm.create_model(name, pretrained=False, **options)
+        )
     override: dict[str, Any] = {k: v for k, v in preprocessing._asdict().items() if v is not None}
     if (size := override.pop("image_size", None)) is not None:
         if not hasattr(model, "set_input_size"):
@@ -253,7 +258,7 @@ def _from_file(name: str, checkpoint: Path, options: dict[str, Any]) -> nn.Modul
     return model
 
 
-def _pretrained(name: str, options: dict[str, Any]) -> nn.Module:
+def _pretrained(name: str, options: dict[str, Any], instead: str) -> nn.Module:
     import timm
 
     try:
@@ -262,14 +267,14 @@ def _pretrained(name: str, options: dict[str, Any]) -> nn.Module:
     except Exception as error:
         raise CheckpointError(
             f"no pretrained weights for {name} could be had: {first_lines(error)}. Without network give a file with "
-            "--checkpoint, or --no-pretrained to train from scratch; `--data digits` needs no network either"
+            f"--checkpoint{instead}"
         ) from error
     return model
 
 
 def first_lines(error: BaseException) -> str:
-    """What goes into a message of a library's error."""
-    return " ".join(str(error).split("\n")[:3])[:400]
+    """What goes into a message of a library's error, without a full stop."""
+    return " ".join(str(error).split("\n")[:3])[:400].rstrip(". ")
 
 
 def read_state(file: Path) -> dict[str, Tensor]:

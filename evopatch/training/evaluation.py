@@ -35,6 +35,10 @@ class EvaluationData:
             raise DataError("no images to evaluate on")
         self._size = cast(tuple[int, int, int], tuple(first.shape))
 
+    def set_classes(self, number: int) -> None:
+        """How many the model has: labels outside are an error then, which names the image."""
+        self._items.classes = number
+
     def run(self, patched: Patched[nn.Module], original: nn.Module | None = None) -> tuple[Evaluation, Evaluation]:
         """Of the unpatched (or original) and of the patched model."""
         first, second = evaluate(patched.model, self._batches(), [patched.config], self._size, original=original)

@@ -53,7 +53,8 @@ def finetune(
         teacher: Whose predictions are learned: another classifier of the same classes and input, or its name (as for
             `evopatch evaluate --model`). None: for distillation, the model as it is given, unpatched.
         output: A folder for checkpoints and the log. A damaged or interrupted run can be resumed from it.
-        resume: Go on from the newest checkpoint in `output`; call with the same model, data and settings as before.
+        resume: Go on from the newest checkpoint in `output`, or begin where there is none yet; call with the same
+            model, data and settings as before.
             The weights end up the same as without the interruption (CPU, same number of processes).
         progress: Show a progress bar.
 
@@ -71,6 +72,8 @@ def finetune(
         TrainingError: If loss or gradient are no longer finite; the model keeps the weights before that step.
         TrainingInterruptedError: After Ctrl-C or SIGTERM where there is an output folder; a KeyboardInterrupt.
     """
+    if not isinstance(config, FinetuneConfig):
+        raise ConfigError(f"config is a {type(config).__name__}: expected an evopatch.FinetuneConfig")
     patched = Patched(model)
     if len(set(patched.configs.values())) > 1:
         raise ConfigError("parts of the model are patched with different settings: expected one for all")
@@ -96,7 +99,8 @@ def _finetune(
     from .loop import Run
     from .objective import Objective
 
-    items = Items(train_data, config.seed)
+    taught = config.objective == "distillation" or (config.objective == "auto" and teacher is not None)
+    items = Items(train_data, config.seed, labelled=not taught or config.label_weight > 0)
     if len(items) == 0:
         raise DataError("no images to train on")
     objective = Objective(config, _distils(items, config, teacher is not None))
@@ -105,8 +109,6 @@ def _finetune(
     begun = folder is not None and resume and bool(checkpoints.steps(folder))
     if folder is not None and begun:
         checkpoints.load_initial(folder, original)
-    elif folder is not None and processes.is_main():
-        checkpoints.write_initial(folder, original)
     taught_by = _teacher(teacher, original, model) if objective.distils else None
     identity = None if taught_by is None else "itself" if teacher is None else _digest(taught_by)
     patch_config = patched.config
@@ -116,10 +118,14 @@ def _finetune(
     try:
         run = Run(model, patched, items, config, objective, taught_by and taught_by.eval(), folder, identity)
         try:
+            # After what could be wrong was looked at: a run that can't begin leaves no folder.
+            if folder is not None and not begun and processes.is_main():
+                checkpoints.write_initial(folder, original)
             reached = run.resumable() if resume else None
             if begun:  # a model that was trained before it was interrupted begins anew
                 model.load_state_dict(original.state_dict())
             if evaluation is not None:
+                evaluation.set_classes(run.classes)
                 unpatched, before = evaluation.run(patched)
             if reached is not None:
                 run.resume(reached)
@@ -150,7 +156,8 @@ def _check_output(folder: Path | None, resume: bool) -> None:
         raise CheckpointError(
             f"{folder} holds the checkpoints of a run: give resume=True to go on with it, or another output folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: expected a folder for the run")
 
 
 def _distils(items: Items, config: FinetuneConfig, has_teacher: bool) -> bool:

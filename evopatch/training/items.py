@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import DataError, UnreadableImageError
+from ..sources.dataset import Images
+from ..sources.labels import class_number
 from .randomness import seed_everything
 
 UNREADABLE_LIMIT = 0.01
@@ -46,16 +49,24 @@ class Items(Dataset[Item]):
             Trainer), or images alone: `(3, height, width)`, normalised as the model expects.
         seed: Of the augmentation. An unreadable image is replaced by the next readable one then, so that every batch
             is full. None: for evaluation, unreadable images are left out.
+        labelled: Whether labels are looked at; without, they may be anything, and items have none.
+
+    Raises:
+        DataError: If the data have no length or no positions, such as a loader of batches.
     """
 
-    def __init__(self, data: Any, seed: int | None = None) -> None:
-        if not hasattr(data, "__len__"):
-            raise DataError(f"{type(data).__name__} has no length: expected a data set with one, indexed by position")
+    def __init__(self, data: Any, seed: int | None = None, labelled: bool = True) -> None:
+        for name, wanted in (("__len__", "length"), ("__getitem__", "items by position")):
+            if not hasattr(data, name):
+                raise DataError(
+                    f"{type(data).__name__} has no {wanted}: expected a data set, indexed by position"
+                    + (". Give the data set that the loader is of" if isinstance(data, DataLoader) else "")
+                )
         self._data = data
-        self._seed = seed
+        self._seed, self._labelled = seed, labelled
         self._epoch = 0
         self.classes: int | None = None
-        """Of the model, where labels are learned: those outside are an error."""
+        """Of the model, where labels are looked at: those outside are an error."""
 
     def set_epoch(self, epoch: int) -> None:
         """Another epoch has other random numbers."""
@@ -71,13 +82,8 @@ class Items(Dataset[Item]):
             if self._seed is not None:
                 seed_everything(self._seed, self._epoch, position)
             try:
-                image, label = parts(self._data[position])
-                if self.classes is not None and label is not None and not 0 <= label < self.classes:
-                    raise DataError(
-                        f"item {position} of the training data has the label {label}: expected 0 to "
-                        f"{self.classes - 1}, as the model has {self.classes} classes"
-                    )
-                return Item(image, label, tuple(unreadable))
+                image, given = parts(self._data[position])
+                return Item(image, self._label(given, position), tuple(unreadable))
             except UnreadableImageError as error:
                 unreadable.append(error.name)
             except OSError as error:  # what PIL raises, in a user's own data set
@@ -85,6 +91,26 @@ class Items(Dataset[Item]):
             if self._seed is None:
                 return Item(None, None, tuple(unreadable))
         raise DataError(f"no image can be read: {unreadable[0]}")
+
+    def _label(self, given: Any, position: int) -> int | None:
+        if given is None or not self._labelled:
+            return None
+        label = class_number(given, partial(self._name, position))
+        if self.classes is not None and not 0 <= label < self.classes:
+            name, classes = self._name(position), self.classes
+            raise DataError(
+                f"{name} has the label {label}: expected 0 to {classes - 1}, as the model has {classes} classes. "
+                "Number the classes of the data as the model does, or give it a head for them"
+            )
+        return label
+
+    def _name(self, position: int) -> str:
+        data: Any = self._data
+        place = position
+        while isinstance(data, Subset):
+            data, place = data.dataset, data.indices[place]
+        kind = "evaluation" if self._seed is None else "training"
+        return data.name(place) if isinstance(data, Images) else f"item {position} of the {kind} data"
 
 
 def refuse_unreadable(names: list[str], count: int, kind: str) -> None:
@@ -105,8 +131,8 @@ def refuse_unreadable(names: list[str], count: int, kind: str) -> None:
         )
 
 
-def parts(item: Any) -> tuple[Tensor, int | None]:
-    """Image and label of one item.
+def parts(item: Any) -> tuple[Tensor, Any]:
+    """Image of one item, and its label as it is given; None where there is none.
 
     Raises:
         DataError: If it is none of the kinds that `Items` names.
@@ -123,13 +149,25 @@ def parts(item: Any) -> tuple[Tensor, int | None]:
             f"an item of the data is {found}: expected a tensor (3, height, width), alone, as (image, label), or as "
             "'pixel_values' of a mapping. Give the data set a transform that makes one"
         )
-    return image, None if label is None else int(label)
+    return image, label
 
 
 def collate(items: list[Item]) -> Batch:
-    """Stack items; those without an image are left out."""
+    """Stack items; those without an image are left out.
+
+    Raises:
+        DataError: If images are of different sizes, or only some have labels.
+    """
     readable = [item for item in items if item.image is not None]
+    sizes = sorted({tuple(item.image.shape) for item in readable if item.image is not None})
+    if len(sizes) > 1:
+        raise DataError(
+            f"images of one batch are of the sizes {', '.join(map(str, sizes))}: expected one (3, height, width), as "
+            "the model takes them. Resize or crop them in the data set's transform"
+        )
     labels = [item.label for item in readable]
+    if None in labels and labels.count(None) < len(labels):
+        raise DataError(f"{labels.count(None)} of {len(labels)} images of a batch have no label: expected all or none")
     return Batch(
         torch.stack([item.image for item in readable]) if readable else torch.empty(0),  # type: ignore[misc]
         None if not readable or labels[0] is None else torch.tensor(labels),

@@ -68,6 +68,8 @@ class Run:
         student = Student(model, image, config.assisted_weight > 0, objective.distils and config.label_weight > 0)
         if teacher is not None:
             preparation.check_teacher(teacher, student.classes, image, self.accelerator.device)
+        self.classes = student.classes
+        """Of the model."""
         items.classes = student.classes if objective.uses_labels else None
         mixup = preparation.make_mixup(config, len(items), student.classes)
         preparation.freeze(patched, config)

@@ -1,6 +1,7 @@
 """The command line, as a user runs it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from samples import encoded
+from terminal import unboxed
 
 from evopatch.cli import console, demo
 
@@ -27,6 +29,8 @@ def files(tmp_path_factory):
     rows = [{"image": {"bytes": encoded(i), "path": None}, "label": i % 3} for i in range(6)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "images.parquet")
     pq.write_table(pa.table({"picture": [1]}), folder / "other.parquet")
+    for name, label in (("words", "cat"), ("many", 472)):
+        pq.write_table(pa.Table.from_pylist([row | {"label": label} for row in rows]), folder / f"{name}.parquet")
     for i, row in enumerate(rows):
         path = folder / "images" / f"class{row['label']}" / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +120,22 @@ def test_overridden_preprocessing_changes_the_result(command, files, tmp_path):
         (("--checkpoint", "weights.pth", "--data", "images", "--keep-ratio", "2"), 2, "keep_ratio=2.0"),
         (("--checkpoint", "weights.pth", "--data", "images", "--keep-ratio", "half"), 2, "expected a number"),
         (("--checkpoint", "weights.pth", "--data", "images", "--selection", "token"), 2, "selection='token'"),
-        (("--data", "images"), 1, "--checkpoint"),
+        (("--data", "images"), 1, "Without network give a file with --checkpoint"),
+        (
+            ("--checkpoint", "weights.pth", "--data", "images", "--rows", "6:"),
+            1,
+            "--rows 6:: none of the images, which are 6",
+        ),
+        (
+            ("--checkpoint", "weights.pth", "--data", "words.parquet"),
+            1,
+            "words.parquet row 0 has the label 'cat' (str)",
+        ),
+        (
+            ("--checkpoint", "weights.pth", "--data", "many.parquet"),
+            1,
+            "many.parquet row 0 has the label 472: expected 0 to 2, as the model has 3 classes",
+        ),
         (("--checkpoint", "weights.pth", "--data", "nowhere[old]/a[/b]"), 1, "nowhere[old]/a[/b]: no such file"),
         (("--checkpoint", "weights.pth", "--data", "images", "--stages", "x"), 2, "'x': expected whole numbers"),
         (("--checkpoint", "weights.pth", "--data", "images", "--rows", "a:b"), 2, "'a:b': expected whole numbers"),
@@ -149,6 +168,19 @@ def test_bad_usage_is_one_message(command, files, arguments, code, message, monk
     classes = [] if "--num-classes" in arguments else ["--num-classes", "3"]
     run = command("evaluate", *defaults, *classes, *arguments)
     run.assert_refused(code, message)
+    assert "--no-pretrained" not in run.stderr, "evaluate has no such option"
+    assert ".." not in run.stderr.replace("...", "")
+
+
+def test_another_number_of_classes_is_hinted_at(command, files, tmp_path):
+    data = {"two": ("class0", "class1"), "three": ("class0", "class1", "class2")}
+    for name, classes in data.items():
+        for own in classes:
+            shutil.copytree(files / "images" / own, tmp_path / name / own)
+        run = command(*COMMON, "--checkpoint", files / "weights.pth", "--image-size", "64", "--data", tmp_path / name)
+        assert run.returncode == 0, run.stderr
+        said = f"{tmp_path / name} names 2 classes and deit_tiny_patch16_224 has 3"
+        assert (said in unboxed(run.stderr)) is (name == "two")
 
 
 @pytest.mark.parametrize("model", ["google/vit-base-patch16-224", "deit_tiny_patch16_224"])

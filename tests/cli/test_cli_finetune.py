@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,7 +13,8 @@ import torch
 from samples import encoded
 from terminal import unboxed
 
-from evopatch import EvoConfig, config_of, load_pretrained
+from evopatch import CheckpointError, EvoConfig, config_of, load_pretrained
+from evopatch.cli import settings_file
 from evopatch.cli.options import read_toml
 
 SMALL = ("--model", "vit_tiny_patch16_224", "--no-pretrained", "--image-size", "32")
@@ -46,7 +48,7 @@ def test_digits_is_what_works_without_network(run_in, tmp_path):
     assert model.num_classes == 10
     assert json.loads((folder / "result.json").read_text())["steps"] == 4
     again = run_in(*SMALL, "--epochs", "1", code=1)
-    assert "holds the checkpoints of a run" in again.stderr
+    assert "give --resume" in unboxed(again.stderr)
 
 
 @pytest.mark.slow
@@ -125,13 +127,46 @@ def test_a_teacher_sees_pixels_as_it_was_trained_to():
         ((*SMALL, "--config", "unknown.toml"), 2, "has the unknown settings lr; known are"),
         ((*SMALL, "--config", "wrong.toml"), 2, "unable to parse string as an integer"),
         (("--epochs", "1"), 2, "Missing option '--model'"),
+        ((*SMALL, "--data", "photos"), 2, "can't teach itself, and photos has no labels: give --teacher"),
+        ((*SMALL, "--resume", "--output", "wrong"), 1, "--resume: wrong holds no run to go on with"),
+        ((*SMALL, "--output", "unknown.toml"), 1, "--output unknown.toml is a file: expected a folder"),
+        ((*SMALL, "--output", "old"), 1, "old holds the checkpoints of a run: give --resume to go on with it"),
+        ((*SMALL, "--optimizer", "foo", "--output", "failed"), 2, "optimizer='foo'"),
+        ((*SMALL, "--rows", "9000:"), 1, "--rows 9000:: none of the images, which are 1347, 0 to 1346"),
+        ((*SMALL, "--eval-rows", "450:"), 1, "--eval-rows 450:: none of the images, which are 450"),
     ],
 )
 def test_bad_usage_is_one_message(arguments, code, message, run_in, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "0.jpg").write_bytes(encoded(0))
+    (tmp_path / "old" / "checkpoints" / "step-000000001").mkdir(parents=True)
     (tmp_path / "unknown.toml").write_text("lr = 1")
     (tmp_path / "wrong.toml").write_text('epochs = "three"')
     assert message in unboxed(run_in(*arguments, code=code).stderr)
-    assert not list(tmp_path.glob("evopatch-finetune*/checkpoints"))
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"photos", "old"}
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_can_be_resumed(tmp_path):
+    context = SimpleNamespace(params={"resume": True, "model": "x", "output": None})
+    (tmp_path / settings_file.NAME).write_text('model = "x"')
+    settings_file.check(tmp_path, context)
+    with pytest.raises(CheckpointError, match="holds no run"):
+        settings_file.check(tmp_path / "other", context)
+
+
+def test_a_folder_that_a_run_wrote_to_stays_when_it_fails(tmp_path):
+    context = SimpleNamespace(params={"resume": False, "model": "x", "output": None})
+
+    def fail(name, written):
+        with settings_file.saved(tmp_path / name, context):
+            for file in written:
+                (tmp_path / name / file).touch()
+            raise KeyboardInterrupt
+
+    for name, written in (("kept", ["log.jsonl"]), ("gone", [])):
+        with pytest.raises(KeyboardInterrupt):
+            fail(name, written)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_a_file_of_settings_for_evaluate(command, photos, tmp_path):
