@@ -32,14 +32,15 @@ class ForwardPass(ABC):
 
     def __init__(self, state: HostState, compact: bool = True) -> None:
         # Taken once: a checkpointed block is recomputed in backward, maybe after the settings changed.
-        self.name, self.spec, self.plans, self.active = state.name, state.spec, state.plans, state.active
-        self._keep_ratios = state.keep_ratios
+        now = state.settings
+        self.name, self.spec, self.plans, self.active = state.name, state.spec, now.plans, now.active
+        self._keep_ratios = now.keep_ratios
         self.given: dict[int, Tensor] = {}
         """By block what its first module works on, where the host adds that to what the module gives."""
         self.modules: list[nn.Module] = []
         """What the host will call, in order."""
-        self.representative, self.importance = state.config.representative, state.config.importance
-        self.look_ahead = state.config.look_ahead
+        self.representative, self.importance = now.config.representative, now.config.importance
+        self.look_ahead = now.config.look_ahead
         self.blocks, self.stage_of, self.index_of = state.blocks, state.stage_of, state.index_of
         self.around_blocks = state.around_blocks
         self.grid: tuple[int, int] | None = None

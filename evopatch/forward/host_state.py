@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..algorithm.rows import rounded_share
 from ..config import EvoConfig
@@ -12,6 +12,20 @@ from ..errors import BypassError, ConfigError
 from ..plan import BlockPlan, plan_blocks, runs_of
 from ..rewrite.tracing import on_the_way
 from .spec import Block, HostSpec
+
+
+class Settings(NamedTuple):
+    """What the blocks do. Changed all at once, as a forward in another thread may read it meanwhile."""
+
+    config: EvoConfig
+    plans: tuple[BlockPlan, ...]
+    keep_ratios: tuple[str, ...]
+    """As text, which is a constant to torch.compile: a number that has changed becomes a symbol there, and with it all
+    sizes that follow from it."""
+    active: bool
+    """Whether any block takes a compact set."""
+    reads_out: bool
+    """Whether the last block is to do for the prefix tokens alone, where nothing else is read of it."""
 
 
 class HostState:
@@ -60,18 +74,34 @@ class HostState:
         Raises:
             ConfigError: If it doesn't fit the model; the old one stays then.
         """
-        self.set_plans(self.plan(config))
-        self.config = config
-        self.reads_out = self.spec.head_reads > 0 and (self.active if config.readout is None else config.readout)
-        """Whether the last block is to do for the prefix tokens alone, where nothing else is read of it."""
+        plans = self.plan(config)
+        active = any(plan.keep_ratio < 1.0 for plan in plans)
+        reads_out = self.spec.head_reads > 0 and (active if config.readout is None else config.readout)
+        self.settings = Settings(config, plans, _as_text(plans), active, reads_out)
 
     def set_plans(self, plans: tuple[BlockPlan, ...]) -> None:
-        """Let every block do something else, whatever the configuration says."""
-        self.plans = plans
-        # As text, which is a constant to torch.compile: a number that has changed becomes a symbol there, and with it
-        # all sizes that follow from it.
-        self.keep_ratios = tuple(repr(plan.keep_ratio) for plan in plans)
-        self.active = any(plan.keep_ratio < 1.0 for plan in plans)
+        """Let every block do something else, whatever the configuration says, also where it takes all tokens."""
+        self.settings = self.settings._replace(plans=plans, keep_ratios=_as_text(plans), active=True)
+
+    @property
+    def config(self) -> EvoConfig:
+        """See `Settings`."""
+        return self.settings.config
+
+    @property
+    def plans(self) -> tuple[BlockPlan, ...]:
+        """See `Settings`."""
+        return self.settings.plans
+
+    @property
+    def active(self) -> bool:
+        """See `Settings`."""
+        return self.settings.active
+
+    @property
+    def reads_out(self) -> bool:
+        """See `Settings`."""
+        return self.settings.reads_out
 
     def plan(self, config: EvoConfig) -> tuple[BlockPlan, ...]:
         """One plan per block.
@@ -113,6 +143,10 @@ class HostState:
                 "would be missing. Call the model itself (or a timm model's forward_features or "
                 "forward_intermediates), or evopatch.remove(model) first"
             )
+
+
+def _as_text(plans: tuple[BlockPlan, ...]) -> tuple[str, ...]:
+    return tuple(repr(plan.keep_ratio) for plan in plans)
 
 
 def _check_keeps_any(keep_ratio: float, stage: int, grid: tuple[int, int]) -> None:

@@ -21,7 +21,6 @@ class PatchedHost(Swapped):
     """Mixin of a patched host; an adapter's wraps the methods that walk over the blocks, each by `walk`."""
 
     _evo_state: HostState
-    training: bool
 
 
 def walk(
@@ -49,12 +48,12 @@ def walk(
     state = host._evo_state
     if not torch.compiler.is_compiling() and state.methods.get(method, name := full_name(function)) != name:
         compact = reads_prefix = False  # somebody gave the class another one, which may look
-    # What is computed anew in backward has to find this forward's settings.
-    recomputed = host.training and torch.is_grad_enabled()
-    if not state.active and compact and not reads_prefix and not recomputed:
-        return function(host, *args, **kwargs)
-    refuse_symbolic(args, kwargs)
     forward_pass = pass_class(state, compact)
+    # Also where every block runs as unpatched: another thread may change that, and a block may be computed anew later.
+    if is_symbolic(args, kwargs):
+        if not forward_pass.active and compact:
+            return function(host, *args, **kwargs)
+        refuse_symbolic(args, kwargs)
     forward_pass.grid, forward_pass.reads_prefix = grid, reads_prefix
     view = viewed(host, forward_pass)
     return on_view(function, view, *args, **kwargs)
@@ -65,12 +64,17 @@ def full_name(function: Any) -> str:
     return f"{function.__module__}.{getattr(function, '__qualname__', '')}"
 
 
+def is_symbolic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether torch.fx traces the model."""
+    return any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values()))
+
+
 def refuse_symbolic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """
     Raises:
         UnsupportedInputError: If torch.fx traces the model.
     """
-    if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+    if is_symbolic(args, kwargs):
         raise UnsupportedInputError(
             "torch.fx.symbolic_trace was given a patched model, which chooses tokens by their values: use "
             "torch.export, or trace the model before evopatch.apply (after evopatch.remove)"

@@ -72,8 +72,8 @@ def apply(
             isn't so.
         UnsupportedModelError: If nothing in the model can be patched, or a variant is refused; says why.
         AlreadyPatchedError: If the model, or a part of it, is patched already.
-        DataError: If `images` are fewer than 8, or no such tensor, or what the model makes of them isn't finite; if
-            `skip_slow` is no such tensor.
+        DataError: If `images` are fewer than 8, or no such tensor, or what the model makes of them isn't finite, or it
+            doesn't run on them; if `skip_slow` is no such tensor.
 
     In every case of an error the model is left untouched. For an architecture that doesn't get faster in some setting
     (LeViT at batch 1) there is a `SpeedWarning`, once in a program, unless `skip_slow` is given.

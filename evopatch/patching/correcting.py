@@ -39,7 +39,6 @@ def fit_correction(model: nn.Module, images: Tensor, first: int, last: int) -> C
     short, whole = (Patched(Patched(model).copy().eval()) for _ in range(2))
     plans = enumerate(short.host.state.plans)
     whole.host.state.set_plans(tuple(_all_tokens(plan) if first <= i <= last else plan for i, plan in plans))
-    whole.host.state.active = True  # also where no other run is left
     regression = None
     for batch in images.split(AT_ONCE):
         distance, difference = _missed(short, whole, batch, first, last)

@@ -68,7 +68,7 @@ def _watched(patched: Patched[Any], hosts: Iterable[str]) -> Patched[Any]:
     for name in hosts:
         state = watched.hosts[name].state
         state.set_plans((_WATCHED,) * state.depth)
-        state.active, state.passes = True, []
+        state.passes = []
     return watched
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..config import EvoConfig
-from ..errors import ConfigError, DataError, UnsupportedModelError
+from ..errors import ConfigError, DataError, EvoPatchError, UnsupportedModelError
 from .fitting import fit_foresight, is_flat
 from .handle import Patched
 from .window_correcting import fit_window_corrections
@@ -41,7 +42,7 @@ def learn_from(model: nn.Module, images: Tensor) -> None:
     Raises:
         NotPatchedError: If nothing in the model is patched.
         UnsupportedModelError: If nothing in it can learn.
-        DataError: If what the model makes of the images isn't finite.
+        DataError: If what the model makes of the images isn't finite, or it doesn't run on them.
     """
     hosts = Patched(model).hosts.values()
     flat, windowed = any(map(is_flat, hosts)), any(host.state.spec.windowed for host in hosts)
@@ -50,7 +51,15 @@ def learn_from(model: nn.Module, images: Tensor) -> None:
             f"{type(model).__name__}: foresight is for flat models, corrections are for them and for windows, and what "
             "is patched here pools its tokens on the way (LeViT, PiT). Leave the images out"
         )
-    if flat:
-        fit_foresight(model, images)
-    if windowed:
-        fit_window_corrections(model, images)
+    try:
+        if flat:
+            fit_foresight(model, images)
+        if windowed:
+            fit_window_corrections(model, images)
+    except RuntimeError as error:
+        if isinstance(error, (EvoPatchError, torch.OutOfMemoryError)):
+            raise
+        raise DataError(
+            f"{type(model).__name__} doesn't run on images {tuple(images.shape)} {images.dtype} on {images.device}: "
+            f"{error}. Expected images as the model takes them"
+        ) from error

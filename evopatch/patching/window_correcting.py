@@ -44,7 +44,7 @@ def fit_window_corrections(model: nn.Module, images: Tensor) -> None:
     for name in names:
         state = watched.hosts[name].state
         state.set_plans((_ALL_TOKENS, *(_SELECTING,) * (state.depth - 1)))
-        state.active, state.watch = True, partial(_add, sums[name])
+        state.watch = partial(_add, sums[name])
     for batch in images.split(AT_ONCE):
         watched.model(batch)
     for name in names:

@@ -155,14 +155,13 @@ def patch_as_saved(model: Model, folder: Path) -> Model:
     try:
         apply_again(model, hosts)
         tensors = load_file(folder / LEARNED_FILE) if (folder / LEARNED_FILE).exists() else {}
-        if expected and expected != tensors.keys():
-            missing = ", ".join(sorted(expected ^ tensors.keys())[:3])
+        set_learned(model, tensors)
+        if missing := sorted(expected - tensors.keys()):
             raise CheckpointError(
                 f"{folder / LEARNED_FILE} holds {len(tensors)} tensors and {file.name} lists {len(expected)} that the "
-                f"model learned from images ({missing} ...): the file is of another model, or was lost. Copy the whole "
-                "folder, or save the model again"
+                f"model learned from images, such as '{missing[0]}': the file is of another model, or was lost. Copy "
+                "the whole folder, or save the model again"
             )
-        set_learned(model, tensors)
         return model
     except (UnsupportedModelError, ConfigError, SafetensorError) as error:
         raise CheckpointError(f"{file} doesn't fit the model in this folder: {error}") from error

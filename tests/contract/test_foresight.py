@@ -150,6 +150,8 @@ def test_files_that_do_not_fit(wrong, message, tmp_path):
         ("vit", "nan", None, DataError, "aren't finite"),
         ("vit", "ints", None, DataError, r"torch.int64: expected a tensor \(B, 3, height, width\)"),
         ("vit", "list", None, DataError, "images are list"),
+        ("vit", "doubles", None, DataError, r"doesn't run on images \(16, 3, .* torch\.float64 on cpu"),
+        ("swin", "doubles", None, DataError, r"doesn't run on images \(16, 3, .* torch\.float64 on cpu"),
         ("hf_vit", 16, EvoConfig.paper(), ConfigError, "representative='single'.* Leave them out"),
         *((name, 16, None, UnsupportedModelError, "pools its tokens on the way") for name in sorted(PYRAMIDS)),
     ],
@@ -157,6 +159,7 @@ def test_files_that_do_not_fit(wrong, message, tmp_path):
 def test_bad_input_leaves_the_model_untouched(name, images, config, error, message):
     model, x = build(name), images_for(name, 16)
     given = {"nan": x * float("nan"), "ints": torch.ones(16, 3, 8, 8).long(), "list": list(x)}
+    given["doubles"] = x.double()
     before = Snapshot(model)
     with pytest.raises(error, match=message):
         evopatch.apply(model, config=config, images=given[images] if isinstance(images, str) else x[:images])
