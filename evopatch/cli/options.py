@@ -82,7 +82,7 @@ Checkpoint = Annotated[Path | None, typer.Option(help="Weights in timm's layout.
 NumClasses = Annotated[int | None, typer.Option(help="Classes of the checkpoint's head.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
-ImageSize = Annotated[int | None, typer.Option(help="Input size in pixels. Default: the model's.")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Input size in pixels. Default: the model's.")]
 
 
 def place(model: nn.Module, device: str, precision: Precision) -> nn.Module:

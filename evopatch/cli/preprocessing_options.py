@@ -18,12 +18,14 @@ def _option(kind: Any, text: str) -> Any:
 _OPTIONS = {
     "mean": Option(_option(str | None, "Normalisation mean, one number or three.")),
     "std": Option(_option(str | None, "Normalisation standard deviation, one number or three.")),
-    "crop_pct": Option(_option(float | None, "Share of the image kept by the centre crop.")),
+    "crop_pct": Option(_option(float | None, "Share of the image kept by the centre crop, in (0, 1].")),
     "image_size": Option(options.ImageSize),
 }
 
 
 def _preprocessing(mean: str | None, std: str | None, crop_pct: float | None, image_size: int | None) -> Preprocessing:
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise typer.BadParameter(f"--crop-pct {crop_pct}: expected a share in (0, 1]")
     return Preprocessing(options.parse_channels(mean), options.parse_channels(std), crop_pct, image_size)
 
 

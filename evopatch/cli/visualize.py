@@ -85,8 +85,10 @@ def visualize(
 def _open(path: Path) -> Image:
     import PIL.Image
 
+    from ..sources.pixels import as_rgb
+
     try:
-        return PIL.Image.open(path).convert("RGB")
+        return as_rgb(PIL.Image.open(path))
     except (OSError, ValueError, SyntaxError) as error:
         raise UnreadableImageError(str(path), error) from error
 

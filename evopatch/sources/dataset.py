@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError, UnreadableImageError
 from .labels import class_number
+from .pixels import as_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,10 +90,10 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
             raise UnreadableImageError(self.name(index), ValueError("it is missing"))
         try:
             if isinstance(source, PIL.Image.Image):
-                image = source.convert("RGB")
+                image = as_rgb(source)
             else:
                 with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-                    image = opened.convert("RGB")
+                    image = as_rgb(opened)
         # What PIL's decoders raise.
         except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
             raise UnreadableImageError(self.name(index), error) from error

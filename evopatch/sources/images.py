@@ -10,8 +10,13 @@ from typing import Any
 
 from ..errors import DataError
 from .dataset import Digits, Files, Images, Split, Table, Transform, Tree
+from .image_files import SUFFIXES, Sieve, image_files
 
 DIGITS = "digits"
+_KINDS = (
+    "a folder with one subfolder per class, a folder of images without labels, a .parquet or .arrow file, or "
+    f"'{DIGITS}'"
+)
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 _SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "eval": ("val", "validation", "test")}
@@ -36,12 +41,10 @@ def open_every(source: str | Path, transform: Transform | None = None) -> Images
     if not path.is_dir() or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         images = open_images(source, transform)
     else:
-        from torchvision.datasets.folder import IMG_EXTENSIONS
-
-        files = [file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()]
+        files = image_files(path, at_any_depth=True)
         images = Tree(path, sorted(file.relative_to(path).as_posix() for file in files))
         if len(images) == 0:
-            raise DataError(f"{source} holds no images, at any depth: expected files {', '.join(IMG_EXTENSIONS)}")
+            raise DataError(f"{source} holds no images, at any depth: expected files {', '.join(SUFFIXES)}")
         images.transform = transform
     images.labels = None
     return images
@@ -93,17 +96,17 @@ def _folder(path: Path, split: Split) -> Images | None:
 
 def _class_folders(path: Path) -> Images:
     from torchvision.datasets import ImageFolder
-    from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    files = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
-    if files:
-        return Files(files, None)
+    if files := image_files(path, at_any_depth=False):
+        return Files(sorted(map(str, files)), None)
+    is_image = Sieve()
     try:
-        folders = ImageFolder(str(path))
+        folders = ImageFolder(str(path), is_valid_file=is_image)
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: expected images, or one subfolder with images per class in class order: {error}"
         ) from error
+    is_image.report(path)
     return Files([file for file, _ in folders.samples], folders.targets, folders.classes)
 
 
@@ -142,7 +145,7 @@ def _columns(names: Sequence[str], where: str) -> tuple[str, str | None]:
 def _hub(name: str, split: Split) -> Images | None:
     missing = f"{name}: no such file or folder"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith((".parquet", ".arrow")):
-        raise DataError(f"{missing}; expected an ImageFolder directory, a .parquet or .arrow file, or '{DIGITS}'")
+        raise DataError(f"{missing}; expected {_KINDS}")
     from .hub import no_retries
 
     try:
@@ -154,7 +157,7 @@ def _hub(name: str, split: Split) -> Images | None:
         reason = str(error).split("\n")[0][:200]
         raise DataError(
             f"{missing}, and no data set of that name could be had from the hub ({reason}). Without network, give "
-            f"--data a folder, a .parquet or .arrow file, or '{DIGITS}', and the model's weights with --checkpoint"
+            f"--data {_KINDS}, and the model's weights with --checkpoint"
         ) from error
     return _part(found, name, split)
 

@@ -144,6 +144,8 @@ def test_overridden_preprocessing_changes_the_result(command, files, tmp_path):
             2,
             "'1,2': expected one number or three",
         ),
+        (("--data", "images", "--crop-pct", "0"), 2, "--crop-pct 0.0: expected a share in (0, 1]"),
+        (("--data", "images", "--crop-pct", "3"), 2, "--crop-pct 3.0: expected a share in (0, 1]"),
         (("--checkpoint", "weights.pth", "--data", "images", "--json", "no/out.json"), 1, "no: no such folder"),
         (
             ("--model", "deit_tiny_patch16_224.none", "--checkpoint", "weights.pth", "--data", "images"),

@@ -4,6 +4,7 @@ import io
 import pickle
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from evopatch import DataError, UnreadableImageError
-from evopatch.sources.images import open_evaluation, open_images, open_part
+from evopatch.sources.images import open_evaluation, open_every, open_images, open_part
 from evopatch.training.items import Items, collate
 
 
@@ -127,10 +128,50 @@ def test_other_layouts(tmp_path):
         ("empty", "expected images, or one subfolder"),
         ("other.parquet", r"found the columns \['picture'\]"),
         ("bad.arrow", "can't be read as an arrow"),
-        ("nowhere.parquet", "no such file or folder"),
+        ("nowhere.parquet", "no such file or folder; .* a folder of images without labels, a .parquet"),
     ):
         with pytest.raises(DataError, match=message):
             open_images(tmp_path / name)
+
+
+GREYS = np.array([[0, 255, 256, 32768, 65280, 65535]], dtype=np.uint16)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff", ".pgm"])
+def test_sixteen_bits_are_scaled_to_eight(suffix, tmp_path):
+    file = tmp_path / f"deep{suffix}"
+    if suffix == ".pgm":
+        file.write_bytes(b"P5 6 1 65535\n" + GREYS.astype(">u2").tobytes())
+    else:
+        Image.fromarray(GREYS).save(file)
+    image, _ = open_images(tmp_path)[0]
+    assert image.mode == "RGB"
+    assert [image.getpixel((x, 0)) for x in range(6)] == [(v, v, v) for v in (0, 1, 1, 128, 254, 255)]
+
+
+def test_files_of_every_suffix_are_read_or_counted(tmp_path, capsys):
+    for folder in ("flat", "classes/a", "classes/b/deep"):
+        for name in ("1.png", "2.GIF", "3.jfif"):
+            save(tmp_path / folder / name, 7)
+        for name in ("4.heic", "5.heic", "README", ".hidden"):
+            (tmp_path / folder / name).write_bytes(b"other")
+    for function, folder, images, others in (
+        (open_images, tmp_path / "flat", 3, 3),
+        (open_images, tmp_path / "classes", 6, 6),
+        (open_every, tmp_path, 9, 9),
+    ):
+        opened = function(folder)
+        assert len(opened) == images
+        assert all(brightness(image) == 7 for image, _ in opened)
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"{others} file(s) in {folder} left out" in said
+        assert f"by their names no images: .heic ({2 * others // 3}), no suffix ({others // 3})" in said
+
+
+def test_nothing_is_said_of_a_folder_of_images_alone(sources, capsys):
+    open_images(sources / "classes")
+    open_images(sources / "flat")
+    assert capsys.readouterr().err == ""
 
 
 class Broken(torch.utils.data.Dataset):
