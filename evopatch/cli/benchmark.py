@@ -16,7 +16,7 @@ from ..progress import progress_bar
 from . import options
 from .options import Precision
 from .patch_options import Asked, patch, several_configs
-from .tables import console, megabytes, table_of, write_json
+from .tables import console, megabytes, print_table, table_of, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,9 +67,7 @@ def benchmark(
     from ..sources.architectures import open_architecture
 
     options.check_folder_of(json_out, "--json")
-    options.check_folder_of(plot, "--plot")
-    if plot is not None:
-        import matplotlib  # noqa: F401, before the work that it draws
+    options.check_picture(plot, "--plot")
     other = None if peer is None else _load(peer)
     network, input_size = open_architecture(model, image_size)
     configs = patch(network, model, asked)
@@ -88,7 +86,7 @@ def benchmark(
                 )
             )  # fmt: skip
     for result in results:
-        console.print(_table(model, result))
+        print_table(_table(model, result))
     warn_of_slow_float32(device, dtype)
     console.print(
         f"{_conditions(results[0])}. Speed-up: median of the rounds' ratios, and their quartiles. Efficiency: speed-up "

@@ -13,7 +13,7 @@ from . import options
 from .options import Precision
 from .patch_options import Asked, one_config, patch
 from .preprocessing_options import with_preprocessing
-from .tables import console, percent, table_of
+from .tables import console, percent, print_table, table_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,12 +64,14 @@ def calibrate(
     """
     import matplotlib  # noqa: F401, before the work that it draws
 
+    from ..calibration.calibrating import SEARCH_FILE
     from ..calibration.calibrating import calibrate as run
     from ..calibration.target import Target
     from ..sources.images import open_evaluation
     from ..sources.models import open_classifier
     from ..sources.saving import save_pretrained
 
+    options.check_folder(output, "--output")
     Target.of(flops=target_flops, speedup=target_speedup, kl=target_kl, agreement=target_agreement)
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing)
     network = options.place(classifier.model, device, dtype)
@@ -94,11 +96,14 @@ def calibrate(
             output=output,
         )
     except KeyboardInterrupt:
-        errors.print(f"interrupted: what was tried is kept in {output}, the same command goes on", highlight=False)
+        kept = f"what was tried is kept in {output}, the same command goes on"
+        if not (output / SEARCH_FILE).exists():
+            kept = "nothing was tried yet"
+        errors.print(f"interrupted: {kept}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(130) from None
     save_pretrained(network, output)
     result.save(output)
-    console.print(_table(model, result))
+    print_table(_table(model, result))
     console.print(_summary(result, output), highlight=False)
 
 

@@ -10,7 +10,7 @@ import typer
 from ..config import EvoConfig, Representative
 from ..progress import progress_bar
 from . import options
-from .tables import console, table_of
+from .tables import console, print_table, table_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,9 +31,7 @@ def demo(
 
     evopatch demo
     """
-    import matplotlib  # noqa: F401, before minutes of training
-
-    options.check_folder_of(out, "--out")
+    options.check_picture(out, "--out")
     run(out)
 
 
@@ -52,7 +50,7 @@ def run(out: Path, epochs: int = EPOCHS) -> None:
         small_vit.train(model, data, epochs, advance)
     apply(model)
     inputs = small_vit.normalise(images)
-    console.print(_compared(model, inputs, labels))
+    print_table(_compared(model, inputs, labels))
     set_config(model, EvoConfig())
     shown = slice(0, 6)
     figure = visualize(model, inputs[shown], blocks=(0, 3, 6), pixels=images[shown, 0])

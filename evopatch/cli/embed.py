@@ -55,16 +55,17 @@ def embed(
     encoder = open_encoder(model, checkpoint, num_classes, preprocessing)
     network = options.place(encoder.model, str(process_state().device), dtype)
     patch(network, model, asked)
-    found = run(
-        network,
-        open_every(data, encoder.transform),
-        out,
-        patch_features=patch_features,
-        batch_size=batch_size,
-        shard_rows=shard_rows,
-        workers=workers,
-        settings={"model": model, "preprocessing": _described(encoder.transform, preprocessing)},
-    )
+    images = open_every(data, encoder.transform)
+    settings = {"model": model, "preprocessing": _described(encoder.transform, preprocessing)}
+    try:
+        found = run(
+            network, images, out, patch_features=patch_features, batch_size=batch_size, shard_rows=shard_rows,
+            workers=workers, settings=settings,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        text = f"interrupted: finished shards are kept in {out}.shards, the same command goes on"
+        errors.print(text, highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(130) from None
     if found is not None:
         console.print(f"{found.rows} images in {out}", highlight=False, soft_wrap=True)
         if found.unreadable:

@@ -13,7 +13,7 @@ from . import options
 from .options import Precision
 from .patch_options import Asked, patch, several_configs
 from .preprocessing_options import with_preprocessing
-from .tables import QUALITY, console, quality, table_of, write_json
+from .tables import QUALITY, print_table, quality, table_of, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,5 +93,5 @@ def evaluate(
     for result in results:
         kind = ("unpatched", "") if result is results[0] else (result.config.representative, ratio_text(result.config))
         table.add_row(*kind, *quality(result))
-    console.print(table)
+    print_table(table)
     write_json(json_out, [result.to_dict() for result in results])

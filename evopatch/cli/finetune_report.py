@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from .tables import console, percent, table_of
+from .tables import console, percent, print_table, table_of
 
 if TYPE_CHECKING:
     from ..training.result import FinetuneResult
@@ -22,7 +22,7 @@ def report(model: str, result: FinetuneResult, from_random: bool, folder: Path) 
         from_random: Whether it began with random weights, or a random head.
         folder: Of the run.
     """
-    console.print(_table(model, result, from_random))
+    print_table(_table(model, result, from_random))
     console.print(_summary(result, folder), highlight=False, soft_wrap=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -13,7 +14,9 @@ from .tables import console
 
 
 def list_models(
-    pattern: Annotated[str, typer.Argument(help="A timm wildcard. Default: ViT, DeiT, LeViT, PiT and Swin.")] = "",
+    pattern: Annotated[
+        str, typer.Argument(help="A timm wildcard. Default: every family that has models it takes.")
+    ] = "",
     config: ConfigFile = None,
 ) -> None:
     """Names of the timm models that `evopatch.apply` takes.
@@ -24,7 +27,7 @@ def list_models(
 
     from ..patching.apply import supported
 
-    names = timm.list_models([pattern] if pattern else ["vit_*", "deit*", "levit*", "pit_*", "swin*"])
+    names = timm.list_models(pattern) if pattern else _candidates()
     if not names:
         raise UnsupportedModelError(f"no timm model is named like '{pattern}'")
     taken = []
@@ -33,5 +36,25 @@ def list_models(
             if supported(timm.create_model(name, device="meta")):
                 taken.append(name)
             advance()
+    if not taken:
+        raise UnsupportedModelError(
+            f"none of the {len(names)} timm model(s) named like '{pattern}' can be patched; `evopatch list` without a "
+            "pattern shows those that can"
+        )
     for name in taken:
-        console.print(name, highlight=False)
+        console.print(name, highlight=False, soft_wrap=True)
+
+
+def _candidates() -> list[str]:
+    """Models of those modules of timm that use a class which an adapter serves."""
+    import timm
+
+    from ..patching.registry import adapters
+
+    served = tuple(cls for adapter in adapters() for cls in adapter.hosts())
+    found: set[str] = set()
+    for module in timm.list_modules():
+        names = vars(sys.modules[f"timm.models.{module}"]).values()
+        if any(isinstance(value, type) and issubclass(value, served) for value in names):
+            found |= set(timm.list_models(module=module))
+    return sorted(found)

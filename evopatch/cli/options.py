@@ -109,6 +109,32 @@ def check_folder_of(file: Path | None, option: str) -> None:
         raise DataError(f"{file.parent}: no such folder for the results; create it or give another {option}")
 
 
+def check_folder(folder: Path, option: str) -> None:
+    """
+    Raises:
+        DataError: If it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{option} {folder} is a file: expected a folder")
+
+
+def check_picture(file: Path | None, option: str) -> None:
+    """Before the work that it shows. Needs matplotlib.
+
+    Raises:
+        DataError: If its folder isn't there.
+        ConfigError: If its ending is none of a format that pictures can have.
+    """
+    if file is None:
+        return
+    from matplotlib.figure import Figure
+
+    check_folder_of(file, option)
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if file.suffix.lower().removeprefix(".") not in known:
+        raise ConfigError(f"{option} {file}: expected the ending of a picture, one of .{', .'.join(known)}")
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import options
 from .patch_options import Asked, one_config, patch
-from .tables import console, megabytes, table_of, write_json
+from .tables import console, megabytes, print_table, table_of, write_json
 
 
 @one_config
@@ -45,7 +45,7 @@ def profile(
         *_pair(found.flops / 1e9, found.flops_unpatched / 1e9),
         *_pair(megabytes(found.activations), megabytes(found.activations_unpatched)),
     )
-    console.print(table)
+    print_table(table)
     memory = _pair(megabytes(found.memory), megabytes(found.memory_unpatched))
     console.print(
         "FLOPs: two per multiply-add; the model's include embedding, selection and head. Kept: activations that a "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -41,9 +42,11 @@ def run(
     logger.setLevel(logging.INFO)
     sys.argv = [script, *ctx.args]
     with autopatch(config=asked.over(EvoConfig())[0]) as patched:
+        if module:
+            sys.path.insert(0, "")
+            _check_module(script)  # which imports the packages that it is in
         try:
             if module:
-                sys.path.insert(0, "")
                 runpy.run_module(script, run_name="__main__", alter_sys=True)
             else:
                 sys.path.insert(0, str(Path(script).resolve().parent))
@@ -53,6 +56,19 @@ def run(
                 errors.print(
                     "evopatch: the script built no model that could be patched", highlight=False, soft_wrap=True
                 )
+
+
+def _check_module(name: str) -> None:
+    try:
+        spec = find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = find_spec(f"{name}.__main__")
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        spec = None
+    if spec is None:
+        raise ConfigError(f"-m {name}: no such module, or a package without __main__; expected one as for python -m")
 
 
 class _Printed(logging.Handler):

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from ..errors import CheckpointError, ConfigError
+from ..training.differences import differences
 from ..training.settings import MAY_DIFFER
 from . import options
 
@@ -83,12 +84,8 @@ def _plain(folder: Path, ctx: typer.Context) -> dict[str, Any]:
 def _check(file: Path, given: dict[str, Any]) -> None:
     if not file.is_file():
         return
-    saved = options.read_toml(file)
-    names = sorted((saved.keys() | given.keys()) - {"output"} - MAY_DIFFER)
-    different = [name for name in names if saved.get(name) != given.get(name)]
-    if different:
+    if different := differences(options.read_toml(file), given, {"output"} | MAY_DIFFER):
         raise ConfigError(
-            f"the run in {file.parent} has other options: "
-            + ", ".join(f"{name} was {saved.get(name)!r} and is {given.get(name)!r} now" for name in different)
-            + f". Resume it with --config {file}, or start anew in another --output"
+            f"the run in {file.parent} has other options: {different}. Resume it with --config {file}, or start anew "
+            "in another --output"
         )

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.segment import Segments
 from rich.table import Table
 
 if TYPE_CHECKING:
     from ..measure.accuracy import Evaluation
 
 console = Console()
+_ENDLESS = 100_000
 
 
 def table_of(title: str, first: tuple[str, ...], columns: tuple[str, ...]) -> Table:
@@ -23,6 +25,16 @@ def table_of(title: str, first: tuple[str, ...], columns: tuple[str, ...]) -> Ta
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def print_table(table: Table) -> None:
+    """To a terminal in its width; to a file or a program as wide as the figures are, so that none is cut."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    wide = console.options.update(max_width=_ENDLESS)
+    width = max(console.width, console.measure(table, options=wide).maximum)
+    console.print(Segments(console.render(table, wide.update(width=width))), crop=False, end="")
 
 
 def percent(value: float | None) -> str:

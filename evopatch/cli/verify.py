@@ -14,7 +14,7 @@ from . import options
 from .options import Precision
 from .patch_options import Asked, one_config, patch
 from .preprocessing_options import with_preprocessing
-from .tables import console, table_of, write_json
+from .tables import console, print_table, table_of, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -64,7 +64,7 @@ def verify(
     for check in found.checks:
         figures = ("-" if number is None else f"{number:.2g}" for number in (check.figure, check.bound))
         table.add_row(check.name, check.result, *figures)
-    console.print(table)
+    print_table(table)
     for check in found.checks:
         if check.note:
             console.print(f"{check.name}: {check.note}", highlight=False, markup=False)

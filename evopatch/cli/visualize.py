@@ -61,7 +61,7 @@ def visualize(
     from ..measure.pictures import visualize_training
     from ..sources.models import open_classifier
 
-    options.check_folder_of(out, "--out")
+    options.check_picture(out, "--out")
     if checkpoints is not None and (groups or len(block or ()) > 1):
         raise ConfigError("--checkpoints shows the slow tokens of one block: leave --groups out, and give one --block")
     states = None if checkpoints is None else _states(checkpoints)

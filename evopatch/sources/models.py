@@ -184,7 +184,10 @@ def _timm_classifier(
                 f"--image-size {size}: the weights of {name} are for images of {own} px only, as its positions don't "
                 "interpolate; leave it out"
             )
-        cast(Any, model).set_input_size(img_size=(size, size))
+        try:
+            cast(Any, model).set_input_size(img_size=(size, size))
+        except Exception as error:
+            raise ConfigError(f"{name} can't be made for images of {size} px: {first_lines(error)}") from error
         override["input_size"] = (3, size, size)
     data = timm.data.resolve_data_config(override, model=model, use_test_size=False)
     transform = timm.data.create_transform(**data, is_training=False)

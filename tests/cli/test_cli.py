@@ -144,6 +144,11 @@ def test_overridden_preprocessing_changes_the_result(command, files, tmp_path):
             2,
             "'1,2': expected one number or three",
         ),
+        (
+            ("--checkpoint", "weights.pth", "--data", "images", "--image-size", "8"),
+            2,
+            "deit_tiny_patch16_224 can't be made for images of 8 px",
+        ),
         (("--data", "images", "--crop-pct", "0"), 2, "--crop-pct 0.0: expected a share in (0, 1]"),
         (("--data", "images", "--crop-pct", "3"), 2, "--crop-pct 3.0: expected a share in (0, 1]"),
         (("--checkpoint", "weights.pth", "--data", "images", "--json", "no/out.json"), 1, "no: no such folder"),
@@ -225,6 +230,44 @@ def test_help(command, name):
 def test_list(command):
     run = command("list", "deit_tiny*")
     assert run.stdout.split() == ["deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"]
+
+
+def test_list_without_a_pattern_has_every_family(command, monkeypatch):
+    monkeypatch.setattr("evopatch.patching.apply.supported", lambda model: True)
+    monkeypatch.setattr(timm, "create_model", lambda name, device: name)
+    names = command("list").stdout.split()
+    families = {timm.models.model_entrypoint(name).__module__.rpartition(".")[2] for name in names}
+    assert families >= {"beit", "deit", "eva", "levit", "naflexvit", "pit", "swin_transformer", "swin_transformer_v2"}
+    assert families >= {"vision_transformer", "vision_transformer_hybrid", "vision_transformer_sam"}
+    assert not families & {"resnet", "convnext"}
+
+
+def test_list_of_nothing_that_can_be_patched(command):
+    command("list", "resnet50").assert_refused(1, "none of the 1 timm model(s) named like 'resnet50' can be patched")
+    command("list", "nothing_like_it").assert_refused(1, "no timm model is named like 'nothing_like_it'")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nopackage", "-m nopackage: no such module"),
+        ("nopackage.part", "-m nopackage.part: no such module"),
+        ("xml", "-m xml: no such module, or a package without __main__"),
+    ],
+)
+def test_a_module_that_cannot_be_run(command, name, message, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    command("run", "-m", name).assert_refused(2, message)
+
+
+def test_an_interrupted_embedding_says_how_to_go_on(command, files, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evopatch.embedding.writing.embed", interrupted)
+    common = ("--model", "deit_tiny_patch16_224", "--num-classes", "3", "--checkpoint", files / "weights.pth")
+    run = command("embed", *common, "--data", files / "images", "--out", tmp_path / "out.parquet")
+    run.assert_refused(130, f"kept in {tmp_path / 'out.parquet'}.shards, the same command goes on")
 
 
 @pytest.mark.slow

@@ -68,6 +68,17 @@ def test_profile_command_of_a_pyramid(command, tmp_path):
         (("benchmark", "--model", "vit_tiny_patch16_224", "--peer", "nowhere.py"), 2, "expected a Python file"),
         (("benchmark", "--model", "vit_tiny_patch16_224", "--json", "no/a.json"), 1, "no such folder"),
         (("benchmark", "--model", "vit_tiny_patch16_224", "--rounds", "1"), 2, "rounds"),
+        (
+            ("benchmark", "--model", "no_such_model", "--plot", "x.foo"),
+            2,
+            "--plot x.foo: expected the ending of a picture",
+        ),
+        (
+            ("visualize", "--model", "no_such_model", "--image", "x.png", "--out", "x.xyz"),
+            2,
+            "--out x.xyz: expected the",
+        ),
+        (("demo", "--out", "picture"), 2, "--out picture: expected the ending of a picture"),
         (("benchmark", "--model", "resnet18"), 1, "nothing to patch in timm.models.resnet.ResNet"),
         (("benchmark", "--model", "vit_tiny_patch16_224", "--device", "gpu"), 2, "'gpu'"),
         (("profile", "--model", "vit_tiny_patch16_224", "--image-size", "7"), 2, "7 px"),

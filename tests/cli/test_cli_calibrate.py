@@ -90,6 +90,25 @@ def test_targets_are_checked_first(command, tmp_path, more, message, code):
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("tried", [False, True])
+def test_an_interrupted_calibration_says_what_is_kept(command, files, tried, monkeypatch):
+    def interrupted(*given, output, **options):
+        output.mkdir()
+        if tried:
+            (output / "search.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evopatch.calibration.calibrating.calibrate", interrupted)
+    run = command(*arguments(files, "--target-flops", "0.7", "--output", files / "tuned"))
+    kept = f"what was tried is kept in {files / 'tuned'}, the same command goes on"
+    run.assert_refused(130, f"interrupted: {kept if tried else 'nothing was tried yet'}")
+
+
+def test_a_file_for_the_folder(command, files):
+    run = command(*arguments(files, "--target-flops", "0.7", "--output", files / "weights.pth"))
+    run.assert_refused(1, f"--output {files / 'weights.pth'} is a file: expected a folder")
+
+
 @pytest.mark.slow
 def test_too_few_images(command, files):
     run = command(*arguments(files, "--target-flops", "0.7", "--rows", ":5"))
