@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..durable import publish
 from ..errors import ConfigError, DataError
+from ..training.differences import differences
 
 METADATA = b"evopatch"
 """Where a file's schema holds, as JSON, what its features were made with, and which images could not be read."""
@@ -60,13 +61,10 @@ class Shards:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write(recorded, json.dumps(settings, indent=2, sort_keys=True).encode())
             return False
-        saved, given = self._recorded(), json.loads(json.dumps(settings))
-        different = [name for name in sorted(saved.keys() | given.keys()) if saved.get(name) != given.get(name)]
-        if different:
+        if different := differences(self._recorded(), json.loads(json.dumps(settings))):
             raise ConfigError(
-                f"{self.folder} was begun with other settings: "
-                + ", ".join(f"{name} was {saved.get(name)!r} and is {given.get(name)!r} now" for name in different)
-                + ". Use the same ones, or give another file, or remove that folder to begin anew"
+                f"{self.folder} was begun with other settings: {different}. Use the same ones, or give another file, "
+                "or remove that folder to begin anew"
             )
         return True
 

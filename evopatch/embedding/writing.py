@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,7 +42,7 @@ class Embedding:
 def embed(
     model: nn.Module,
     images: Images,
-    output: Path,
+    output: str | os.PathLike[str],
     *,
     patch_features: bool = False,
     batch_size: int = 32,
@@ -83,7 +84,8 @@ def embed(
         if value < 1:
             raise ConfigError(f"{name}={value}: expected at least 1")
     extract = FeatureExtractor(model, patch_features)
-    shards = Shards(output, len(images), shard_rows)
+    file = Path(output)
+    shards = Shards(file, len(images), shard_rows)
     state = process_state()
     if state.is_main_process:
         resumed = shards.begin(
@@ -110,7 +112,7 @@ def embed(
     if not state.is_main_process:
         return None
     unreadable = shards.merge()
-    return Embedding(output, len(images) - len(unreadable), tuple(unreadable))
+    return Embedding(file, len(images) - len(unreadable), tuple(unreadable))
 
 
 def process_state() -> PartialState:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..alternating import alternate
 from ..config import EvoConfig
+from ..errors import DataError
 from ..patching.handle import Patched, shared_copy, unpatch
 from .kernels import attention_kernels
 from .memory import peak_memory
@@ -102,9 +103,13 @@ def benchmark(
         on_round: Called after each round, the warm-up's included.
 
     Raises:
+        DataError: If `batch` is no such tensor.
         NotPatchedError: If nothing in the model is patched.
         ConfigError: If a configuration doesn't fit the model's depth.
     """
+    if not isinstance(batch, Tensor) or batch.dim() != 4:
+        found = tuple(batch.shape) if isinstance(batch, Tensor) else repr(batch)[:60]
+        raise DataError(f"batch is {found}: expected a tensor (B, 3, height, width), as torch.randn(16, 3, 224, 224)")
     patched = Patched(model)
     configs = [patched.config] if configs is None else list(configs)
     models: dict[str, tuple[EvoConfig | None, nn.Module]] = {"unpatched": (None, unpatch(patched.copy(train)))}

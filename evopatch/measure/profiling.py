@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import EvoConfig
+from ..errors import ConfigError
 from ..patching.handle import Patched, shared_copy
 from ..patching.inspect import block_maps
 from .memory import peak_memory, saved_for_backward
@@ -72,9 +73,15 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
         input_size: `(channels, height, width)` in pixels.
 
     Raises:
+        ConfigError: If `input_size` is anything else.
         NotPatchedError: If nothing in the model is patched.
         UnsupportedModelError: If several hosts in it are patched.
     """
+    sizes: Any = input_size
+    if not isinstance(sizes, Sequence) or len(sizes) != 3 or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise ConfigError(
+            f"input_size={input_size!r}: expected (channels, height, width) in pixels, as in (3, 224, 224)"
+        )
     handle = Patched(model)
     model = handle.model
     parameter = next(model.parameters())

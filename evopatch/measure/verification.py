@@ -61,7 +61,8 @@ class Verification:
         return dataclasses.asdict(self) | {"passed": self.passed}
 
     def __str__(self) -> str:
-        rows = [f"{check.result:8}{check.name:34}{_figures(check)}  {check.note}".rstrip() for check in self.checks]
+        width = max(len(check.name) for check in self.checks)
+        rows = [f"{c.result:8}{c.name:{width}}  {_figures(c)}  {c.note}".rstrip() for c in self.checks]
         return "\n".join((*rows, f"{self.device}, {self.dtype}, {self.images} images, torch {self.torch}"))
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from ..config import EvoConfig
 from ..errors import ConfigError
 from . import checkpoints
+from .differences import differences
 from .objective import Objective
 from .settings import MAY_DIFFER, FinetuneConfig
 
@@ -52,12 +53,9 @@ def resumable(output: Path, settings: Mapping[str, Any]) -> Path | None:
     path = checkpoints.latest(output)
     if path is None:
         return None
-    found = checkpoints.settings_of(path)
-    different = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
-    if different:
+    if different := differences(checkpoints.settings_of(path), settings):
         raise ConfigError(
-            f"{path} is of a run with other settings: "
-            + ", ".join(f"{key} was {found.get(key)!r} and is {settings.get(key)!r} now" for key in different)
-            + ". Resume with the same ones, or start anew in another output folder"
+            f"{path} is of a run with other settings: {different}. Resume with the same ones, or start anew in another "
+            "output folder"
         )
     return path

@@ -171,6 +171,18 @@ def test_benchmark_compiled():
     assert result.sides[1].memory > 0
 
 
+@pytest.mark.parametrize("size", [64, (64, 64), (3, 64, 64.0), (3, 0, 64), "3x64x64"])
+def test_profile_of_no_image_size(size):
+    with pytest.raises(evopatch.ConfigError, match=r"input_size=.*: expected \(channels, height, width\) in pixels"):
+        evopatch.profile(evopatch.apply(build("vit")), size)
+
+
+@pytest.mark.parametrize("batch", [(3, 64, 64), torch.zeros(3, 64, 64)])
+def test_benchmark_of_no_batch(batch):
+    with pytest.raises(evopatch.DataError, match=r"batch is \(3, 64, 64\): expected a tensor \(B, 3, height, width\)"):
+        evopatch.benchmark(evopatch.apply(build("vit")), batch)
+
+
 def test_benchmark_of_an_unpatched_model_is_refused():
     with pytest.raises(NotPatchedError):
         evopatch.benchmark(build("vit"), images())

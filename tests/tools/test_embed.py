@@ -71,7 +71,7 @@ def test_rows_are_the_images_features_in_file_order(photos, uninterrupted, tmp_p
     metadata = json.loads(uninterrupted.schema.metadata[shards.METADATA])
     assert metadata["unreadable"] == ["train/05.jpg"]
     assert metadata["settings"]["batch_size"] == 2
-    result = embed(photos, tmp_path / "plain.parquet")
+    result = embed(photos, str(tmp_path / "plain.parquet"))
     assert (result.rows, result.unreadable) == (10, ("train/05.jpg",))
     assert pq.read_table(result.output).column_names == ["image", "features"]
     assert not list(tmp_path.glob("*.shards"))
@@ -225,7 +225,7 @@ def test_other_settings_are_refused(photos, tmp_path):
         model = patched("vit", settings)
         with torch.no_grad():
             next(model.parameters()).add_(1e-3 if settings == evopatch.EvoConfig() else 0)
-        expected = "weights was" if settings == evopatch.EvoConfig() else "configs was"
+        expected = "weights was" if settings == evopatch.EvoConfig() else "keep_ratio was 0.5 and is 0.4 now. Use"
         with pytest.raises(evopatch.ConfigError, match=expected):
             evopatch.embed(model, images, out, patch_features=True, batch_size=2, shard_rows=ROWS)
     (photos / "z.jpg").write_bytes(encoded(99))
