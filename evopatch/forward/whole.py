@@ -30,14 +30,20 @@ def reads_prefix_only(host: Any, library: str, methods: Collection[str], after: 
     state: HostState = host._evo_state
     if not state.reads_out or not is_of(library, host, methods):
         return False
-    around = {path: host.get_submodule(path) for path in state.around_blocks}
-    if any(has_foreign_hooks(module) or not _holds_blocks(module, path, state) for path, module in around.items()):
+    if not all(_is_around(host, path, state) for path in state.around_blocks):
         return False
     return all(module is None or (_treats_tokens_alone(module) and not wants_tokens(module)) for module in after)
 
 
-def _holds_blocks(module: nn.Module, path: str, state: HostState) -> bool:
-    """Whether a container holds nothing but what was patched; True of other modules."""
+def _is_around(host: nn.Module, path: str, state: HostState) -> bool:
+    """Whether a module between host and blocks is still there, with nobody's hook, and holds nothing but what was
+    patched if it is a container."""
+    module: nn.Module | None = host
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    # A stage may have gone, as by timm's prune_intermediate_layers.
+    if module is None or has_foreign_hooks(module):
+        return False
     if not isinstance(module, (nn.Sequential, nn.ModuleList)):
         return True
     return all(f"{path}.{name}" in state.known_paths for name in module._modules)

@@ -64,7 +64,9 @@ def check_merges(block: nn.Module, name: str, spec: HostSpec, patch: Patch) -> N
     except (UnsupportedModelError, RuntimeError, TypeError, ValueError, AttributeError):
         return
     state = HostState("", spec, ((("0",), ("1",)),), EvoConfig(keep_ratio=1.0))
-    changes.make(patch(runner.block, name, state))
+    planned = patch(runner.block, name, state)
+    changes.check(planned)
+    changes.make(planned)
     tap = AttentionTap(spec.prefix, spec.readout, partition, observe=False, block=name)
     try:
         out = run_tapped(runner.block, tap, layout.of_block(0, x, ordered=False), **runner.absent)

@@ -662,7 +662,7 @@ def test_a_shallow_copy_works(name):
 @torch.no_grad()
 def test_a_forward_that_passes_no_keywords_on_and_looks_between_its_layers(held):
     class Narrow(ViTModel):
-        def forward(self, pixel_values):
+        def forward(self, pixel_values, **kwargs):
             x = self.embeddings(pixel_values)
             self.looked = []
             for layer in self.layers:
