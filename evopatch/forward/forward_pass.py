@@ -34,7 +34,7 @@ class ForwardPass(ABC):
         # Taken once: a checkpointed block is recomputed in backward, maybe after the settings changed.
         now = state.settings
         self.name, self.spec, self.plans, self.active = state.name, state.spec, now.plans, now.active
-        self._keep_ratios = now.keep_ratios
+        self._keep_ratios, self._begins = now.keep_ratios, now.begins
         self.given: dict[int, Tensor] = {}
         """By block what its first module works on, where the host adds that to what the module gives."""
         self.modules: list[nn.Module] = []
@@ -96,7 +96,7 @@ class ForwardPass(ABC):
 
     def run_begin(self, index: int) -> int:
         """The block that selects the tokens that go through a block."""
-        return max(earlier for earlier, plan in enumerate(self.plans[: index + 1]) if plan.selects)
+        return self._begins[index]
 
     def before(self, index: int, values: Mapping[int, Value], begin: int = 0) -> Value | None:
         """What is there by the last block before one, not before `begin`; somebody's code may leave blocks out."""

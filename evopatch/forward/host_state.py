@@ -22,6 +22,8 @@ class Settings(NamedTuple):
     keep_ratios: tuple[str, ...]
     """As text, which is a constant to torch.compile: a number that has changed becomes a symbol there, and with it all
     sizes that follow from it."""
+    begins: tuple[int, ...]
+    """For every block, the one that selects the tokens that go through it; 0 before the first that selects."""
     active: bool
     """Whether any block takes a compact set."""
     reads_out: bool
@@ -77,11 +79,12 @@ class HostState:
         plans = self.plan(config)
         active = any(plan.keep_ratio < 1.0 for plan in plans)
         reads_out = self.spec.head_reads > 0 and (active if config.readout is None else config.readout)
-        self.settings = Settings(config, plans, _as_text(plans), active, reads_out)
+        self.settings = Settings(config, plans, _as_text(plans), _begins(plans), active, reads_out)
 
     def set_plans(self, plans: tuple[BlockPlan, ...]) -> None:
         """Let every block do something else, whatever the configuration says, also where it takes all tokens."""
-        self.settings = self.settings._replace(plans=plans, keep_ratios=_as_text(plans), active=True)
+        ratios, begins = _as_text(plans), _begins(plans)
+        self.settings = self.settings._replace(plans=plans, keep_ratios=ratios, begins=begins, active=True)
 
     @property
     def config(self) -> EvoConfig:
@@ -147,6 +150,13 @@ class HostState:
 
 def _as_text(plans: tuple[BlockPlan, ...]) -> tuple[str, ...]:
     return tuple(repr(plan.keep_ratio) for plan in plans)
+
+
+def _begins(plans: tuple[BlockPlan, ...]) -> tuple[int, ...]:
+    found = [0]
+    for index, plan in enumerate(plans):
+        found.append(index if plan.selects else found[-1])
+    return tuple(found[1:])
 
 
 def _check_keeps_any(keep_ratio: float, stage: int, grid: tuple[int, int]) -> None:
