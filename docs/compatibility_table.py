@@ -122,7 +122,7 @@ SECTIONS = {
             "before or after `apply`",
             ("test_changed_input_sizes_of_a_patched_flat_model", "test_dynamic_image_sizes_of_flat_models")),
         Row("`reset_classifier`, `prune_intermediate_layers`", YES,
-            "after `apply`",
+            "after `apply`; with another pooling `remove` and `apply` again before `save_pretrained`, which says so",
             ("test_classifier_and_pruning_of_a_patched_model",)),
         Row("`reparameterize_model` (LeViT)", YES,
             "before or after `apply`",

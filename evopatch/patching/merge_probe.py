@@ -20,6 +20,7 @@ from ..forward.host_state import HostState
 from ..forward.layout import Layout
 from ..forward.spec import HostSpec
 from ..forward.tap import AttentionTap
+from ..rewrite.tracing import inputs_of
 from . import changes
 from .changes import Change
 from .probe import Runner, required_inputs, width_of
@@ -40,7 +41,8 @@ Patch = Callable[[nn.Module, str, HostState], list[Change]]
 
 @torch.no_grad()
 def check_merges(block: nn.Module, name: str, spec: HostSpec, patch: Patch) -> None:
-    """Run a block on equal tokens, and on one of each, with random weights. One that can't be run so isn't judged.
+    """Run a block on equal tokens, and on one of each, with random weights. One that can't be run so, or takes other
+    inputs by token, isn't judged.
 
     Args:
         block: Left as it is.
@@ -52,7 +54,7 @@ def check_merges(block: nn.Module, name: str, spec: HostSpec, patch: Patch) -> N
         UnsupportedModelError: If these give something else.
     """
     channels = width_of(block)
-    if channels is None or spec.channels_first or spec.joined > 1:
+    if channels is None or spec.channels_first or spec.joined > 1 or inputs_of(block, spec.trace):
         return
     partition, layout = _partition(spec.prefix), Layout(spec, (0,))
     try:

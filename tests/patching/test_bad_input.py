@@ -193,7 +193,7 @@ def test_labels_outside_the_classes(label):
 
     model = evopatch.apply(build("vit"))
     batch = (images(), torch.tensor([0, label]))
-    with pytest.raises(evopatch.DataError, match=f"label {label} for a model with 7 classes"):
+    with pytest.raises(evopatch.DataError, match=f"image 1 has the label {label}: expected 0 to 6"):
         evaluate(model, [batch], [EvoConfig()], (3, 40, 40))
     with pytest.raises(evopatch.DataError, match="no images"):
         evaluate(model, [], [EvoConfig()], (3, 40, 40))
