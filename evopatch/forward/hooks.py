@@ -27,9 +27,11 @@ _OWN_WAYS = {"torch", "transformers", "accelerate", "deepspeed", "evopatch"}
 def wants_tokens(module: nn.Module) -> bool:
     """Whether somebody's hook on a module, or on one in it, may look at tokens."""
     # Of every module at every forward, so not by properties or generators.
-    if has_foreign_hooks(module):
+    own = module.__dict__
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    if hooked and has_foreign_hooks(module):
         return True
-    for child in module.__dict__["_modules"].values():  # noqa: SIM110
+    for child in own["_modules"].values():  # noqa: SIM110
         if child is not None and wants_tokens(child):
             return True
     return False
@@ -37,12 +39,7 @@ def wants_tokens(module: nn.Module) -> bool:
 
 def has_foreign_hooks(module: nn.Module) -> bool:
     """The same of a module alone."""
-    own = module.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        for hook in _hooks(module):
-            if _is_foreign(hook):
-                return True
-    return False
+    return any(map(_is_foreign, _hooks(module)))
 
 
 def is_recomputed(module: nn.Module) -> bool:

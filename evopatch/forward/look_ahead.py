@@ -101,7 +101,7 @@ class Look:
             return
         asked, bias, answering = weights
         query = F.linear(self._rows(norm, tokens), asked, bias)
-        query = query.unflatten(1, (projections.heads, -1))
+        query = query.view(query.shape[0], projections.heads, query.shape[1] // projections.heads)
         folded = fold(query, answering.view(projections.heads, -1, answering.shape[-1]))
         scale = default_scale(query) if projections.scale is None else projections.scale
         # The norm's bias adds the same to every token's logit.

@@ -198,7 +198,8 @@ class AttentionTap:
         if self._mask is not None:
             mask = added(self._mask, like.dtype)
             return mask if bias is None else bias + mask
-        key_bias = self.key_bias.to(like.dtype)[:, None, None]
+        batch, rows = self.key_bias.shape
+        key_bias = self.key_bias.to(like.dtype).view(batch, 1, 1, rows)
         # In place: the merged bias is nobody else's, and may be the largest tensor of a block.
         return key_bias if bias is None else bias.add_(key_bias)
 
