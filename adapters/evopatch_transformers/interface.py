@@ -80,6 +80,10 @@ class TappedInterface(TappedAttention):
     def _evo_hand(self, tap: AttentionTap, others: dict[str, Any]) -> Any:
         # The attention mask is None, as the layer has checked; the rest is for the implementation.
         kwargs = {name: value for name, value in others.items() if name != "attention_mask"}
+        return self._evo_interface(tap, kwargs)
+
+    def _evo_interface(self, tap: AttentionTap, kwargs: dict[str, Any]) -> Interface:
+        """What the generated code calls, with keyword arguments for the implementation."""
         return Interface(self, tap, kwargs)
 
     @staticmethod
@@ -115,21 +119,22 @@ class Interface:
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The model's own implementation on the compact set; attention weights, if asked for, between all tokens."""
-        module, partition = self._module, self._between()
+        module = self._module
         bias = self._prepared(query, key, attention_mask, kwargs.get("scaling"))
         implementation = module.config._attn_implementation
         if bias is not None and implementation not in _TAKE_A_BIAS:
             implementation = "sdpa"
         function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_function(module))
         output, weights = function(module, query, key, value, bias, **kwargs, **self._kwargs)
+        partition = self._tap.partition
         if weights is None or partition is None:
             return output, weights
         wanted = self._weights_wanted() or self._tap.full_grid is not None
-        return output, spread_attention(weights, partition) if wanted else None
+        return output, spread_attention(weights, self._shown(partition)) if wanted else None
 
-    def _between(self) -> Partition | None:
-        """The compact set that attention weights are of; None if all tokens go through."""
-        return self._tap.shown
+    def _shown(self, partition: Partition) -> Partition:
+        """The partition by the tokens that attention weights are between."""
+        return partition.shown(self._tap.behind)
 
     def _prepared(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor | None:
         """See `AttentionTap.prepare`."""

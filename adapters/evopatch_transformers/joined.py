@@ -28,8 +28,7 @@ class JoinedInterface(TappedInterface):
         """Whether a layer's attention is given them all."""
         return not layer.window
 
-    def _evo_hand(self, tap: AttentionTap, others: dict[str, Any]) -> Any:
-        kwargs = {name: value for name, value in others.items() if name != "attention_mask"}
+    def _evo_interface(self, tap: AttentionTap, kwargs: dict[str, Any]) -> Interface:
         return _Joined(self, tap, kwargs, self.windows(self.config))
 
 
@@ -54,9 +53,8 @@ class _Joined(Interface):
         super().__init__(module, tap, kwargs)
         self._windows = windows
 
-    def _between(self) -> Partition | None:
-        partition = super()._between()
-        return None if partition is None else partition.joined(self._windows)
+    def _shown(self, partition: Partition) -> Partition:
+        return partition.joined(self._windows)
 
     def _prepared(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor | None:
         images = query.shape[0]

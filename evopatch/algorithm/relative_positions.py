@@ -60,8 +60,7 @@ def places_of(selected: WindowPartition, windows: Windows, joined: bool) -> Plac
     row, column, log_size = row.flatten(0, 1), column.flatten(0, 1), log_size.flatten(0, 1)
     if selected.place is None or not windows.padded:
         return Places(windows.window, row, column, log_size, None)
-    tokens = windows.tokens(windows.places(device))
-    empty = (tokens == windows.grid[0] * windows.grid[1]).view(windows.number, *windows.window).float()
+    empty = windows.empty(windows.tokens(windows.places(device))).unflatten(1, windows.window).float()
     number = empty.sum((1, 2))
     log_size = torch.cat([log_size[:, :-1], number.log().repeat(batch).unsqueeze(1)], dim=1)
     share = number.clamp_min(1.0).unsqueeze(1)

@@ -110,7 +110,7 @@ def _compact_mask(mask: Tensor | None, partition: WindowPartition) -> Tensor | N
 def _padding_bias(bias: Tensor, mask: Tensor | None, windows: Windows) -> Tensor:
     """`(V, H, A)`: what a place's attention to all padding of its window together is biased by."""
     tokens = windows.tokens(windows.places(bias.device))
-    empty = (tokens == windows.grid[0] * windows.grid[1]).view(windows.number, 1, windows.area)
+    empty = windows.empty(tokens).unsqueeze(1)
     seen = empty.expand(-1, windows.area, -1) if mask is None else empty & (mask == 0)
     number = seen.sum(2).unsqueeze(1)
     mean = torch.einsum("hij,vij->vhi", bias, seen.to(bias.dtype)) / number.clamp_min(1).to(bias.dtype)

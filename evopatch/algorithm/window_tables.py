@@ -41,6 +41,6 @@ def merge_tables(
 
 def _of_padding(table: Tensor, places: Tensor, windows: Windows) -> Tensor:
     """`(V, 1, D)`: the mean over the places of each window's padding, its last row; zeros where it has none."""
-    empty = (windows.tokens(places) == windows.grid[0] * windows.grid[1]).view(windows.number, windows.area)
+    empty = windows.empty(windows.tokens(places))
     number = empty.sum(1, keepdim=True).clamp_min(1)
     return ((empty / number).to(table.dtype) @ table).unsqueeze(1)

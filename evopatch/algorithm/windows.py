@@ -68,6 +68,14 @@ class Windows:
         empty = torch.full((self.number * self.area,), tokens, dtype=torch.int64, device=places.device)
         return empty.scatter(0, places, torch.arange(tokens, device=places.device))
 
+    def empty(self, tokens: Tensor) -> Tensor:
+        """`(V, A)` bool: the places that hold no token.
+
+        Args:
+            tokens: As `tokens` gives them.
+        """
+        return (tokens == self.grid[0] * self.grid[1]).view(self.number, self.area)
+
 
 def in_windows(values: Tensor, tokens: Tensor, windows: Windows) -> Tensor:
     """`(B, N)` or `(B, N, C)` in raster order to `(B, V, A)` or `(B, V, A, C)`; zeros in the padding."""

@@ -15,10 +15,11 @@ class Beside:
 
     Args:
         block: Fully qualified name, for errors.
+        behind: How many of the prefix tokens stand behind the patch tokens.
     """
 
-    def __init__(self, block: str) -> None:
-        self._block = block
+    def __init__(self, block: str, behind: int = 0) -> None:
+        self._block, self._behind = block, behind
         self._kind: type | None = None
         self._others: tuple[Any, ...] = ()
 
@@ -50,7 +51,7 @@ class Beside:
         if given is None:
             return None
         if isinstance(given, Tensor) and given.dim() == 4 and given.shape[2:] == (partition.rows,) * 2:
-            return spread_attention(given, partition)
+            return spread_attention(given, partition.shown(self._behind))
         found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise UnsupportedInputError(
             f"{self._block} gave {found} beside its tokens: expected nothing, None, or attention weights (B, H, T, T), "

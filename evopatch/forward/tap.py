@@ -53,9 +53,7 @@ class AttentionTap:
         mask: Mask | None = None,
         behind: int = 0,
     ) -> None:
-        self._behind = behind if partition is None else 0
-        self.shown = None if partition is None else partition.shown(behind)
-        """The partition, by the order that the model's own code has its tokens in."""
+        self.behind = behind
         # A compact set has no rows of tokens that are left out.
         self._mask = mask.whole if mask is not None and partition is None else None
         self.key_bias: Tensor | None = None
@@ -186,9 +184,9 @@ class AttentionTap:
         if own is None or self.partition is None or self.full_grid is None or not self.full_grid.wants(own):
             return probabilities
         # Logits of the attention between all tokens, but for a number per query.
-        assert self.shown is not None
-        shown: Tensor = own(spread_attention(probabilities, self.shown).log())
-        return unspread_attention(shown, self.shown)
+        shown = self.partition.shown(self.behind)
+        seen: Tensor = own(spread_attention(probabilities, shown).log())
+        return unspread_attention(seen, shown)
 
     def _bias(self, bias: Tensor | None, like: Tensor) -> Tensor | None:
         if bias is not None and self.partition is not None:
@@ -211,8 +209,8 @@ class AttentionTap:
         return self.key_bias[:, None, self.prefix :].softmax(-1)
 
     def _observe_softmax(self, logits: Tensor, probabilities: Tensor) -> None:
-        if self._behind:
-            logits, probabilities = (each.roll((self._behind,) * 2, (2, 3)) for each in (logits, probabilities))
+        if self.behind and self.partition is None:
+            logits, probabilities = (each.roll((self.behind,) * 2, (2, 3)) for each in (logits, probabilities))
         if self.readout:
             observed = probabilities[:, :, : self.readout].float()
         elif self.received:
@@ -225,8 +223,8 @@ class AttentionTap:
         self._observed.append(observed.mean((1, 2)))
 
     def _observe(self, query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> None:
-        if self._behind:
-            query, key = query.roll(self._behind, 2), key.roll(self._behind, 2)
+        if self.behind and self.partition is None:
+            query, key = query.roll(self.behind, 2), key.roll(self.behind, 2)
         rows: slice
         share: Tensor | None
         if self.readout:

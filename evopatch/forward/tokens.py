@@ -64,7 +64,7 @@ class TokenPass(ForwardPass):
                     self.refuse(name, index)
                 self.reads_prefix = self.reads_prefix and self.active
 
-        beside = Beside(block._evo_name)
+        beside = Beside(block._evo_name, self.spec.behind)
 
         def run(x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
             ordered = tap is None or tap.partition is None
@@ -73,9 +73,7 @@ class TokenPass(ForwardPass):
             return self._layout.of_tokens(beside.tokens_of(out), ordered)
 
         tokens = self.advance(index, block, self._layout.of_tokens(x), inputs, run)
-        partition = self.partitions.get(index)
-        shown = None if partition is None else partition.shown(self.spec.behind)
-        return beside.again(self._layout.given_back(index, tokens), shown)
+        return beside.again(self._layout.given_back(index, tokens), self.partitions.get(index))
 
     def advance(self, index: int, block: PatchedBlock, x: Tensor, inputs: Mapping[str, Any], run: Run) -> Tensor:
         """One block.

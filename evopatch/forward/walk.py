@@ -50,10 +50,9 @@ def walk(
         compact = reads_prefix = False  # somebody gave the class another one, which may look
     forward_pass = pass_class(state, compact)
     # Also where every block runs as unpatched: another thread may change that, and a block may be computed anew later.
-    if is_symbolic(args, kwargs):
-        if not forward_pass.active and compact:
-            return function(host, *args, **kwargs)
-        refuse_symbolic(args, kwargs)
+    if not forward_pass.active and compact and is_symbolic(args, kwargs):
+        return function(host, *args, **kwargs)
+    refuse_symbolic(args, kwargs)
     forward_pass.grid, forward_pass.reads_prefix = grid, reads_prefix
     view = viewed(host, forward_pass)
     return on_view(function, view, *args, **kwargs)

@@ -21,7 +21,7 @@ class RotatedTap:
 
     everything = None
     full_grid = None
-    shown = None
+    partition = None  # attention weights are those between the rows of the compact set
 
     def __init__(self, log_size: Tensor) -> None:
         self._log_size = log_size

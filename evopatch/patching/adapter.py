@@ -182,6 +182,12 @@ def check_forward(module: nn.Module, name: str) -> None:
         )
 
 
+def walking_methods(adapter: Adapter) -> set[str]:
+    """Names of a host's methods that walk over its blocks."""
+    mixin: type[Any] = getattr(adapter, "mixin", nn.Module)
+    return {name for cls in mixin.__mro__ for name in vars(cls) if name.startswith("forward")}
+
+
 def walks_by_itself(host: nn.Module, adapter: Adapter, state: HostState) -> bool:
     """Whether code that isn't the library's may walk over a host's blocks, and look at tokens in between.
 
@@ -190,8 +196,7 @@ def walks_by_itself(host: nn.Module, adapter: Adapter, state: HostState) -> bool
     """
     libraries = {cls.__module__.partition(".")[0] for cls in adapter.hosts()}
     names = {part for block in state.blocks for path in block for part in path.split(".") if not part.isdigit()}
-    mixin: type[Any] = getattr(adapter, "mixin", nn.Module)
-    walking = {name for cls in mixin.__mro__ for name in vars(cls) if name.startswith("forward")}
+    walking = walking_methods(adapter)
     for cls in type(host).__mro__:
         if cls in (nn.Module, object):
             continue

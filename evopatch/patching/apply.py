@@ -16,7 +16,7 @@ from ..errors import AlreadyPatchedError, ConfigError, SpeedWarning, Unsupported
 from ..forward.host_state import HostState
 from ..forward.walk import full_name
 from . import changes, registry
-from .adapter import Adapter, walks_by_itself
+from .adapter import Adapter, walking_methods, walks_by_itself
 from .changes import Change
 from .containers import containers
 from .from_images import check_images, learn_from
@@ -273,14 +273,13 @@ def check_own(model: nn.Module, own: OwnModel) -> None:
     changes.check(_plan(model, own.host_name, own.host, own, EvoConfig()))
 
 
-_WALKING = ("forward", "forward_features", "forward_intermediates")
-
-
 def _plan(model: nn.Module, name: str, host: nn.Module, adapter: Adapter, config: EvoConfig) -> list[Change]:
     spec = adapter.inspect(host, name or type(host).__name__)
     state = HostState(name, spec, spec.stages(host), config)
     state.foreign = walks_by_itself(host, adapter, state)
-    state.methods = {name: full_name(getattr(type(host), name)) for name in _WALKING if hasattr(type(host), name)}
+    state.methods = {
+        name: full_name(getattr(type(host), name)) for name in walking_methods(adapter) if hasattr(type(host), name)
+    }
     made_with = {"_evo_versions": versions_of(host)}
     planned = adapter.plan(host, state)
     state.generated.clear()

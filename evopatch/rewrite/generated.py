@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -16,8 +17,8 @@ class GeneratesCode(Swapped):
     _evo_always: ClassVar[str]
     """The attribute that always holds code, but after unpickling."""
 
-    def _evo_generate(self) -> None:
-        raise NotImplementedError
+    _evo_generate: Callable[[], None]
+    """Makes the code anew."""
 
     def _evo_refresh(self) -> None:
         """Make the code again if the class got another forward, as libraries that patch timm do; not under compile."""
@@ -36,7 +37,8 @@ class GeneratesCode(Swapped):
             self._evo_generate()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
+        inherited: Any = super()
+        inherited.__setstate__(state)
         if self.__dict__[self._evo_always] is None:  # a copy has its original's
             self._evo_generate()
 
