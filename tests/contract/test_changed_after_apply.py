@@ -274,7 +274,7 @@ def test_no_images(name, representative):
     assert call(model, x).shape == expected
 
 
-def test_transformers_models_are_known_to_read_prefix_tokens_with_any_pooler():
+def test_a_stock_model_reads_prefix_tokens_alone():
     config = transformers.ViTConfig(
         image_size=40, patch_size=8, hidden_size=48, num_hidden_layers=6, num_attention_heads=4, intermediate_size=96
     )
