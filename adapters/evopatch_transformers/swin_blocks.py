@@ -19,6 +19,7 @@ class SwinBlocks(BiasedBlocks):
     attention = "attention"
     norm: str | None = "layernorm_before"
     single: Mapping[str, Any] = {"window_size": 1, "shift_size": 0}
+    flat = True
 
     def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
         if not options.get("always_partition"):
@@ -79,6 +80,9 @@ class TableBlocks(_InnerAttention):
 
 class ShrinkingBlocks(TableBlocks):
     """The same as Donut and CLAP have it: windows larger than the map become as large as it."""
+
+    def inputs(self, grid: tuple[int, int]) -> tuple[Any, ...]:
+        return grid, False, False
 
     def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
         grid, _, always_partition = inputs

@@ -46,10 +46,16 @@ class WindowedBlocks(ABC):
     a convolution."""
     channels_first: bool = False
     """The block takes `(B, C, h, w)`."""
+    flat: bool = False
+    """The block takes `(B, N, C)`, and is told the map's size."""
 
     @abstractmethod
     def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
         """How the block would cut `(B, h, w, C)` or `(B, N, C)`, as its host calls it with these other arguments."""
+
+    def inputs(self, grid: tuple[int, int]) -> tuple[Any, ...]:
+        """What else its host calls the block with, for a map of so many rows and columns."""
+        return (grid,) if self.flat else ()
 
     def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
         """Run the forward of a view of the block on the compact set `(B, M, C)`; here of one that takes a map.

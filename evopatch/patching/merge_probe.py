@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..algorithm.partition import Partition, with_prefix
 from ..config import EvoConfig
@@ -84,10 +84,16 @@ def check_merges(block: nn.Module, name: str, spec: HostSpec, patch: Patch) -> N
         )
 
 
+def group_of_equal() -> tuple[Tensor, Tensor]:
+    """The group of every token, and how many each has."""
+    sizes = torch.tensor(_SIZES)
+    return torch.arange(len(_SIZES)).repeat_interleave(sizes), sizes
+
+
 def _partition(prefix: int) -> Partition:
     """Of one image, with groups of so many tokens."""
-    sizes = torch.tensor(_SIZES)
-    group = with_prefix(torch.arange(len(_SIZES)).repeat_interleave(sizes).unsqueeze(0), prefix)
+    group, sizes = group_of_equal()
+    group = with_prefix(group.unsqueeze(0), prefix)
     rows = prefix + len(_SIZES)
     number = torch.bincount(group[0], minlength=rows).float()
     slow = torch.zeros(1, int(sizes.sum()), dtype=torch.bool)

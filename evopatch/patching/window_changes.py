@@ -14,6 +14,7 @@ from ..rewrite.alike import fingerprint
 from ..rewrite.classes import Steered
 from ..rewrite.graph import generate_core
 from .changes import Change
+from .window_probe import check_windows
 
 
 def window_block_changes(block: nn.Module, name: str, state: HostState, kind: WindowedBlocks) -> list[Change]:
@@ -23,7 +24,15 @@ def window_block_changes(block: nn.Module, name: str, state: HostState, kind: Wi
         name: Fully qualified.
         state: Its host's.
         kind: What is to know about it.
+
+    Raises:
+        UnsupportedModelError: If its attention can't be traced, or it has modules of one's own and mixes tokens outside
+            of its attention (see `window_probe`).
     """
+    judged = ("windows", fingerprint(block))
+    if judged not in state.generated:
+        check_windows(block, name, kind)
+        state.generated[judged] = None
     own = {"_evo_state": state, "_evo_name": name, "_evo_blocks": kind}
     attention = block.get_submodule(kind.attention)
     changes = [Change(block, SlowFastWindowBlock, own)]

@@ -1,0 +1,107 @@
+"""Whether a windowed block mixes tokens in its windows' attention, and nowhere else; and what its attention makes of
+merged tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from ..forward.window_blocks import BiasedBlocks, WindowedBlocks
+from ..forward.windowed import alone
+from .merge_probe import group_of_equal, is_unknown
+from .probe import Runner
+
+_SIDE = 32
+"""Of a map, in tokens: windows are up to 24 by 24."""
+
+
+@torch.no_grad()
+def check_windows(block: nn.Module, name: str, kind: WindowedBlocks) -> None:
+    """Run a block that has modules of somebody's own on random tokens, with random weights. One that can't be run so
+    isn't judged.
+
+    Args:
+        block: Left as it is.
+        name: Fully qualified, for errors.
+        kind: What is to know about it.
+
+    Raises:
+        UnsupportedModelError: If tokens of other windows change what those of one give, or its attention makes
+            something else of tokens that are merged than of each.
+    """
+    norm = next((module for module in block.children() if isinstance(module, nn.LayerNorm)), None)
+    if norm is None or not is_unknown(block):
+        return
+    channels = norm.normalized_shape[-1]
+    runner = Runner(block, name, ())
+    runner.block.__dict__["_evo_blocks"] = kind
+    try:
+        apart = _windows_apart(runner, kind, channels)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        apart = True
+    if not apart:
+        raise UnsupportedModelError(
+            f"{name} ({type(block).__name__}) mixes tokens of different windows: something outside of its attention "
+            "does so (such as a convolution, or a mean or a norm over all tokens), which would meet merged tokens in "
+            "other places. Leave the model unpatched, or write an adapter (docs/adapters.md)"
+        )
+    attention = runner.block.get_submodule(kind.attention)
+    if not isinstance(kind, BiasedBlocks) or not is_unknown(block.get_submodule(kind.attention)):
+        return
+    try:
+        alike = _merges(runner, attention, kind, channels)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        return
+    if not alike:
+        raise UnsupportedModelError(
+            f"{name}.{kind.attention} ({type(attention).__name__}) gives something else for tokens that are merged "
+            "than for each of several equal ones: beside a softmax over its logits it counts tokens, or mixes them. "
+            "Leave the model unpatched, or write an adapter (docs/adapters.md)"
+        )
+
+
+def _windows_apart(runner: Runner, kind: WindowedBlocks, channels: int) -> bool:
+    """Whether no change of other windows' tokens changes those of one."""
+    x = runner.random(1, *_map_of(runner.block), channels)
+    cut = kind.cut(runner.block, x, kind.inputs((x.shape[1], x.shape[2])), {})
+    if cut.joined or cut.windows.number < 2:
+        return True
+    window = cut.windows.places(runner.device).div(cut.windows.area, rounding_mode="floor")
+    inside = window == window[0]
+    changed = torch.where(inside.view(1, *x.shape[1:3], 1), x, -x)
+    before, after = (_run(runner, kind, tokens) for tokens in (x, changed))
+    return runner.equal(after[:, inside], before[:, inside])
+
+
+def _map_of(block: Any) -> tuple[int, int]:
+    """Rows and columns: those that its shift mask was made for, if there is one, else of several windows."""
+    own = getattr(block, "input_resolution", None)
+    return (int(own[0]), int(own[1])) if own else (_SIDE, _SIDE)
+
+
+def _run(runner: Runner, kind: WindowedBlocks, x: Tensor) -> Tensor:
+    """`(1, N, C)` after the block."""
+    inputs = kind.inputs((x.shape[1], x.shape[2]))
+    given = x.permute(0, 3, 1, 2) if kind.channels_first else x.flatten(1, 2) if kind.flat else x
+    return alone(runner.block, x.flatten(1, 2), given, inputs, {})
+
+
+def _merges(runner: Runner, attention: Any, kind: BiasedBlocks, channels: int) -> bool:
+    """Whether an attention among rows, weighted by their sizes, gives what that among equal tokens does."""
+    group, sizes = group_of_equal()
+    group = group.to(runner.device)
+    x, heads = runner.random(1, len(sizes), channels), kind.bias(attention).shape[0]
+    log_sizes = sizes.to(x).log().expand(1, heads, len(sizes), -1)
+    merged = _attend(attention, kind, x, log_sizes)
+    every = _attend(attention, kind, x[:, group], x.new_zeros(1, heads, len(group), len(group)))
+    return runner.equal(merged[:, group], every)
+
+
+def _attend(attention: Any, kind: BiasedBlocks, windows: Tensor, bias: Tensor) -> Tensor:
+    view, given = kind.biased(attention, bias)
+    out = view.forward(kind.laid_out(windows), **given)
+    tokens: Tensor = out[0] if isinstance(out, tuple) else out
+    return tokens.reshape(windows.shape)

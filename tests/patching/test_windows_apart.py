@@ -1,0 +1,145 @@
+"""Windowed blocks with parts of one's own: those that mix windows, or make something else of merged tokens, are
+refused."""
+
+import pytest
+import timm.models.swin_transformer as timm_swin
+import torch
+import torchvision.models.swin_transformer as torchvision_swin
+from torch import nn
+from variants import build, call, images_for
+
+import evopatch
+from evopatch import UnsupportedModelError
+
+APART = "mixes tokens of different windows"
+MERGED = "gives something else for tokens that are merged"
+
+
+class Around(nn.Module):
+    """What some put around a feed-forward part: the rest of its work is as it was."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
+class Plain(Around):
+    def forward(self, x):
+        return self.inner(x) * 2
+
+
+class Squeezing(Around):
+    def forward(self, x):
+        out, mean = self.inner(x), x.mean(list(range(1, x.dim() - 1)), keepdim=True)
+        return out + mean.square().mean(-1, keepdim=True) * out.flip(-1)
+
+
+class Convolving(Around):
+    """Locally enhanced: neighbours by place."""
+
+    def forward(self, x):
+        out = self.inner(x)
+        maps = out if out.dim() == 4 else out.unflatten(1, (int(out.shape[1] ** 0.5), -1))
+        return (maps + maps.roll(1, 1)).reshape(out.shape)
+
+
+class Attending(timm_swin.WindowAttention):
+    def weighted(self, x, mask, mixed, scale=1.0):
+        windows, area, channels = x.shape
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        logits = q * self.scale @ k.transpose(-2, -1) + self._get_rel_pos_bias()
+        if mask is not None:
+            logits = (logits.unflatten(0, (-1, mask.shape[0])) + mask[:, None]).flatten(0, 1)
+        weights = (logits * scale).softmax(-1)
+        if mixed:
+            weights = weights + 0.1
+        return self.proj((weights @ v).transpose(1, 2).reshape(windows, area, channels))
+
+
+class Same(Attending):
+    def forward(self, x, mask=None):
+        return self.weighted(x, mask, mixed=False)
+
+
+class Shifting(Attending):
+    """Adds to weights after the softmax."""
+
+    def forward(self, x, mask=None):
+        return self.weighted(x, mask, mixed=True)
+
+
+class Sharpening(Attending):
+    """Multiplies what it is given to add, too."""
+
+    def forward(self, x, mask=None):
+        return self.weighted(x, mask, mixed=False, scale=2.0)
+
+
+PARTS = {
+    "swin": ("layers.1.blocks.1", "mlp"),
+    "swinv2": ("layers.1.blocks.1", "mlp"),
+    "swinv2_cr": ("stages.1.blocks.1", "mlp"),
+    "torchvision_swin": ("features.3.1", "mlp"),
+    "torchvision_swinv2": ("features.3.1", "mlp"),
+    "hf_swin": ("swin.encoder.layers.1.blocks.1", "mlp"),
+    "hf_swinv2": ("swinv2.encoder.layers.1.blocks.1", "intermediate"),
+    "hf_donut": ("encoder.layers.1.blocks.1", "intermediate"),
+    "sam": ("blocks.1", "mlp"),
+    "hf_sam": ("vision_encoder.layers.1", "mlp"),
+    "hf_vitdet": ("encoder.layer.1", "mlp"),
+    "hf_sam3": ("layers.1", "mlp"),
+}
+"""A block, and its part after the attention."""
+
+
+def refused(name, model, text):
+    x = images_for(name)
+    with torch.no_grad():
+        expected = call(model, x)
+        with pytest.raises(UnsupportedModelError, match=text):
+            evopatch.apply(model)
+        assert not evopatch.is_patched(model)
+        assert torch.equal(call(model, x), expected)
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("part", [Squeezing, Convolving])
+def test_parts_that_mix_windows(name, part):
+    model, (path, attribute) = build(name), PARTS[name]
+    block = model.get_submodule(path)
+    setattr(block, attribute, part(getattr(block, attribute)))
+    refused(name, model, rf"{path}.*{APART}")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_that_treat_tokens_alone(name):
+    model, (path, attribute) = build(name), PARTS[name]
+    block = model.get_submodule(path)
+    setattr(block, attribute, Plain(getattr(block, attribute)))
+    assert evopatch.is_patched(evopatch.apply(model))
+
+
+def attending(cls):
+    model = build("swin")
+    for block in model.layers[1].blocks:
+        block.attn.__class__ = cls
+    return model
+
+
+@pytest.mark.parametrize("cls", [Shifting, Sharpening])
+def test_attentions_that_make_something_else_of_merged_tokens(cls):
+    refused("swin", attending(cls), rf"layers\.1\.blocks\.0\.attn.*{MERGED}")
+
+
+def test_attentions_of_ones_own_that_merge():
+    assert evopatch.is_patched(evopatch.apply(attending(Same)))
+
+
+def test_torchvision_blocks_of_a_subclass():
+    class Own(torchvision_swin.SwinTransformerBlock):
+        def forward(self, x):
+            return super().forward(x) + x.mean((1, 2), keepdim=True)
+
+    model = build("torchvision_swin")
+    model.features[3][1].__class__ = Own
+    refused("torchvision_swin", model, rf"features\.3\.1 \(Own\) {APART}")
