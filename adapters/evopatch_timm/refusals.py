@@ -9,7 +9,6 @@ _WHOLE_GRID = "makes keys and values, or the tokens themselves, by convolutions 
 
 # By timm's module and class.
 _REASONS = {
-    ("cait", "Cait"): "mixes attention heads after the softmax by a layer whose bias counts tokens, not groups",
     ("coat", "CoaT"): _WHOLE_GRID,
     ("convit", "ConVit"): "adds attention by place after the softmax",
     ("crossvit", "CrossVit"): "runs two grids of tokens side by side, which exchange class tokens",

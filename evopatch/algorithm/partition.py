@@ -150,6 +150,35 @@ def merge_positions(table: Tensor, partition: Partition, prefix: int) -> Tensor:
     return compact.view(batch, -1, heads, channels).transpose(1, 2)
 
 
+def spread_pairs(values: Tensor, partition: Partition) -> Tensor:
+    """What there is between any two rows of a compact set, as between any two tokens: each pair has that of its rows.
+
+    Args:
+        values: `(B, H, M, M)`.
+
+    Returns:
+        `(B, H, T, T)`, zeros where nothing stands for a token.
+    """
+    batch, heads = values.shape[:2]
+    group = partition.group[:, None]
+    tokens = group.shape[-1]
+    padded = values if partition.complete else F.pad(values, (0, 1, 0, 1))
+    rows = padded.gather(2, group.unsqueeze(-1).expand(batch, heads, tokens, padded.shape[-1]))
+    return rows.gather(3, group.unsqueeze(2).expand(batch, heads, tokens, tokens))
+
+
+def merge_pairs(values: Tensor, partition: Partition) -> Tensor:
+    """The inverse of `spread_pairs`: means over the pairs of two rows' tokens.
+
+    Args:
+        values: `(B, H, T, T)`.
+
+    Returns:
+        `(B, H, M, M)`.
+    """
+    return _merged(values, partition, partition)
+
+
 def spread_attention(weights: Tensor, partition: Partition) -> Tensor:
     """Attention between the rows of a compact set, as attention between all tokens.
 
@@ -162,12 +191,7 @@ def spread_attention(weights: Tensor, partition: Partition) -> Tensor:
     Returns:
         `(B, H, T, T)`, rows sum to 1 but for those zeros.
     """
-    batch, heads = weights.shape[:2]
-    group = partition.group[:, None]
-    tokens = group.shape[-1]
-    padded = weights if partition.complete else F.pad(weights, (0, 1, 0, 1))
-    rows = padded.gather(2, group.unsqueeze(-1).expand(batch, heads, tokens, padded.shape[-1]))
-    full = rows.gather(3, group.unsqueeze(2).expand(batch, heads, tokens, tokens))
+    full = spread_pairs(weights, partition)
     return full * partition.weight[:, None, None].to(full.dtype)
 
 
@@ -181,9 +205,13 @@ def unspread_attention(weights: Tensor, partition: Partition) -> Tensor:
     Returns:
         `(B, H, M, M)`.
     """
-    batch, heads, tokens, _ = weights.shape
-    as_rows = merge(weights.transpose(1, 2).reshape(batch, tokens, -1), partition)
+    return _merged(weights, partition, partition._replace(weight=torch.where(partition.weight > 0, 1.0, 0.0)))
+
+
+def _merged(values: Tensor, down: Partition, across: Partition) -> Tensor:
+    """`(B, H, T, T)` to `(B, H, M, M)`, by the weights of one partition and then of another."""
+    batch, heads, tokens, _ = values.shape
+    as_rows = merge(values.transpose(1, 2).reshape(batch, tokens, -1), down)
     as_rows = as_rows.view(batch, -1, heads, tokens).permute(0, 2, 3, 1)
-    together = partition._replace(weight=torch.where(partition.weight > 0, 1.0, 0.0))
-    as_columns = merge(as_rows.transpose(1, 2).reshape(batch, tokens, -1), together)
-    return as_columns.view(batch, partition.rows, heads, -1).permute(0, 2, 3, 1)
+    as_columns = merge(as_rows.transpose(1, 2).reshape(batch, tokens, -1), across)
+    return as_columns.view(batch, across.rows, heads, -1).permute(0, 2, 3, 1)

@@ -7,6 +7,7 @@ block on all tokens: each token shows the value of its row.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from copy import copy
 from functools import partial
@@ -16,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algorithm.partition import Partition, merge, spread_attention, unspread_attention
+from ..algorithm.partition import Partition, merge, merge_pairs, spread_attention, spread_pairs, unspread_attention
 from ..rewrite.fast_paths import is_multihead
 from ..rewrite.view import Call
+from .spec import HostSpec
 
 # Their hooks shard, offload, record or reparametrise: they don't look at single tokens, or ask for the full grid.
 _OWN_WAYS = {"torch", "transformers", "accelerate", "deepspeed", "evopatch"}
@@ -70,9 +72,9 @@ class FullGrid:
         everything: For every module, not only for those with hooks.
         partition: Of the block's run.
         grid: Rows and columns where tokens lie in an image's layout, `(B, C, h, w)` or `(B, h, w, C)`.
+        spec: The host's. Tensors of three axes are `(M, B, C)` with `tokens_first`, some hold `joined` entries of the
+            batch one after the other, and with layers that are `mixing` heads weights are those of one token.
         maps: Whether `(B, H, M, M)` is attention between tokens; else `M` channels of every token.
-        tokens_first: Tensors of three axes are `(M, B, C)`.
-        joined: Some tensors hold so many entries of the batch one after the other, see `HostSpec.joined`.
     """
 
     def __init__(
@@ -80,16 +82,19 @@ class FullGrid:
         everything: bool,
         partition: Partition,
         grid: tuple[int, int] | None,
+        spec: HostSpec,
         maps: bool = True,
-        tokens_first: bool = False,
-        joined: int = 1,
     ) -> None:
         self._everything = everything
         self._partition = partition
         self._grid = grid
         self._maps = maps
-        self._tokens_first = tokens_first
-        self._whole = None if joined == 1 else FullGrid(everything, partition.joined(joined), grid, maps)
+        self._tokens_first = spec.tokens_first
+        self._mixes = bool(spec.trace.mixing)
+        self._whole: FullGrid | None = None
+        if spec.joined > 1:
+            whole = dataclasses.replace(spec, joined=1, tokens_first=False)
+            self._whole = FullGrid(everything, partition.joined(spec.joined), grid, whole, maps)
 
     def wants(self, module: nn.Module) -> bool:
         """Whether to call this module on all tokens."""
@@ -151,7 +156,9 @@ class FullGrid:
         if self._grid is not None and x.shape[2:] == (rows, 1):  # (B, C, M, 1), convolutional LeViT's
             return _spread(x.flatten(2).transpose(1, 2), partition).transpose(1, 2).unflatten(2, self._grid)
         if self._maps and x.shape[2:] == (rows, rows):
-            return spread_attention(x, partition)
+            return spread_pairs(x, partition) if self._mixes else spread_attention(x, partition)
+        if self._mixes and x.shape[1:3] == (rows, rows):  # (B, M, M, H)
+            return spread_pairs(x.permute(0, 3, 1, 2), partition).permute(0, 2, 3, 1)
         if x.shape[2] == rows:  # (B, H, M, D)
             batch, heads, _, channels = x.shape
             full = _spread(x.transpose(1, 2).reshape(batch, rows, heads * channels), partition)
@@ -175,7 +182,9 @@ class FullGrid:
         if self._grid is not None and x.shape[2:] == self._grid:
             return merge(x.flatten(2).transpose(1, 2), partition).transpose(1, 2).unsqueeze(3)
         if self._maps and x.shape[2:] == (tokens, tokens):
-            return unspread_attention(x, partition)
+            return merge_pairs(x, partition) if self._mixes else unspread_attention(x, partition)
+        if self._mixes and x.shape[1:3] == (tokens, tokens):
+            return merge_pairs(x.permute(0, 3, 1, 2), partition).permute(0, 2, 3, 1)
         if x.shape[2] == tokens:
             batch, heads, _, channels = x.shape
             compact = merge(x.transpose(1, 2).reshape(batch, tokens, heads * channels), partition)

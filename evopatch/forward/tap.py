@@ -163,8 +163,10 @@ class AttentionTap:
         dtype: torch.dtype | None = None,
         _stacklevel: int = 3,
         module: nn.Module | Shown | None = None,
+        by_token: bool = False,
     ) -> Tensor:
-        """Stands where a block takes the softmax of its `(B, H, M, M)` attention logits, maybe by an `nn.Softmax`."""
+        """Stands where a block takes the softmax of its `(B, H, M, M)` attention logits, maybe by an `nn.Softmax`; or
+        where it wants, `by_token`, the weight of one token of each group."""
         self.used = True
         if logits.dim() != 4:
             raise UnsupportedInputError(
@@ -181,12 +183,26 @@ class AttentionTap:
             probabilities = logits.softmax(dim, dtype=dtype)
         if self.observe:
             self._observe_softmax(logits.detach(), probabilities.detach())
+        if by_token:
+            sizes = self._sizes(probabilities)
+            return probabilities if sizes is None else probabilities / sizes.unsqueeze(2)
         if own is None or self.partition is None or self.full_grid is None or not self.full_grid.wants(own):
             return probabilities
         # Logits of the attention between all tokens, but for a number per query.
         shown = self.partition.shown(self.behind)
         seen: Tensor = own(spread_attention(probabilities, shown).log())
         return unspread_attention(seen, shown)
+
+    def counted(self, values: Tensor) -> Tensor:
+        """`(B, H, M, D)` values, as often as their groups have tokens."""
+        sizes = self._sizes(values)
+        return values if sizes is None else values * sizes.unsqueeze(3)
+
+    def _sizes(self, like: Tensor) -> Tensor | None:
+        """`(B, 1, M)`, of the groups; None where every token is one."""
+        if self.partition is None or self.key_bias is None:
+            return None
+        return self.key_bias.exp().unsqueeze(1).to(like.dtype)
 
     def _bias(self, bias: Tensor | None, like: Tensor) -> Tensor | None:
         if bias is not None and self.partition is not None:

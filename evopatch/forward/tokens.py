@@ -178,8 +178,7 @@ class TokenPass(ForwardPass):
             return None
         spec = self.spec
         grid = spec.pyramid.grids[self.stage_of[index]] if spec.channels_first and spec.pyramid is not None else None
-        shown = partition.shown(spec.behind)
-        return FullGrid(self.everything_seen, shown, grid, tokens_first=spec.tokens_first, joined=spec.joined)
+        return FullGrid(self.everything_seen, partition.shown(spec.behind), grid, spec)
 
     def _carried(self, index: int, g: Tensor) -> Tensor:
         """`g` after a block, on the grid of the block after it."""

@@ -113,7 +113,7 @@ class WindowedPass(ForwardPass):
         """What stands for the modules of a block that somebody wants to see all tokens in."""
         if not self.hooks_see:
             return {}
-        full_grid = FullGrid(self.everything_seen, selected.partition, cut.windows.grid)
+        full_grid = FullGrid(self.everything_seen, selected.partition, cut.windows.grid, self.spec)
         children = [(n, child) for n, child in block._modules.items() if child and n not in block._evo_blocks.apart]
         return {name: full_grid.around(child) for name, child in children if full_grid.wants(child)}
 

@@ -25,6 +25,7 @@ _BUILT_IN = {
         "evopatch_timm.naflex:NaFlexAdapter",
         "evopatch_timm.towers:TowerAdapter",
         "evopatch_timm.gemma:GemmaAdapter",
+        "evopatch_timm.cait:CaitAdapter",
     ),
     "transformers": (
         "evopatch_transformers.vit:ViTAdapter",

@@ -20,13 +20,13 @@ from torch import fx, nn
 
 from ..errors import AttentionNotFoundError
 from .classes import host_class
+from .mixing import MATMULS, count_values, mixes_heads
 from .projections import Projections, find_projections
 from .readout import readout_graph
 from .replaced import adds_replaced, replace_calls
 from .tracing import ROOT, TraceSpec, attention_cores, inputs_of, on_the_way, parameters_of, softmax_of, trace
 
 _SOFTMAX_FUNCTIONS = {torch.softmax, F.softmax, softmax_of}
-_MATMULS = {torch.matmul, operator.matmul, torch.bmm, torch.einsum}
 _SCALINGS = {operator.mul, operator.truediv, torch.mul, torch.div}
 
 
@@ -169,6 +169,9 @@ def _tap(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> None:
         args, kwargs = node.args, dict(node.kwargs)
         if node.target is softmax_of:
             args, kwargs = args[:1], {"module": args[1]}
+        if spec.mixing:
+            count_values(node, evo, block, name)
+            kwargs["by_token"] = True
         with graph.inserting_before(node):
             tapped = graph.call_method(method, (evo, *args), kwargs)
         node.replace_all_uses_with(tapped)
@@ -204,13 +207,15 @@ def _check_logits(softmax: fx.Node, block: nn.Module, name: str, spec: TraceSpec
         )
     node: Any = softmax.args[0]
     while isinstance(node, fx.Node):
-        if node.op == "call_function" and node.target in _MATMULS:
+        if node.op == "call_function" and node.target in MATMULS:
             return
         masked = node.op == "call_function" and getattr(node.target, "__name__", "") == "maybe_add_mask"
         scaled = node.op == "call_function" and node.target in _SCALINGS and not isinstance(node.args[1], fx.Node)
-        if not masked and not scaled and not _adds_position_bias(node) and not adds_replaced(node, spec):
+        known = masked or scaled or mixes_heads(node, spec)
+        replaced = not known and adds_replaced(node, spec)
+        if not known and not replaced and not _adds_position_bias(node):
             break
-        node = node.args[1] if node.op == "call_method" else node.args[0]
+        node = node.args[1] if replaced and node.op == "call_method" else node.args[0]
     raise AttentionNotFoundError(
         f"{name} ({type(block).__name__}): the graph node '{node}' "
         f"({getattr(node, 'op', '?')} {getattr(node, 'target', '?')}) stands between the product of queries and keys "

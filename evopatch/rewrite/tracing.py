@@ -43,6 +43,9 @@ class TraceSpec:
     replaced: Mapping[Callable[..., Any] | str, str] = field(default_factory=dict)
     """Functions, and methods of the module by name, that make something of every token, or every two, of which a
     compact set needs its own: the method of `evo` that is called with the same arguments in place of each."""
+    mixing: tuple[str, ...] = ()
+    """Names of an attention module's layers that mix its heads, key by key, before and after the softmax (talking
+    heads, arXiv 2003.02436)."""
     core_names: frozenset[str] = frozenset({"scaled_dot_product_attention", "softmax", "multi_head_attention_forward"})
     """A module whose forward's code uses one of these names holds an attention core."""
     cores: Mapping[Callable[..., Any], str] = field(default_factory=lambda: {SDPA: "attend", _MULTI_HEAD: "multi_head"})

@@ -12,7 +12,8 @@ from variants import FLAT, PIT, PYRAMIDS, call, images_for
 import evopatch
 from evopatch import EvoConfig
 
-# Queries or keys normalised or rotated, biased by place, of a fused layer that isn't called, or of several cores.
+# Queries or keys normalised or rotated, biased by place, of a fused layer that isn't called, or of several cores; heads
+# that are mixed.
 PLAIN_NOT = {
     "qk_norm",
     "naflex_rope",
@@ -36,6 +37,7 @@ PLAIN_NOT |= {
     "own_parts",
     "beit",
     "beit_shared",
+    "cait",
 }
 LOOK_AHEAD = (FLAT - PLAIN_NOT) | PIT
 

@@ -128,7 +128,7 @@ def test_name_of_swin(name):
     assert torch.equal(model.forward_features(x), original)
 
 
-@pytest.mark.parametrize("name", ["cait_xxs24_224", "xcit_nano_12_p8_224", "hiera_tiny_224"])
+@pytest.mark.parametrize("name", ["convit_tiny", "xcit_nano_12_p8_224", "hiera_tiny_224"])
 def test_what_is_known_not_to_be_served_says_why(name):
     model = timm.create_model(name, device="meta")
     reason = refusals.why_not(model)

@@ -480,9 +480,10 @@ def test_inspect():
     assert found(build("vit")) == {"": "evopatch.apply(model)"}
     assert found(nn.Sequential(build("vit"), nn.Identity())) == {"0": "evopatch.apply(model)"}
     assert found(torchvision.models.resnet18()) == {}
-    cait = timm.create_model("cait_xxs24_224")
-    assert found(cait).keys() == {""}
-    assert "mixes attention heads after the softmax" in found(cait)[""]
+    convit = timm.create_model("convit_tiny")
+    assert found(convit).keys() == {""}
+    assert "adds attention by place after the softmax" in found(convit)[""]
+    cait = timm.create_model("cait_xxs24_224")  # its adapter knows what mixes its heads
     with pytest.raises(UnsupportedModelError, match="stands between the product of queries and keys and the softmax"):
         evopatch.apply(cait, blocks="blocks", prefix_tokens=0)
     text = str(evopatch.inspect(tower()))

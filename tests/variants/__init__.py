@@ -140,6 +140,7 @@ def between(name: str, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
         return _hooked(model.features[1::2], model, x)
     if name not in FLAT:
         return model.forward_intermediates(x, intermediates_only=True)
-    prefix = model.num_prefix_tokens > 0
-    out = model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=prefix)
+    prefix = model.num_prefix_tokens > 0 and name != "cait"  # whose class token comes behind the blocks
+    asked = {"return_prefix_tokens": True} if prefix else {}
+    out = model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True, **asked)
     return [torch.cat([o[1], o[0]], dim=1) for o in out] if prefix else out

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from timm.models import vision_transformer
 from timm.models.beit import Beit
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.levit import Levit, LevitDistilled
@@ -72,6 +73,7 @@ FLAT: dict[str, Callable[..., nn.Module]] = {
         }
         | k
     ),
+    "cait": lambda **k: Cait(**_SMALL | {"init_values": 0.5} | k),
     "eva_post_norm": lambda **k: Eva(**_SMALL | {"use_post_norm": True, "qkv_fused": False} | k),
 }
 
