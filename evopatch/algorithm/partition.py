@@ -107,7 +107,7 @@ def merge(x: Tensor, partition: Partition) -> Tensor:
     """`(B, T, C)` tokens to the `(B, M, C)` compact set: each row the weighted mean of its tokens (equation 5)."""
     compact = weighted_row_sums(x, partition.weight, partition.group, partition.rows_there())
     # Contiguous, as blocks may take a view of it.
-    return compact if partition.complete else compact[:, :-1].contiguous()
+    return (compact if partition.complete else compact[:, :-1]).contiguous()
 
 
 def distribute(x: Tensor, change: Tensor, partition: Partition) -> Tensor:

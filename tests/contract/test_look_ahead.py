@@ -7,7 +7,7 @@ import torch
 from comparing import moved
 from matrix import every, patched
 from torch import nn
-from variants import FLAT, PIT, PYRAMIDS, call, images_for
+from variants import FLAT, IN_WINDOWS, PIT, PYRAMIDS, call, images_for
 
 import evopatch
 from evopatch import EvoConfig
@@ -42,7 +42,7 @@ PLAIN_NOT |= {
 LOOK_AHEAD = (FLAT - PLAIN_NOT) | PIT
 
 
-@every(FLAT | PYRAMIDS)
+@every((FLAT - IN_WINDOWS) | PYRAMIDS)
 @torch.no_grad()
 def test_which_models_look_ahead(name):
     x, model = images_for(name, 8), patched(name, EvoConfig())

@@ -11,7 +11,7 @@ from matrix import EACH_REPRESENTATIVE, every
 from torch import nn
 from transformers import BertConfig, BertModel
 from transformers_weights import DINOV2_KEYS, VIT_KEYS, deit_tiny, rename
-from variants import FLAT, TRANSFORMERS, build, call, images
+from variants import FLAT, TRANSFORMERS, build, call, images, images_for
 
 import evopatch
 from evopatch import EvoConfig
@@ -113,7 +113,7 @@ def test_no_models_class_is_changed(name):
 @EACH_REPRESENTATIVE
 @torch.no_grad()
 def test_attentions_are_between_all_tokens(name, representative):
-    model, x = build(name, attn_implementation="eager"), images()
+    model, x = build(name, attn_implementation="eager"), images_for(name)
     original = model(x, output_attentions=True, output_hidden_states=True)
     evopatch.apply(model, config=EvoConfig(representative=representative))
     plain = call(model, x)

@@ -17,6 +17,8 @@ OWN = frozenset(own_models.FLAT)
 """Names of models of neither library, which `evopatch.apply` is told of by `blocks=`."""
 FLAT = frozenset({*timm_models.FLAT, *naflex, *transformers_models.FLAT, "torchvision"}) | OWN
 """Names of models with one grid of tokens: ViT, DeiT, DINO, EVA and their like; 6 blocks."""
+IN_WINDOWS = frozenset({"hf_rf_detr_backbone"})
+"""Of these some blocks get windows as images of their own, and no tool draws their tokens; a grid of 10x10."""
 PYRAMIDS = frozenset({*timm_models.PYRAMIDS, *transformers_models.PYRAMIDS})
 """Names of pyramids of flat blocks: three stages of 2, 3 and 2 blocks on grids of 5x5, 3x3 and 2x2."""
 PIT = frozenset({"pit", "pit_distilled"})
@@ -97,7 +99,8 @@ def images(batch: int = 2, size: int | tuple[int, int] = SIZE, seed: int = 1) ->
 
 def images_for(name: str, batch: int = 2, size: int | tuple[int, int] | None = None, seed: int = 1) -> torch.Tensor:
     """Random images of a model's own size, unless another one is given."""
-    own = windowed.SIZE if name in WINDOWED else 2 * SIZE if name in transformers_models.PYRAMIDS else SIZE
+    twice = name in IN_WINDOWS or name in transformers_models.PYRAMIDS
+    own = windowed.SIZE if name in WINDOWED else 2 * SIZE if twice else SIZE
     return images(batch, own if size is None else size, seed)
 
 

@@ -39,7 +39,11 @@ from transformers import (
     ViTModel,
     ViTMSNConfig,
     ViTMSNForImageClassification,
+    YolosConfig,
+    YolosModel,
 )
+from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
+from transformers.models.rf_detr.modeling_rf_detr import RfDetrDinov2Backbone
 
 _SMALL = {
     "image_size": 40,
@@ -87,6 +91,23 @@ FLAT: dict[str, Callable[..., nn.Module]] = {
     "hf_blip2": lambda **k: Blip2VisionModel(Blip2VisionConfig(**_SMALL | k)),
     "hf_blip": lambda **k: BlipVisionModel(BlipVisionConfig(**_SMALL | k)),
     "hf_aimv2": lambda **k: Aimv2VisionModel(Aimv2VisionConfig(**_SMALL | k)),
+    "hf_yolos": lambda **k: YolosModel(
+        YolosConfig(
+            **_SMALL | {"image_size": [40, 40], "num_detection_tokens": 3, "use_mid_position_embeddings": False} | k
+        )
+    ),
+    "hf_rf_detr_backbone": lambda **k: RfDetrDinov2Backbone(
+        RfDetrDinov2Config(
+            **_DINO
+            | {
+                "image_size": 80,
+                "num_windows": 2,
+                "window_block_indexes": [0, 1, 3, 4],
+                "out_features": ["stage2", "stage6"],
+            }
+            | k
+        )
+    ),
     "hf_siglip": lambda **k: SiglipVisionModel(SiglipVisionConfig(**_SMALL | k)),
 }
 
