@@ -30,10 +30,12 @@ class EvoConfig:
             `"layer"` selects again before every block (the paper's section 3.4: layer-to-stage training).
         stages: Number of runs over the blocks from `start` on, or the first block of each run. A run never crosses
             from one stage of a pyramid (LeViT, PiT, Swin) to the next: there a number is that of runs in each. None:
-            three runs, with a constant schedule two, or one per keep ratio; in a pyramid one per stage from `start` on.
+            three runs, with a constant schedule two, or one per keep ratio; in a pyramid one per stage from `start` on;
+            in a Swin with one keep ratio that tapers one per block.
         schedule: How one keep ratio is spread over the runs. `"taper"` lets it fall (three runs at 0.5: 0.76, 0.56 and
-            0.31, see `plan.tapered`; the three stages of LeViT: 0.75, 0.5 and 0.25; those of PiT and Swin keep it) and
-            makes later runs of one stage longer (2 to 3 to 4 and so on), `"constant"` (the paper's) uses it in every
+            0.31, see `plan.tapered`; the three stages of LeViT: 0.75, 0.5 and 0.25; those of PiT keep it) and makes
+            later runs of one stage longer (2 to 3 to 4 and so on). In a Swin with matched representatives it is small
+            early and large where a stage begins, see `plan.tapered_swin`. `"constant"` (the paper's) uses it in every
             run and makes them equally long.
         representative: What stands in for the fast tokens. `"matched"`: every fast token joins the slow token
             most similar to it, needs no training. `"single"`: one token, the mean of all fast tokens weighted by

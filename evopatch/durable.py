@@ -5,6 +5,25 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .errors import CheckpointError
+
+
+def make_folder(path: str | os.PathLike[str], purpose: str) -> Path:
+    """A folder, made with those above it if it isn't there.
+
+    Args:
+        path: Where.
+        purpose: For the error: "to save to".
+
+    Raises:
+        CheckpointError: If it is a file.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: expected a folder {purpose}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
 
 def publish(temporary: Path, path: Path) -> None:
     """Give a file, or a folder whose files were flushed, its own name once it is on the disk."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from typing import NamedTuple, cast
 
 from .config import EvoConfig
@@ -13,6 +14,13 @@ from .errors import ConfigError
 FIRST_RUN = 2
 # Below this one starts a quarter into the depth, not a third: searched on two models (docs/accuracy.md).
 EARLY_BELOW = 0.45
+# Of Swin: what is added to the logarithm of the keep ratio's odds, by the place of a block's middle in the whole depth,
+# and for the first block of every later stage, whose tokens have just been joined. Chosen on a Swin with windows of 49
+# (docs/accuracy.md).
+_SWIN = ((0.15, -1.65), (0.35, -1.05), (0.55, 0.0), (0.65, 0.45), (0.75, 0.45), (0.85, -0.2), (0.95, -0.85))
+_SWIN_ENTRY = 2.4
+# To choose nearly all tokens takes as long as the few others would.
+_NEARLY_ALL = 0.85
 
 
 class BlockPlan(NamedTuple):
@@ -31,7 +39,12 @@ class BlockPlan(NamedTuple):
 
 
 def plan_blocks(
-    config: EvoConfig, *depths: int, taper: float | None = None, looks_ahead: bool = True, start: int | None = None
+    config: EvoConfig,
+    *depths: int,
+    taper: float | None = None,
+    looks_ahead: bool = True,
+    start: int | None = None,
+    swin: bool = False,
 ) -> tuple[BlockPlan, ...]:
     """One plan per block.
 
@@ -43,13 +56,15 @@ def plan_blocks(
         looks_ahead: Whether later blocks of its stage can be looked at before a selection.
         start: Of a pyramid, the first block that selects where the configuration doesn't say. None: that of a flat
             model, or the middle of the first stage.
+        swin: A pyramid of windowed blocks: where one keep ratio tapers and tokens are matched, every block is a run and
+            keeps what `tapered_swin` says.
 
     Raises:
         ConfigError: If a run starts beyond the depth or goes from one stage into the next, or the number of keep
             ratios or tradeoffs doesn't fit.
     """
     depth = sum(depths)
-    firsts, ratios = runs_of(config, *depths, taper=taper, start=start)
+    firsts, ratios = runs_of(config, *depths, taper=taper, start=start, swin=swin)
     tradeoffs = _tradeoffs(config, depth)
     keep = [1.0] * depth
     selecting: set[int] = set()
@@ -74,9 +89,13 @@ def plan_blocks(
 
 
 def runs_of(
-    config: EvoConfig, *depths: int, taper: float | None = None, start: int | None = None
+    config: EvoConfig, *depths: int, taper: float | None = None, start: int | None = None, swin: bool = False
 ) -> tuple[list[int], list[float]]:
     """The first block of each run, and what each keeps. Arguments and errors as for `plan_blocks`."""
+    spread = config.stages is None and config.schedule == "taper" and not isinstance(config.keep_ratio, tuple)
+    if swin and spread and config.representative == "matched":
+        firsts = list(range(_start(config, depths, start), sum(depths)))
+        return firsts, [tapered_swin(cast(float, config.keep_ratio), block, depths) for block in firsts]
     firsts = _first_blocks(config, depths, start)
     return firsts, _keep_ratios(config, firsts, sum(depths), taper)
 
@@ -168,6 +187,32 @@ def tapered(keep_ratio: float, first: int, end: int, depth: int) -> float:
     log_factor = 1.164 - 5.442 * (middle - 5 / 12) + 2.866 * (middle - 5 / 12) * (middle - 7 / 12)
     odds = keep_ratio / (1.0 - keep_ratio) * math.exp(log_factor)
     return odds / (1.0 + odds)
+
+
+def tapered_swin(keep_ratio: float, block: int, depths: tuple[int, ...]) -> float:
+    """What one block of a Swin keeps.
+
+    Of 2, 2 and 6 blocks all but the first keep 0.16, 0.74, 0.26, 1, 0.5, 0.61, 0.61, 0.45 and 0.3 at a keep ratio of
+    0.5.
+
+    Args:
+        keep_ratio: What is asked for.
+        block: Its place, from 0.
+        depths: How many blocks each stage has.
+    """
+    if keep_ratio == 1.0:
+        return 1.0
+    place = (block + 0.5) / sum(depths)
+    places, offsets = zip(*_SWIN, strict=True)
+    last = len(places) - 1
+    right = min(max(bisect_left(places, place), 1), last)
+    share = (place - places[right - 1]) / (places[right] - places[right - 1])
+    offset = offsets[right - 1] + (offsets[right] - offsets[right - 1]) * min(max(share, 0.0), 1.0)
+    if any(block == sum(depths[:stage]) for stage in range(1, len(depths))):
+        offset += _SWIN_ENTRY
+    odds = keep_ratio / (1.0 - keep_ratio) * math.exp(offset)
+    kept = odds / (1.0 + odds)
+    return kept if kept < _NEARLY_ALL else 1.0
 
 
 def _tradeoffs(config: EvoConfig, depth: int) -> list[float]:

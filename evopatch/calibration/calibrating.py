@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import EvoConfig
+from ..durable import make_folder
 from ..errors import ConfigError
 from ..forward.learned import give_correction
 from ..measure.fingerprint import fingerprint
@@ -82,7 +83,7 @@ def calibrate(
         UnsupportedModelError: If nothing in the model can be patched, several parts of it can, or its output is of no
             known kind.
         DataError: If the images are fewer than 8, of different sizes, or outputs aren't finite.
-        CheckpointError: If the output folder's record is damaged.
+        CheckpointError: If the output folder's record is damaged, or it is a file.
 
     After an error, or Ctrl-C, the model is as it was before.
     """
@@ -93,9 +94,7 @@ def calibrate(
         raise ConfigError(f"budget={budget!r}: expected seconds, more than 0")
     parameter = next(model.parameters())
     tensor = images_of(images, parameter.device, parameter.dtype)
-    folder = None if output is None else Path(output)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = None if output is None else make_folder(output, "for what was tried")
     fresh = not is_patched(model)
     if fresh:
         apply(model, config=config)

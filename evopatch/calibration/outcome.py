@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import EvoConfig
+from ..durable import make_folder
 from .target import Target
 
 FILE_NAME, PICTURE = "calibration.json", "calibration.png"
@@ -79,7 +80,7 @@ class Calibration:
         """
         from .picture import draw
 
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "for the table and the picture")
         Path(folder, FILE_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
         draw(self).savefig(Path(folder, PICTURE), bbox_inches="tight")
 

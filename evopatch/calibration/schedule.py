@@ -11,6 +11,7 @@ from ..config import EvoConfig
 from ..plan import BlockPlan
 
 _LOWEST, _HIGHEST = 0.02, 0.98
+"""Nothing keeps less; what would keep more keeps all."""
 _IMPORTANCE = (0.01, 1.5)
 
 
@@ -90,4 +91,5 @@ def schedule_of(plans: Sequence[BlockPlan], fixed: Sequence[int], importance: fl
 def _moved(ratio: float, by: float) -> float:
     ratio = min(max(ratio, _LOWEST), _HIGHEST)
     odds = ratio / (1.0 - ratio) * math.exp(by)
-    return min(max(round(odds / (1.0 + odds), 4), _LOWEST), _HIGHEST)
+    moved = max(round(odds / (1.0 + odds), 4), _LOWEST)
+    return moved if moved < _HIGHEST else 1.0

@@ -113,15 +113,22 @@ class HostState:
             ConfigError: If the configuration doesn't fit the depth, or leaves no slow token on a pyramid's grid.
         """
         spec = self.spec
-        plans = plan_blocks(config, *self.depths, taper=spec.taper, looks_ahead=spec.looks_ahead, start=spec.start)
+        plans = plan_blocks(config, *self.depths, looks_ahead=spec.looks_ahead, **self._shape)
         if spec.pyramid is not None:
             for plan, stage in zip(plans, self.stage_of, strict=True):
                 _check_keeps_any(plan.keep_ratio, stage, spec.pyramid.grids[stage])
         return plans
 
+    @property
+    def _shape(self) -> dict[str, Any]:
+        """What the host says of how one keep ratio is spread."""
+        spec = self.spec
+        swin = spec.windowed and spec.coarsens and len(self.depths) > 1
+        return {"taper": spec.taper, "start": spec.start, "swin": swin}
+
     def written_out(self) -> EvoConfig:
         """The configuration with the first block of every run, and what each keeps."""
-        firsts, ratios = runs_of(self.config, *self.depths, taper=self.spec.taper, start=self.spec.start)
+        firsts, ratios = runs_of(self.config, *self.depths, **self._shape)
         return dataclasses.replace(self.config, stages=tuple(firsts), keep_ratio=tuple(ratios), start=None)
 
     def describe(self, block: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from ..config import EvoConfig
+from ..durable import make_folder
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..patching.apply import apply_again
 from ..patching.handle import Patched
@@ -53,10 +54,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
     patched.check_as_applied()
     hosts = {name: config.to_dict() for name, config in patched.configs.items()}
     name, library = _library_of(patched.model)
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file: expected a folder to save to")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(path, "to save to")
     with tempfile.TemporaryDirectory(prefix=".evopatch-", dir=folder) as temporary:
         library.save(patched.model, Path(temporary))
         tensors = learned(patched.model)

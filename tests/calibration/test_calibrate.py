@@ -98,6 +98,8 @@ def test_repeated_and_resumed_runs_find_the_same(tmp_path, monkeypatch, capsys):
     (tmp_path / "b" / "search.json").write_text("{")
     with pytest.raises(evopatch.CheckpointError, match="damaged"):
         evopatch.calibrate(build("vit"), images, target_flops=0.7, output=tmp_path / "b", **QUICK)
+    with pytest.raises(evopatch.CheckpointError, match="is a file: expected a folder for what was tried"):
+        evopatch.calibrate(build("vit"), images, target_flops=0.7, output=tmp_path / "b" / "search.json", **QUICK)
 
 
 def recorded(folder):

@@ -15,6 +15,7 @@ from variants.windowed import DEPTH, SIZE
 
 import evopatch
 from evopatch import EvoConfig
+from evopatch.plan import tapered_swin
 
 TYPICAL = ("swin", "swinv2", "swinv2_cr", "torchvision_swin", "torchvision_swinv2", "hf_swin", "hf_swinv2", "hf_donut")
 
@@ -98,9 +99,23 @@ def test_the_same_weights_give_the_same_in_both_libraries(representative):
 
 
 @every(TYPICAL)
-def test_by_default_all_stages_keep_the_same_share(name):
+def test_by_default_every_block_keeps_what_its_place_says(name):
     evopatch.apply(model := build(name), keep_ratio=0.4)
+    kept = [plan.keep_ratio for plan in plans(model)]
+    assert kept == [1.0, *(tapered_swin(0.4, block, (2, 2, 2)) for block in range(1, 6))]
+    assert min(kept[2], kept[4]) > max(kept[1], kept[3], kept[5])  # where a stage begins
+    assert all(plan.selects == (plan.keep_ratio < 1.0) for plan in plans(model)[1:])
+    evopatch.set_config(model, EvoConfig(keep_ratio=0.4, schedule="constant"))
     assert [plan.keep_ratio for plan in plans(model)] == [1.0, *[0.4] * 5]
+    evopatch.set_config(model, EvoConfig(keep_ratio=0.4, representative="single"))
+    assert [plan.keep_ratio for plan in plans(model)] == [1.0, *[0.4] * 5]
+
+
+def test_keep_ratios_of_a_swin():
+    kept = [tapered_swin(0.5, block, (2, 2, 6)) for block in range(1, 10)]
+    assert kept == pytest.approx([0.161, 0.741, 0.259, 1.0, 0.5, 0.611, 0.611, 0.45, 0.299], abs=1e-3)
+    assert [tapered_swin(1.0, block, (2, 2, 6)) for block in range(10)] == [1.0] * 10
+    assert tapered_swin(0.5, 0, (2, 2, 6)) == pytest.approx(tapered_swin(0.5, 1, (2, 2, 6)))
 
 
 @torch.no_grad()
