@@ -150,7 +150,7 @@ class _Run:
         copy.set_config(base)
         state = copy.host.state
         self._fixed = [begin for begin in begins[1:] if begin > begins[0]]
-        self._start = schedule_of(state.plans, self._fixed, base.importance)
+        self._start = schedule_of(state.plans, self._fixed, base.importance, state.least)
         self._depth = state.depth
         self._record = Record(None)
         if folder is not None:

@@ -24,12 +24,15 @@ class Schedule(NamedTuple):
     """What each keeps."""
     importance: float
     """See `EvoConfig`."""
+    least: tuple[float, ...] = ()
+    """What each block has to keep, as `HostState.least` says; empty where that is next to nothing."""
 
     def config(self, base: EvoConfig) -> EvoConfig:
         """As a configuration, with all else as in another one."""
-        return dataclasses.replace(
-            base, stages=self.firsts, keep_ratio=self.ratios, start=None, importance=self.importance
-        )
+        kept = self.ratios
+        if self.least:
+            kept = tuple(max(ratio, self.least[first]) for first, ratio in zip(self.firsts, kept, strict=True))
+        return dataclasses.replace(base, stages=self.firsts, keep_ratio=kept, start=None, importance=self.importance)
 
     def shifted(self, by: float) -> Schedule:
         """Every run keeps more, or less: the odds of its keep ratio times `exp(by)`."""
@@ -44,7 +47,7 @@ class Schedule(NamedTuple):
             fixed: Blocks that have to begin a run: those that begin a pyramid's stage.
             weighs: Whether `importance` matters.
         """
-        firsts, ratios, importance = self
+        firsts, ratios, importance, _ = self
         for run, ratio in enumerate(ratios):
             for by in (step, -step):
                 yield self._replace(ratios=(*ratios[:run], _moved(ratio, by), *ratios[run + 1 :]))
@@ -72,20 +75,23 @@ class Schedule(NamedTuple):
                 )
 
 
-def schedule_of(plans: Sequence[BlockPlan], fixed: Sequence[int], importance: float) -> Schedule:
+def schedule_of(
+    plans: Sequence[BlockPlan], fixed: Sequence[int], importance: float, least: tuple[float, ...] = ()
+) -> Schedule:
     """What a configuration comes to on a model.
 
     Args:
         plans: One per block.
         fixed: Blocks that begin a pyramid's stage.
         importance: The configuration's.
+        least: See `Schedule`.
     """
     firsts: list[int] = []
     for index, plan in enumerate(plans):
         changed = index == 0 or plan.keep_ratio != plans[index - 1].keep_ratio
         if (plan.keep_ratio < 1.0 and (plan.selects or changed)) or (firsts and (index in fixed or changed)):
             firsts.append(index)
-    return Schedule(tuple(firsts), tuple(_moved(plans[first].keep_ratio, 0.0) for first in firsts), importance)
+    return Schedule(tuple(firsts), tuple(_moved(plans[first].keep_ratio, 0.0) for first in firsts), importance, least)
 
 
 def _moved(ratio: float, by: float) -> float:

@@ -106,6 +106,15 @@ class HostState:
         """See `Settings`."""
         return self.settings.reads_out
 
+    @property
+    def least(self) -> tuple[float, ...]:
+        """The smallest keep ratio of each block with which a pyramid's grid has a slow token; empty of other hosts."""
+        if self.spec.pyramid is None:
+            return ()
+        sizes = [rows * columns for rows, columns in self.spec.pyramid.grids]
+        # Rounded up, to the places that a search gives a keep ratio.
+        return tuple(1.0 if sizes[stage] < 2 else -(-5000 // sizes[stage]) / 10000 for stage in self.stage_of)
+
     def plan(self, config: EvoConfig) -> tuple[BlockPlan, ...]:
         """One plan per block.
 

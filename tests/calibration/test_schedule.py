@@ -84,3 +84,13 @@ def test_shifted_keeps_the_order_and_comes_back():
 def test_targets_outside_their_range(given, message):
     with pytest.raises(ConfigError, match=message):
         Target.of(**{"flops": None, "speedup": None, "kl": None, "agreement": None, **given})
+
+
+def test_every_grid_of_a_pyramid_keeps_a_slow_token():
+    state = Patched(evopatch.apply(build("levit"))).host.state  # grids of 5x5, 3x3 and 2x2
+    assert state.least == (0.02, 0.02, 0.0556, 0.0556, 0.0556, 0.125, 0.125)
+    fewest = schedule_of(state.plans, (2, 5), 0.7, state.least).shifted(-8)
+    assert [plan.keep_ratio for plan in state.plan(fewest.config(EvoConfig()))][1:] == list(state.least[1:])
+    with pytest.raises(ConfigError, match="leaves no slow token"):
+        state.plan(fewest._replace(least=()).config(EvoConfig()))
+    assert Patched(evopatch.apply(build("vit"))).host.state.least == ()
