@@ -185,7 +185,12 @@ def tapered(keep_ratio: float, first: int, end: int, depth: int) -> float:
     # Through the three runs that a search found on both models, whose middles are 5/12, 7/12 and 10/12; searches at
     # other ratios and starts agree with it to what their noise is.
     log_factor = 1.164 - 5.442 * (middle - 5 / 12) + 2.866 * (middle - 5 / 12) * (middle - 7 / 12)
-    odds = keep_ratio / (1.0 - keep_ratio) * math.exp(log_factor)
+    return shifted(keep_ratio, log_factor)
+
+
+def shifted(ratio: float, by: float) -> float:
+    """The ratio, in (0, 1), whose odds are those of another one times `exp(by)`."""
+    odds = ratio / (1.0 - ratio) * math.exp(by)
     return odds / (1.0 + odds)
 
 
@@ -210,8 +215,7 @@ def tapered_swin(keep_ratio: float, block: int, depths: tuple[int, ...]) -> floa
     offset = offsets[right - 1] + (offsets[right] - offsets[right - 1]) * min(max(share, 0.0), 1.0)
     if any(block == sum(depths[:stage]) for stage in range(1, len(depths))):
         offset += _SWIN_ENTRY
-    odds = keep_ratio / (1.0 - keep_ratio) * math.exp(offset)
-    kept = odds / (1.0 + odds)
+    kept = shifted(keep_ratio, offset)
     return kept if kept < _NEARLY_ALL else 1.0
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..config import EvoConfig
-from ..plan import BlockPlan
+from ..plan import BlockPlan, shifted
 
 _LOWEST, _HIGHEST = 0.02, 0.98
 """Nothing keeps less; what would keep more keeps all."""
@@ -96,6 +95,5 @@ def schedule_of(
 
 def _moved(ratio: float, by: float) -> float:
     ratio = min(max(ratio, _LOWEST), _HIGHEST)
-    odds = ratio / (1.0 - ratio) * math.exp(by)
-    moved = max(round(odds / (1.0 + odds), 4), _LOWEST)
+    moved = max(round(shifted(ratio, by), 4), _LOWEST)
     return moved if moved < _HIGHEST else 1.0

@@ -93,7 +93,7 @@ class FullGrid:
         self._mixes = bool(spec.trace.mixing)
         self._whole: FullGrid | None = None
         if spec.joined > 1:
-            whole = dataclasses.replace(spec, joined=1, tokens_first=False)
+            whole = dataclasses.replace(spec, joined=1)
             self._whole = FullGrid(everything, partition.joined(spec.joined), grid, whole, maps)
 
     def wants(self, module: nn.Module) -> bool:

@@ -100,7 +100,7 @@ class WindowedPass(ForwardPass):
         if correction is not None:
             full = full + missed(tokens, entry, partition, correction)
         if self._watch is not None:
-            each = alone(block, tokens, given, tuple(inputs), options)
+            each = alone(block, blocks, tokens, given, tuple(inputs), options)
             self._watch(index, Received(tokens, entry, partition, full, each))
         full = full.view(x.shape)
         if blocks.channels_first:
@@ -179,9 +179,10 @@ class WindowedPass(ForwardPass):
         return select_windows(loss, importance, keep, places, cut.windows, self.representative == "single")
 
 
-def alone(block: Any, like: Tensor, given: Tensor, inputs: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+def alone(
+    block: Any, blocks: WindowedBlocks, like: Tensor, given: Tensor, inputs: tuple[Any, ...], options: dict[str, Any]
+) -> Tensor:
     """`(B, N, C)` tokens after a block that all go through, before what it has on the main branch after all else."""
-    blocks = block._evo_blocks
     out = View(block, {} if blocks.last is None else {blocks.last: _unchanged}).forward(given, *inputs, **options)
     tokens: Tensor = out[0] if isinstance(out, tuple) else out
     return (tokens.permute(0, 2, 3, 1) if blocks.channels_first else tokens).reshape(like.shape)

@@ -25,6 +25,8 @@ from . import changes
 from .changes import Change
 from .probe import Runner, required_inputs, width_of
 
+CANNOT_RUN = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+"""What somebody's module raises that wants other inputs."""
 _SIZES = (1, 4, 2, 3)
 """Tokens of each group."""
 _KNOWN = {"torch", "timm", "transformers", "torchvision", "peft", "torchao", "bitsandbytes", "accelerate", "evopatch"}
@@ -63,7 +65,7 @@ def check_merges(block: nn.Module, name: str, spec: HostSpec, patch: Patch) -> N
         x = runner.random(1, partition.rows, channels)
         every = layout.of_block(0, x.index_select(1, partition.group[0]))
         expected = layout.of_tokens(runner(every, {}))
-    except (UnsupportedModelError, RuntimeError, TypeError, ValueError, AttributeError):
+    except (UnsupportedModelError, *CANNOT_RUN):
         return
     state = HostState("", spec, ((("0",), ("1",)),), EvoConfig(keep_ratio=1.0))
     planned = patch(runner.block, name, state)

@@ -14,6 +14,7 @@ from ..rewrite.alike import fingerprint
 from ..rewrite.classes import Steered
 from ..rewrite.graph import generate_core
 from .changes import Change
+from .merge_probe import is_unknown
 from .window_probe import check_windows
 
 
@@ -29,8 +30,7 @@ def window_block_changes(block: nn.Module, name: str, state: HostState, kind: Wi
         UnsupportedModelError: If its attention can't be traced, or it has modules of one's own and mixes tokens outside
             of its attention (see `window_probe`).
     """
-    judged = ("windows", fingerprint(block))
-    if judged not in state.generated:
+    if is_unknown(block) and (judged := ("windows", fingerprint(block))) not in state.generated:
         check_windows(block, name, kind)
         state.generated[judged] = None
     own = {"_evo_state": state, "_evo_name": name, "_evo_blocks": kind}

@@ -3,6 +3,7 @@ merged tokens."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..forward.window_blocks import BiasedBlocks, WindowedBlocks
 from ..forward.windowed import alone
-from .merge_probe import group_of_equal, is_unknown
+from .merge_probe import CANNOT_RUN, group_of_equal, is_unknown
 from .probe import Runner
 
 _SIDE = 32
@@ -33,15 +34,12 @@ def check_windows(block: nn.Module, name: str, kind: WindowedBlocks) -> None:
             something else of tokens that are merged than of each.
     """
     norm = next((module for module in block.children() if isinstance(module, nn.LayerNorm)), None)
-    if norm is None or not is_unknown(block):
+    if norm is None:
         return
-    channels = norm.normalized_shape[-1]
-    runner = Runner(block, name, ())
-    runner.block.__dict__["_evo_blocks"] = kind
-    try:
+    channels, runner = norm.normalized_shape[-1], Runner(block, name, ())
+    apart = alike = True
+    with suppress(*CANNOT_RUN):
         apart = _windows_apart(runner, kind, channels)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        apart = True
     if not apart:
         raise UnsupportedModelError(
             f"{name} ({type(block).__name__}) mixes tokens of different windows: something outside of its attention "
@@ -49,12 +47,9 @@ def check_windows(block: nn.Module, name: str, kind: WindowedBlocks) -> None:
             "other places. Leave the model unpatched, or write an adapter (docs/adapters.md)"
         )
     attention = runner.block.get_submodule(kind.attention)
-    if not isinstance(kind, BiasedBlocks) or not is_unknown(block.get_submodule(kind.attention)):
-        return
-    try:
-        alike = _merges(runner, attention, kind, channels)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        return
+    if isinstance(kind, BiasedBlocks) and is_unknown(attention):
+        with suppress(*CANNOT_RUN):
+            alike = _merges(runner, attention, kind, channels)
     if not alike:
         raise UnsupportedModelError(
             f"{name}.{kind.attention} ({type(attention).__name__}) gives something else for tokens that are merged "
@@ -65,8 +60,12 @@ def check_windows(block: nn.Module, name: str, kind: WindowedBlocks) -> None:
 
 def _windows_apart(runner: Runner, kind: WindowedBlocks, channels: int) -> bool:
     """Whether no change of other windows' tokens changes those of one."""
-    x = runner.random(1, *_map_of(runner.block), channels)
-    cut = kind.cut(runner.block, x, kind.inputs((x.shape[1], x.shape[2])), {})
+    # A shift mask may be made for the block's own map; a block that has but one window there has none.
+    for grid in (getattr(runner.block, "input_resolution", (_SIDE, _SIDE)), (_SIDE, _SIDE)):
+        x = runner.random(1, *grid, channels)
+        cut = kind.cut(runner.block, x, kind.inputs((x.shape[1], x.shape[2])), {})
+        if cut.windows.number > 1:
+            break
     if cut.joined or cut.windows.number < 2:
         return True
     window = cut.windows.places(runner.device).div(cut.windows.area, rounding_mode="floor")
@@ -76,17 +75,11 @@ def _windows_apart(runner: Runner, kind: WindowedBlocks, channels: int) -> bool:
     return runner.equal(after[:, inside], before[:, inside])
 
 
-def _map_of(block: Any) -> tuple[int, int]:
-    """Rows and columns: those that its shift mask was made for, if there is one, else of several windows."""
-    own = getattr(block, "input_resolution", None)
-    return (int(own[0]), int(own[1])) if own else (_SIDE, _SIDE)
-
-
 def _run(runner: Runner, kind: WindowedBlocks, x: Tensor) -> Tensor:
     """`(1, N, C)` after the block."""
     inputs = kind.inputs((x.shape[1], x.shape[2]))
     given = x.permute(0, 3, 1, 2) if kind.channels_first else x.flatten(1, 2) if kind.flat else x
-    return alone(runner.block, x.flatten(1, 2), given, inputs, {})
+    return alone(runner.block, kind, x.flatten(1, 2), given, inputs, {})
 
 
 def _merges(runner: Runner, attention: Any, kind: BiasedBlocks, channels: int) -> bool:

@@ -111,6 +111,23 @@ def test_parts_that_mix_windows(name, part):
     refused(name, model, rf"{path}.*{APART}")
 
 
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("swin", "layers.2.blocks.1"),
+        ("swinv2", "layers.2.blocks.1"),
+        ("torchvision_swin", "features.5.1"),
+        ("hf_swin", "swin.encoder.layers.2.blocks.1"),
+        ("hf_donut", "encoder.layers.2.blocks.1"),
+    ],
+)
+def test_the_same_where_the_models_own_map_is_one_window(name, path):
+    model, (_, attribute) = build(name), PARTS[name]
+    block = model.get_submodule(path)
+    setattr(block, attribute, Convolving(getattr(block, attribute)))
+    refused(name, model, rf"{path}.*{APART}")
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_that_treat_tokens_alone(name):
     model, (path, attribute) = build(name), PARTS[name]
