@@ -1,4 +1,4 @@
-"""Train a timm pyramid (LeViT, PiT, Swin) on CIFAR-10 from scratch: a reference to patch, where no weights can be had.
+"""Train a timm pyramid (LeViT, PiT, PVT, Swin) on CIFAR-10 from scratch: a reference to patch without weights.
 
 The folder that it writes is one that timm's `local-dir:` and `evopatch evaluate --model` read. Killed, it goes on from
 its last epoch when called again:
@@ -162,7 +162,9 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     torch.manual_seed(0)
-    model_args = {**arguments.model_args, "img_size": arguments.image_size, "num_classes": 10}
+    model_args = {**arguments.model_args, "num_classes": 10}
+    if timm.get_pretrained_cfg(arguments.model).fixed_input_size:
+        model_args["img_size"] = arguments.image_size
     model = timm.create_model(arguments.model, **model_args)
     log = train(arguments, model, arguments.output)
     if dist.is_initialized():

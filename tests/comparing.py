@@ -16,7 +16,7 @@ def moved(a: torch.Tensor, b: torch.Tensor) -> float:
 def twins(model: nn.Module, name: str) -> list[nn.Module]:
     """Copies of a model of `variants`, by copy and by pickle."""
     # transformers' hooks that record hidden states don't pickle, unpatched either.
-    pickled = [] if "backbone" in name else [pickle.loads(pickle.dumps(model))]
+    pickled = [] if name.endswith(("backbone", "dense")) else [pickle.loads(pickle.dumps(model))]
     return [copy.deepcopy(model), *pickled]
 
 

@@ -20,7 +20,6 @@ _REASONS = {
     ("mvitv2", "MultiScaleVit"): "pools queries, keys and values by convolutions over the whole grid",
     ("nest", "Nest"): _WINDOWS,
     ("nextvit", "NextViT"): _WHOLE_GRID,
-    ("pvt_v2", "PyramidVisionTransformerV2"): _WHOLE_GRID,
     ("tnt", "TNT"): "holds a second grid of tokens inside every patch token",
     ("twins", "Twins"): _WHOLE_GRID,
     ("visformer", "Visformer"): "has convolutions between its layers of attention",

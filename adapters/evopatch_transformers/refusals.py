@@ -7,7 +7,6 @@ import inspect
 from torch import nn
 
 _PACKED = "packs the patches of all its images into one sequence: its tokens are no grid of one image's patches"
-_WHOLE_GRID = "makes keys and values by convolutions over the whole grid"
 _DIVIDED = "divides attention between time and space"
 
 # By module, below transformers.models, and class.
@@ -16,9 +15,6 @@ _REASONS = {
     ("hiera.modeling_hiera", "HieraEncoder"): "attends inside windows whose tokens lie in an order of their own",
     ("imagegpt.modeling_imagegpt", "ImageGPTModel"): "attends to earlier tokens alone",
     ("pixtral.modeling_pixtral", "PixtralVisionModel"): _PACKED,
-    ("pvt.modeling_pvt", "PvtEncoder"): _WHOLE_GRID,
-    ("pvt_v2.modeling_pvt_v2", "PvtV2Encoder"): _WHOLE_GRID,
-    ("segformer.modeling_segformer", "SegformerModel"): _WHOLE_GRID,
     ("seggpt.modeling_seggpt", "SegGptEncoder"): "merges the tokens of two images between layers",
     ("timesformer.modeling_timesformer", "TimesformerEncoder"): _DIVIDED,
     ("videoprism.modeling_videoprism", "VideoPrismVisionModel"): _DIVIDED,

@@ -8,7 +8,7 @@ and record nothing, run on a view.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -109,11 +109,13 @@ def _pass(state: HostState, attentions_wanted: bool) -> WindowedPass:
 class SwinAdapter(Adapter):
     """The encoders, which loop over the stages."""
 
+    families: ClassVar[dict[tuple[str, str], Family]] = FAMILIES
+
     def hosts(self) -> tuple[type[nn.Module], ...]:
-        return tuple(loaded(FAMILIES))
+        return tuple(loaded(self.families))
 
     def inspect(self, host: Any, name: str) -> HostSpec:
-        family = row_of(host, FAMILIES)
+        family = row_of(host, self.families)
         blocks = tuple(
             tuple((f"{path}.{family.blocks}.{name}",) for name, _ in getattr(stage, family.blocks).named_children())
             for path, stage in _stages(host, family)
@@ -121,7 +123,7 @@ class SwinAdapter(Adapter):
         return HostSpec(blocks=blocks, prefix=0, readout=0, taper=0.0, windowed=True, coarsens=family.coarsens)
 
     def plan(self, host: Any, state: HostState) -> list[Change]:
-        family = row_of(host, FAMILIES)
+        family = row_of(host, self.families)
         own: dict[str, Any] = {"_evo_state": state}
         # The class of an encoder that records outputs stays.
         if isinstance(host, PreTrainedModel):
@@ -136,7 +138,7 @@ class SwinAdapter(Adapter):
         return changes
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
-        if reason := row_of(host, FAMILIES).no_grid:
+        if reason := row_of(host, self.families).no_grid:
             raise UnsupportedInputError(f"{type(host).__name__} {reason}")
         size = host.config.patch_size
         height, width = (size, size) if isinstance(size, int) else size

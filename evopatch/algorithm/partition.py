@@ -117,11 +117,16 @@ def distribute(x: Tensor, change: Tensor, partition: Partition) -> Tensor:
         x: `(B, T, C)`.
         change: `(B, M, C)`.
     """
+    return x + spread(change, partition)
+
+
+def spread(x: Tensor, partition: Partition) -> Tensor:
+    """`(B, M, C)` rows to `(B, T, C)`: every token the value of its row; zeros where nothing stands in for it."""
     if not partition.complete:
-        change = F.pad(change, (0, 0, 0, 1))
-    batch, rows, channels = change.shape
-    own = change.reshape(-1, channels).index_select(0, flat_rows(partition.group, rows))
-    return x + own.view(batch, x.shape[1], channels)
+        x = F.pad(x, (0, 0, 0, 1))
+    batch, rows, channels = x.shape
+    own = x.reshape(-1, channels).index_select(0, flat_rows(partition.group, rows))
+    return own.view(batch, partition.group.shape[1], channels)
 
 
 def merge_positions(table: Tensor, partition: Partition, prefix: int) -> Tensor:

@@ -105,7 +105,7 @@ class FullGrid:
         # A compact set may have as many rows as a head has channels; norms work on those.
         normalises = isinstance(module, nn.Identity) or "norm" in type(module).__name__.lower()
         shown = copy(self)
-        shown._maps = not normalises
+        shown._maps = self._maps and not normalises
         shown._whole = None if self._whole is None else self._whole.around(module)._evo_full_grid
         return Shown(module, shown)
 

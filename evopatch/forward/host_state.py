@@ -132,7 +132,7 @@ class HostState:
     def _shape(self) -> dict[str, Any]:
         """What the host says of how one keep ratio is spread."""
         spec = self.spec
-        swin = spec.windowed and spec.coarsens and len(self.depths) > 1
+        swin = spec.windowed and spec.coarsens and len(self.depths) > 1 and spec.start is None
         return {"taper": spec.taper, "start": spec.start, "swin": swin}
 
     def written_out(self) -> EvoConfig:

@@ -83,7 +83,7 @@ class HostSpec:
     taper: float | None = None
     """Of a pyramid, how much less the last run of blocks keeps than the first, see `plan.plan_blocks`."""
     start: int | None = None
-    """Of a pyramid, the first block that selects where nothing else is asked for, see `plan.plan_blocks`."""
+    """Of several stages, the first block that selects where nothing else is asked for, see `plan.plan_blocks`."""
     caches: tuple[str, ...] = ()
     """Attributes of modules in the host that hold a dict of what they computed from their weights, and keep it when the
     weights change: such as LeViT's position biases."""

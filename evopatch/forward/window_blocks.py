@@ -11,9 +11,10 @@ from torch import Tensor
 from ..algorithm.window_bias import compact_bias
 from ..algorithm.window_selection import WindowPartition
 from ..algorithm.windows import Windows
-from ..rewrite.view import View
+from ..rewrite.view import View, check_steered
 from .block import TappedAttention
 from .guarded import GuardedBlock
+from .hooks import FullGrid
 
 
 class Cut(NamedTuple):
@@ -31,8 +32,13 @@ class WindowedBlocks(ABC):
 
     attention: str
     """The block's submodule that is called with windows `(windows, A, C)` and a mask."""
+    home: str = ""
+    """The Python module that the block is of, with its parts that are called with something else to run, where blocks
+    can't be tried with modules of one's own; else empty."""
     inside_attention: tuple[str, ...] = ()
     """Paths in that of the modules that are called with something else to run than their own forward."""
+    others: tuple[str, ...] = ()
+    """The block's other modules that are."""
     traced: type[TappedAttention] | None = None
     """The mixin of an attention that runs generated code; None: it runs its own forward."""
     norm: str | None = None
@@ -53,6 +59,10 @@ class WindowedBlocks(ABC):
     def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
         """How the block would cut `(B, h, w, C)` or `(B, N, C)`, as its host calls it with these other arguments."""
 
+    def units(self, windows: Windows) -> Windows:
+        """What is slow or fast as a whole with one representative, or none."""
+        return windows
+
     def inputs(self, grid: tuple[int, int]) -> tuple[Any, ...]:
         """What else its host calls the block with, for a map of so many rows and columns."""
         return (grid,) if self.flat else ()
@@ -72,7 +82,20 @@ class WindowedBlocks(ABC):
         normalised: Tensor = getattr(block, self.norm).forward(x)  # its hooks are for the block's own run
         return normalised
 
-    @abstractmethod
+    def stand_ins(
+        self, block: Any, tokens: Tensor, cut: Cut, selected: WindowPartition, full_grid: FullGrid | None
+    ) -> dict[str, Any]:
+        """What stands, by name, for the block's modules that tokens meet in.
+
+        Args:
+            block: The patched block.
+            tokens: `(B, N, C)`, before it.
+            cut: How it cuts its map.
+            selected: Who goes through it for whom.
+            full_grid: Shows all tokens to who wants to see them; None: nobody does.
+        """
+        return {self.attention: WindowAttention(block, cut, selected)}
+
     def attend(
         self, attention: Any, cut: Cut, selected: WindowPartition, others: tuple[Any, ...]
     ) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -87,6 +110,7 @@ class WindowedBlocks(ABC):
         Returns:
             What it runs, a function of itself and its arguments, and keyword arguments for it.
         """
+        raise NotImplementedError(f"{type(self).__name__} says neither stand_ins nor attend")
 
     def laid_out(self, windows: Tensor) -> Tensor:
         """Windows `(windows, R, C)` as the attention takes them."""
@@ -128,6 +152,34 @@ class SlowFastWindowBlock(GuardedBlock):
     """Mixin of a patched windowed block."""
 
     _evo_blocks: WindowedBlocks
+
+
+class WindowAttention:
+    """Stands where a block calls its attention on single tokens: calls it on the windows of the compact set."""
+
+    def __init__(self, block: Any, cut: Cut, selected: WindowPartition) -> None:
+        self._blocks: WindowedBlocks = block._evo_blocks
+        self._attention = block.get_submodule(self._blocks.attention)
+        self._name = f"{block._evo_name}.{self._blocks.attention}"
+        self._cut = cut
+        self._selected = selected
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        selected, blocks = self._selected, self._blocks
+        x = args[0] if args else kwargs.pop(next(iter(kwargs)))
+        kwargs.pop("mask", None)  # its own is for single tokens: none
+        shape = x.shape
+        windows = 1 if self._cut.joined else selected.windows
+        x = x.reshape(-1, selected.partition.rows // windows, shape[-1])
+        if selected.held is not None:
+            x = x * selected.held.reshape(x.shape[:2]).unsqueeze(2).to(x.dtype)
+        check_steered(self._attention, self._name)
+        run, given = blocks.attend(self._attention, self._cut, selected, args[1:])
+        # By its own call, so that its hooks run.
+        out = self._attention(blocks.laid_out(x), evo=run, **kwargs, **given)
+        if isinstance(out, tuple):
+            return (out[0].reshape(shape), *(None for _ in out[1:]))
+        return out.reshape(shape)
 
 
 class MaskByHead:

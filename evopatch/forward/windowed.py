@@ -21,7 +21,7 @@ from ..algorithm.partition import Partition, distribute
 from ..algorithm.selection import num_slow
 from ..algorithm.window_selection import WindowPartition, match_tokens, merge_windows, select_windows, window_novelty
 from ..algorithm.windows import Windows, window_means
-from ..rewrite.view import View, check_steered
+from ..rewrite.view import View
 from .forward_pass import ForwardPass
 from .hooks import FullGrid
 from .host_state import HostState
@@ -77,6 +77,8 @@ class WindowedPass(ForwardPass):
             return own(block, given, *inputs, **options)
         x = given.permute(0, 2, 3, 1) if blocks.channels_first else given
         cut: Cut = blocks.cut(block, x, tuple(inputs), options)
+        if self.representative != "matched":
+            cut = cut._replace(windows=blocks.units(cut.windows))
         tokens = x.flatten(1, 2) if x.dim() == 4 else x
         with torch.no_grad():
             selected = None if keeps_all else self._selection(index, block, tokens, cut)
@@ -87,10 +89,13 @@ class WindowedPass(ForwardPass):
             return own(block, given, *inputs, **options)
         partition = selected.partition
         entry = merge_windows(tokens, selected, cut.windows)
+        full_grid = None
+        if self.hooks_see:
+            full_grid = FullGrid(self.everything_seen, partition, cut.windows.grid, self.spec, maps=False)
         changed = {
             **blocks.single,
-            **self._shown(block, selected, cut),
-            blocks.attention: _Attention(block, cut, selected),
+            **_shown(block, full_grid),
+            **blocks.stand_ins(block, tokens, cut, selected, full_grid),
         }
         if blocks.last is not None:
             changed[blocks.last] = _unchanged
@@ -108,14 +113,6 @@ class WindowedPass(ForwardPass):
         if blocks.last is not None:
             full = getattr(block, blocks.last)(full)
         return full if rest is None else (full, *rest)
-
-    def _shown(self, block: Any, selected: WindowPartition, cut: Cut) -> dict[str, Any]:
-        """What stands for the modules of a block that somebody wants to see all tokens in."""
-        if not self.hooks_see:
-            return {}
-        full_grid = FullGrid(self.everything_seen, selected.partition, cut.windows.grid, self.spec)
-        children = [(n, child) for n, child in block._modules.items() if child and n not in block._evo_blocks.apart]
-        return {name: full_grid.around(child) for name, child in children if full_grid.wants(child)}
 
     def _observe(self, index: int, block: Any, tokens: Tensor, cut: Windows) -> Tensor:
         """`(B, N)`: accumulated attention of the map's mean query over the windows' mean keys."""
@@ -143,7 +140,7 @@ class WindowedPass(ForwardPass):
         """Who goes through the block for whom; None: every token for itself."""
         matched = self.representative == "matched"
         first = self.run_begin(index)
-        if cut.windows.area < 2 or (cut.windows.number < 2 and not matched):
+        if (cut.windows.area if matched else cut.windows.number) < 2:
             return None
         for earlier in range(first, index + 1):
             windows_there, selected = self._selected.get(earlier, (None, None))
@@ -188,33 +185,13 @@ def alone(
     return (tokens.permute(0, 2, 3, 1) if blocks.channels_first else tokens).reshape(like.shape)
 
 
+def _shown(block: Any, full_grid: FullGrid | None) -> dict[str, Any]:
+    """What stands for the modules of a block that somebody wants to see all tokens in."""
+    if full_grid is None:
+        return {}
+    children = [(n, child) for n, child in block._modules.items() if child and n not in block._evo_blocks.apart]
+    return {name: full_grid.around(child) for name, child in children if full_grid.wants(child)}
+
+
 def _unchanged(x: Tensor) -> Tensor:
     return x
-
-
-class _Attention:
-    """Stands where a block calls its attention on single tokens: calls it on the windows of the compact set."""
-
-    def __init__(self, block: Any, cut: Cut, selected: WindowPartition) -> None:
-        self._blocks: WindowedBlocks = block._evo_blocks
-        self._attention = block.get_submodule(self._blocks.attention)
-        self._name = f"{block._evo_name}.{self._blocks.attention}"
-        self._cut = cut
-        self._selected = selected
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        selected, blocks = self._selected, self._blocks
-        x = args[0] if args else kwargs.pop(next(iter(kwargs)))
-        kwargs.pop("mask", None)  # its own is for single tokens: none
-        shape = x.shape
-        windows = 1 if self._cut.joined else selected.windows
-        x = x.reshape(-1, selected.partition.rows // windows, shape[-1])
-        if selected.held is not None:
-            x = x * selected.held.reshape(x.shape[:2]).unsqueeze(2).to(x.dtype)
-        check_steered(self._attention, self._name)
-        run, given = blocks.attend(self._attention, self._cut, selected, args[1:])
-        # By its own call, so that its hooks run.
-        out = self._attention(blocks.laid_out(x), evo=run, **kwargs, **given)
-        if isinstance(out, tuple):
-            return (out[0].reshape(shape), *(None for _ in out[1:]))
-        return out.reshape(shape)

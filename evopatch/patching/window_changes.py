@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import UnsupportedModelError
 from ..forward.block import TappedAttention
 from ..forward.host_state import HostState
+from ..forward.spec import qualified
 from ..forward.window_blocks import SlowFastWindowBlock, WindowedBlocks
 from ..rewrite.alike import fingerprint
 from ..rewrite.classes import Steered
@@ -28,18 +30,39 @@ def window_block_changes(block: nn.Module, name: str, state: HostState, kind: Wi
 
     Raises:
         UnsupportedModelError: If its attention can't be traced, or it has modules of one's own and mixes tokens outside
-            of its attention (see `window_probe`).
+            of its attention (see `window_probe`), or can't be tried with them.
     """
-    if is_unknown(block) and (judged := ("windows", fingerprint(block))) not in state.generated:
+    if kind.home:
+        _check_home(block, name, kind)
+    elif is_unknown(block) and (judged := ("windows", fingerprint(block))) not in state.generated:
         check_windows(block, name, kind)
         state.generated[judged] = None
     own = {"_evo_state": state, "_evo_name": name, "_evo_blocks": kind}
     attention = block.get_submodule(kind.attention)
     changes = [Change(block, SlowFastWindowBlock, own)]
+    changes += [Change(block.get_submodule(path), Steered, {}) for path in kind.others]
     if kind.traced is not None:
         return [*changes, _traced(attention, f"{name}.{kind.attention}", state, kind.traced)]
     changes.append(Change(attention, Steered, {}))
     return changes + [Change(attention.get_submodule(path), Steered, {}) for path in kind.inside_attention]
+
+
+def _check_home(block: nn.Module, name: str, kind: WindowedBlocks) -> None:
+    for path in ("", kind.attention, *kind.others):
+        part = block.get_submodule(path)
+        if type(part).__module__ != kind.home:
+            raise UnsupportedModelError(
+                f"{qualified(name, path)} is a {type(part).__module__}.{type(part).__qualname__}: expected a class of "
+                f"{kind.home}, as merged tokens go through parts of its forward. Leave the model unpatched"
+            )
+    unknown = [(path, module) for path, module in block.named_modules() if is_unknown(module)]
+    if unknown:
+        path, module = unknown[-1]  # the innermost of the last one
+        raise UnsupportedModelError(
+            f"{qualified(name, path)} is a {type(module).__module__}.{type(module).__qualname__}, a module of your "
+            f"own: expected those of a known library in a block of {kind.home}, where nothing tells whether it "
+            "mixes tokens. Leave the model unpatched"
+        )
 
 
 def _traced(attention: nn.Module, name: str, state: HostState, mixin: type[TappedAttention]) -> Change:

@@ -12,7 +12,7 @@ from variants import FLAT, PYRAMIDS, build, call, images_for, shallow
 import evopatch
 
 WINDOWED = ("swin", "swinv2_cr", "torchvision_swin", "torchvision_swinv2", "hf_swin", "hf_swinv2", "hf_donut",
-            "sam", "hf_sam", "hf_vitdet")  # fmt: skip
+            "sam", "hf_sam", "hf_vitdet", "pvt_v2", "hf_pvt_v2", "hf_segformer")  # fmt: skip
 ROWS = [*by_representative((FLAT | PYRAMIDS | {*WINDOWED}) - SAME_GRAPH, ()), ("swin", "single"), ("hf_swin", "none")]
 
 

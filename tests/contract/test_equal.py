@@ -3,7 +3,7 @@
 import torch
 from comparing import moved
 from matrix import EACH_REPRESENTATIVE, EACH_SELECTION, config, every, patched
-from variants import EVERY, FLAT, ONE_GRID, PIT, TIMM, TRANSFORMERS, between, build, call, images_for
+from variants import EVERY, FLAT, ONE_GRID, PIT, REDUCED, TIMM, TRANSFORMERS, between, build, call, images_for
 
 import evopatch
 from evopatch import EvoConfig
@@ -61,8 +61,9 @@ def test_features_between_the_blocks_are_the_full_grid(name, representative, sel
     assert torch.equal(call(model, x), plain)
     assert [f.shape for f in features] == [f.shape for f in original]
     assert len(features) == (6 if name in ONE_GRID else 3)
-    # Of a model of one grid the first two blocks don't select, of PiT the first stage; of the others every stage does.
-    unselected = 2 if name in ONE_GRID else len(PIT & {name})
+    # Of a model of one grid the first two blocks don't select, of PiT and PVT the first stage; of the others every
+    # stage does.
+    unselected = 2 if name in ONE_GRID else len((PIT | REDUCED) & {name})
     for index, (found, stock) in enumerate(zip(features, original, strict=True)):
         assert _same(name, found, stock) if index < unselected else moved(found, stock) > 1e-4
 

@@ -11,6 +11,7 @@ import evopatch
 
 WINDOWED = {"swin", "swinv2", "swinv2_cr", "torchvision_swin", "torchvision_swinv2"}
 WINDOWED |= {"hf_swin", "hf_swinv2", "hf_swin_backbone", "hf_donut", "sam", "hf_sam", "hf_vitdet"}
+WINDOWED |= {"pvt_v2", "pvt_v2_linear", "hf_pvt_v2", "hf_segformer"}
 ROWS = [*by_representative((FLAT | PYRAMIDS | WINDOWED) - SAME_GRAPH, ()), ("swin", "single"), ("hf_swin", "none")]
 
 

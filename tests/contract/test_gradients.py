@@ -13,7 +13,7 @@ import evopatch
 
 # LeViT of transformers, PiT, and torchvision's models, have no checkpointing.
 CHECKPOINTING = EVERY - (PYRAMIDS & TRANSFORMERS) - PIT
-CHECKPOINTING -= {"torchvision", "torchvision_swin", "torchvision_swinv2", "hf_sam3"}
+CHECKPOINTING -= {"torchvision", "torchvision_swin", "torchvision_swinv2", "hf_sam3", "hf_pvt"}
 
 
 def regularisation(name, rate):
@@ -68,8 +68,9 @@ def reentrant(model):
         switch(False)
 
 
-# timm's others pass keywords.
+# timm's others pass keywords; transformers' PVT v2 checkpoints the embedding of its images, which need no gradient.
 REENTRANT = {"vit", "gap", "dinov2", "parallel"} | (TRANSFORMERS & FLAT) | (WINDOWED & CHECKPOINTING)
+REENTRANT -= {"hf_pvt_v2", "hf_pvt_v2_backbone"}
 
 
 @every(REENTRANT)
@@ -99,7 +100,16 @@ def test_checkpointed_stages_keep_less(name):
     assert kept() < plain / 3
 
 
-TWICE = CHECKPOINTING - WINDOWED | {"swin", "swinv2", "swinv2_cr", "hf_swin", "hf_swinv2"}
+TWICE = CHECKPOINTING - WINDOWED | {
+    "swin",
+    "swinv2",
+    "swinv2_cr",
+    "hf_swin",
+    "hf_swinv2",
+    "pvt_v2",
+    "hf_pvt_v2",
+    "hf_segformer",
+}
 
 
 @every(TWICE)

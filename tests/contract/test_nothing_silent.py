@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from transformers.modeling_outputs import BaseModelOutput
-from variants import FLAT, PYRAMIDS, SIZE, build, call, images, images_for
+from variants import FLAT, PYRAMIDS, REDUCED, SIZE, build, call, images, images_for
 
 import evopatch
 from evopatch import BypassError, EvoConfig, UnsupportedInputError, UnsupportedModelError
@@ -538,7 +538,7 @@ def record(model, x):
     return seen, result
 
 
-@every(FLAT | PYRAMIDS)
+@every(FLAT | PYRAMIDS | REDUCED)
 @torch.no_grad()
 def test_a_hook_on_every_module_sees_what_it_sees_unpatched(name):
     model, x = build(name), images_for(name)
@@ -549,7 +549,7 @@ def test_a_hook_on_every_module_sees_what_it_sees_unpatched(name):
     assert seen == expected
     torch.testing.assert_close(result, plain, atol=3e-5, rtol=3e-5)
     if (
-        name not in PYRAMIDS and "backbone" not in name
+        name in FLAT and "backbone" not in name
     ):  # the control: a hook that is known not to look at tokens sees the compact set
         rows = []
 

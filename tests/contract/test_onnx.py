@@ -13,14 +13,15 @@ NAMES = ["vit", "gap", "relpos", "rope", "levit", "levit_conv", "hf_vit", "hf_di
 ROWS = [(*row, "stage", None) for row in by_representative([*NAMES, "pit", "swin"], ["vit", "swin"])]
 ROWS += [("vit", "single", "layer", None), ("levit", "single", "stage", None)]
 ROWS += [("swinv2", "matched", "stage", None), ("hf_swin", "matched", "stage", (72, 88))]
+ROWS += [("pvt_v2", "matched", "stage", (72, 88)), ("hf_segformer", "matched", "stage", None)]
 ROWS += [("torchvision_swin", "matched", "stage", None), ("hf_sam", "matched", "stage", None)]
 FAST = [("hf_vit", "matched", "stage", None)]
 
 REVIEWED = set(
     """
     Add And ArgMax AveragePool BatchNormalization Cast Clip Concat ConstantOfShape Conv Div Einsum Equal Exp Expand
-    Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual HardSwish LayerNormalization Less LessOrEqual
-    Log MatMul Mod Mul Neg Not Pad Pow Reciprocal ReduceL2 ReduceMax ReduceMean ReduceSum Relu Reshape
+    Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual HardSwish Identity LayerNormalization Less
+    LessOrEqual Log MatMul Mod Mul Neg Not Pad Pow Reciprocal ReduceL2 ReduceMax ReduceMean ReduceSum Relu Reshape
     ScatterElements Sigmoid Slice Softmax Split Sqrt Squeeze Sub TopK Transpose Unsqueeze Where
     """.split()  # noqa: SIM905
 )

@@ -8,7 +8,7 @@ import torch
 from comparing import moved
 from internals import plans
 from matrix import EACH_REPRESENTATIVE, config, every, patched
-from variants import SWIN, TIMM, TRANSFORMERS, between, build, call, images_for
+from variants import REDUCED, SWIN, TIMM, TRANSFORMERS, between, build, call, images_for
 
 import evopatch
 from evopatch import EvoConfig
@@ -32,11 +32,12 @@ def test_dynamic_image_sizes_of_flat_models(name):
         assert moved(result, evopatch.remove(copy.deepcopy(model)).forward_features(x)) > 1e-4
 
 
-@every(TIMM & SWIN)
+@every(TIMM & (SWIN | REDUCED))
 @EACH_REPRESENTATIVE
 @torch.no_grad()
 def test_dynamic_image_sizes_of_windowed_models(name, representative):
-    model = patched(name, config(representative), dynamic_img_size=True)
+    # PVT takes any size.
+    model = patched(name, config(representative), **{"dynamic_img_size": True} if name in SWIN else {})
     for size in ((64, 64), (88, 60), (32, 100)):
         x = images_for(name, size=size)
         result, maps = model.forward_intermediates(x)

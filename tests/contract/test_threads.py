@@ -8,7 +8,8 @@ from matrix import every, patched
 from variants import call, images_for
 
 NAMES = ["vit", "gap", "relpos", "rope", "levit", "levit_conv", "hf_vit", "hf_dinov2_swiglu", "hf_siglip", "hf_levit",
-         "pit", "swin", "swinv2", "swinv2_cr", "hf_swin", "hf_swinv2"]  # fmt: skip
+         "pit", "swin", "swinv2", "swinv2_cr", "hf_swin", "hf_swinv2", "pvt_v2",
+         "hf_pvt_v2", "hf_segformer"]  # fmt: skip
 
 
 @every(NAMES)

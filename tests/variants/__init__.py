@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from . import joined, own_models, timm_models, transformers_models, windowed
+from . import joined, own_models, reduced, timm_models, transformers_models, windowed
 
 # Not in every version that is served.
 naflex: dict[str, Callable[..., nn.Module]] = {}
@@ -27,12 +27,14 @@ SWIN = frozenset({*windowed.TIMM, *windowed.TORCHVISION, *windowed.TRANSFORMERS}
 """Names of Swin models: three stages of 2 blocks on grids of 16x16, 8x8 and 4x4 with windows of 4x4."""
 JOINED = frozenset({*joined.TIMM, *joined.TRANSFORMERS})
 """Names of SAM's and ViTDet's encoders: 6 blocks on a grid of 8x8, 4 of them with windows of 4x4."""
-WINDOWED = SWIN | JOINED
+REDUCED = frozenset({*reduced.TIMM, *reduced.TRANSFORMERS})
+"""Names of PVT v2 and SegFormer: three stages of 2 blocks on grids of 16x16, 8x8 and 4x4."""
+WINDOWED = SWIN | JOINED | REDUCED
 ONE_GRID = FLAT | JOINED
 """Names of models of 6 blocks on one grid."""
-TIMM = frozenset({*timm_models.FLAT, *naflex, *timm_models.PYRAMIDS, *windowed.TIMM, *joined.TIMM})
+TIMM = frozenset({*timm_models.FLAT, *naflex, *timm_models.PYRAMIDS, *windowed.TIMM, *joined.TIMM, *reduced.TIMM})
 TRANSFORMERS = frozenset({*transformers_models.FLAT, *transformers_models.PYRAMIDS, *windowed.TRANSFORMERS})
-TRANSFORMERS |= joined.TRANSFORMERS.keys()
+TRANSFORMERS |= joined.TRANSFORMERS.keys() | reduced.TRANSFORMERS.keys()
 EVERY = FLAT | PYRAMIDS | WINDOWED
 
 _BUILDERS = {
@@ -48,6 +50,8 @@ _BUILDERS = {
     **windowed.TRANSFORMERS,
     **joined.TIMM,
     **joined.TRANSFORMERS,
+    **reduced.TIMM,
+    **reduced.TRANSFORMERS,
 }
 SIZE = timm_models.SIZE
 """Pixels of a flat model's images; with patches of 8 a grid of 5 by 5."""
@@ -134,6 +138,10 @@ def between(name: str, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
         out = model(x, output_hidden_states=True)
         if name in SWIN:
             return list(out.feature_maps if "feature_maps" in out else out.reshaped_hidden_states[1:])
+        if name == "hf_pvt":  # after every block, and once more after the norm
+            return list(out.hidden_states[1:6:2])
+        if name in REDUCED:
+            return list(out.feature_maps if "feature_maps" in out else out.hidden_states)
         return list(out.hidden_states[1:])
     if name in OWN:
         return model.features(x)
