@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from timm.models.pvt_v2 import PyramidVisionTransformerStage, PyramidVisionTransformerV2
 from torch import Tensor, nn
 
 from evopatch.forward.host_state import HostState
@@ -12,6 +12,7 @@ from evopatch.forward.reduced_blocks import ConvolvingBlocks, first_selecting
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks, passages
 from evopatch.patching.window_changes import window_block_changes
 
+from .features import SlowFastFeatures, features_of
 from .walks import SlowFastWindowed
 
 
@@ -26,6 +27,8 @@ class PvtBlocks(ConvolvingBlocks):
     widening = "fc1"
     activation = "act"
     compact = ("q", "attn_drop", "proj", "proj_drop", "drop", "fc2")
+
+    size_names = ("feat_size",)
 
     def sizes(self, grid: tuple[int, int]) -> tuple[Any, ...]:
         return (grid,)
@@ -42,25 +45,26 @@ class PvtBlocks(ConvolvingBlocks):
         return logits.squeeze(2)
 
 
+PvtFeatures = features_of(PyramidVisionTransformerStage)
+
+
 class PvtAdapter(Adapter):
     """timm's `pvt_v2_*`."""
 
     mixin = SlowFastWindowed
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
-        return (PyramidVisionTransformerV2,)
+        return (PyramidVisionTransformerV2, PvtFeatures)
 
     def inspect(self, host: Any, name: str) -> HostSpec:
-        stages = list(host.stages)
-        blocks = tuple(
-            tuple((f"stages.{number}.blocks.{index}",) for index in range(len(stage.blocks)))
-            for number, stage in enumerate(stages)
-        )
+        stages = [(p, m) for p, m in host.named_modules() if isinstance(m, PyramidVisionTransformerStage)]
+        blocks = tuple(tuple((f"{path}.blocks.{i}",) for i in range(len(stage.blocks))) for path, stage in stages)
         start = first_selecting([len(stage) for stage in blocks])
         return HostSpec(blocks=blocks, prefix=0, readout=0, taper=0.0, start=start, windowed=True)
 
     def plan(self, host: Any, state: HostState) -> list[Change]:
-        changes = [Change(host, self.mixin, {"_evo_state": state}), *passages(host, state.index_of)]
+        mixin = SlowFastFeatures if isinstance(host, PvtFeatures) else self.mixin
+        changes = [Change(host, mixin, {"_evo_state": state}), *passages(host, state.index_of)]
         for name, block in named_blocks(host, state):
             changes += window_block_changes(block, name, state, PvtBlocks())
         return changes

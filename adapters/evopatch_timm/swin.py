@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models._features import FeatureDictNet
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerStage
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Stage
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr, SwinTransformerV2CrStage
 from torch import nn
 
 from evopatch.forward.host_state import HostState
-from evopatch.forward.walk import PatchedHost, viewed
-from evopatch.forward.windowed import WindowedPass
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks, passages
 from evopatch.patching.window_changes import window_block_changes
-from evopatch.rewrite.view import View
 
+from .features import SlowFastFeatures, features_of
 from .swin_blocks import SwinBlocks, SwinV2Blocks, SwinV2CrBlocks
 from .walks import SlowFastWindowed
 
@@ -27,32 +24,7 @@ _KINDS = {
 }
 
 
-class SlowFastFeatures(PatchedHost):
-    """Mixin of a patched feature extractor (timm's `features_only`), which calls the stages itself."""
-
-    _modules: dict[str, nn.Module]
-
-    def forward(self, x: Any) -> Any:
-        """The host's own, on slow-fast blocks."""
-        forward_pass = WindowedPass(self._evo_state)
-        seen: Any = viewed(self, forward_pass)
-        # It goes through its dict of modules by name.
-        modules = {name: seen.__dict__.get(name, module) for name, module in self._modules.items()}
-        return _FeaturesView(self, {"_modules": modules}).forward(x)
-
-
-class _FeaturesView(View):
-    def __len__(self) -> int:
-        return len(self._modules)
-
-
-class _IsSwinFeatures(type):
-    def __instancecheck__(cls, module: Any) -> bool:
-        return isinstance(module, FeatureDictNet) and any(isinstance(part, tuple(_KINDS)) for part in module.children())
-
-
-class SwinFeatures(metaclass=_IsSwinFeatures):
-    """What `isinstance` takes a timm feature extractor of Swin stages for."""
+SwinFeatures = features_of(*_KINDS)
 
 
 class SwinAdapter(Adapter):
@@ -61,7 +33,7 @@ class SwinAdapter(Adapter):
     mixin = SlowFastWindowed
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
-        return (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr, SwinFeatures)  # type: ignore[return-value]
+        return (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr, SwinFeatures)
 
     def inspect(self, host: Any, name: str) -> HostSpec:
         stages: list[tuple[str, Any]] = [(p, m) for p, m in host.named_modules() if isinstance(m, tuple(_KINDS))]

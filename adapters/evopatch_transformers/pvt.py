@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -96,6 +97,12 @@ class StagesAdapter(SwinAdapter):
     }
 
     def inspect(self, host: Any, name: str) -> HostSpec:
+        patches, strides = list(host.config.patch_sizes), list(host.config.strides)
+        if any(size % 2 == 0 for size in patches) or any(stride != 2 for stride in strides[1:]):
+            raise UnsupportedModelError(
+                f"{name} has patches of {patches} px, {strides} px apart: expected odd ones, and strides of 2 after "
+                "the first, so that each map is half as fine as the one before. Leave the model unpatched"
+            )
         spec = super().inspect(host, name)
         assert not isinstance(spec.blocks, str)
         return dataclasses.replace(spec, start=first_selecting([len(stage) for stage in spec.blocks]))
@@ -121,6 +128,12 @@ class PvtAdapter(Adapter):
                 f"{name} (PvtEncoder) has {sum(depths[:-1])} block(s) before its last stage: expected at least two, as "
                 "the first takes all tokens and the last stage is left alone. Leave the model unpatched"
             )
+        size, sides = host.config.image_size, list(host.config.patch_sizes)
+        if any(side != 2 for side in sides[1:-1]) or size % math.prod(sides[:-1]):
+            raise UnsupportedModelError(
+                f"{name} cuts images of {size} px by {sides}: expected maps of which each is half as fine as the one "
+                "before, without a rest. Leave the model unpatched"
+            )
         start = first_selecting(depths[:-1])
         return HostSpec(blocks=blocks, prefix=0, readout=0, taper=0.0, start=start, windowed=True)
 
@@ -131,5 +144,5 @@ class PvtAdapter(Adapter):
         return changes
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
-        stride = host.config.strides[0]
-        return image_size[0] // stride, image_size[1] // stride
+        side = host.config.patch_sizes[0]
+        return image_size[0] // side, image_size[1] // side

@@ -7,6 +7,7 @@ and record nothing, run on a view.
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -58,6 +59,9 @@ FAMILIES: dict[tuple[str, str], Family] = {
 }
 
 
+_ASKED = "output_attentions"
+
+
 class SlowFastStage(Swapped):
     """Mixin of a patched stage."""
 
@@ -78,11 +82,13 @@ class SlowFastEncoder(Swapped):
 
     _evo_state: HostState
     _evo_stages: str
+    _evo_arguments: tuple[str, ...]
+    """Of its forward, in order."""
     config: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The encoder's own, whose stages are given the state of this forward."""
-        wanted = kwargs.get("output_attentions", args[2] if len(args) > 2 else False)
+        wanted = kwargs.get("output_attentions", dict(zip(self._evo_arguments, args, strict=False)).get(_ASKED))
         forward_pass = _pass(self._evo_state, bool(wanted) or bool(getattr(self.config, "output_attentions", False)))
         stages = [partial(stage, evo_pass=forward_pass) for stage in getattr(self, self._evo_stages)]
         return View(self, {self._evo_stages: stages}).forward(*args, **kwargs)
@@ -97,8 +103,8 @@ def start_pass(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
 def _pass(state: HostState, attentions_wanted: bool) -> WindowedPass:
     if attentions_wanted and state.active:
         raise UnsupportedInputError(
-            f"output_attentions was asked of '{state.name or 'model'}', whose blocks attend inside windows of chosen "
-            "or merged tokens: expected no such output while the model is patched. Leave it out, or use "
+            f"output_attentions was asked of '{state.name or 'model'}', whose blocks attend among chosen or merged "
+            "tokens: expected no such output while the model is patched. Leave it out, or use "
             "evopatch.set_keep_ratio(model, 1.0) or evopatch.remove(model) for this call"
         )
     forward_pass = WindowedPass(state)
@@ -129,7 +135,9 @@ class SwinAdapter(Adapter):
         if isinstance(host, PreTrainedModel):
             changes = [Change(host, None, own, start_pass)]
         else:
-            changes = [Change(host, SlowFastEncoder, own | {"_evo_stages": family.stages})]
+            arguments = tuple(inspect.signature(type(host).forward).parameters)[1:]
+            own |= {"_evo_stages": family.stages, "_evo_arguments": arguments}
+            changes = [Change(host, SlowFastEncoder, own)]
         for path, stage in _stages(host, family):
             named = {"_evo_name": qualified(state.name, path), "_evo_path": path}
             changes.append(Change(stage, SlowFastStage, own | named))

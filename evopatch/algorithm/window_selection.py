@@ -41,6 +41,15 @@ class WindowPartition(NamedTuple):
     held: Tensor | None
     """`(B, W, R)` bool, False where a row stands for no token but for padding; None: all stand for tokens."""
 
+    def to(self, device: torch.device) -> WindowPartition:
+        """The same on a device, for models spread over several."""
+        if self.partition.group.device == device:
+            return self
+        place, window, share, held = (
+            None if tensor is None else tensor.to(device) for tensor in (self.place, self.window, self.share, self.held)
+        )
+        return self._replace(partition=self.partition.to(device), place=place, window=window, share=share, held=held)
+
 
 def window_novelty(metric: Tensor, tokens: Tensor, windows: Windows) -> Tensor:
     """How little of a window another one already says: `1 - max_{w not v} <f_v, f_w>`.

@@ -14,8 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..algorithm.partition import spread
+from ..algorithm.rows import exporting, is_fixed
 from ..algorithm.window_selection import WindowPartition, merge_windows
 from ..algorithm.windows import Windows
+from ..errors import UnsupportedInputError
 from ..rewrite.view import Call, View, check_steered
 from .hooks import FullGrid
 from .window_blocks import Cut, WindowedBlocks
@@ -46,6 +48,9 @@ class ReducedBlocks(WindowedBlocks):
     compact: tuple[str, ...]
     """All other modules, of the attention and of an MLP with a convolution, that a compact set goes through."""
 
+    size_names: tuple[str, ...] = ("height", "width")
+    """What the block's parts call what `sizes` gives."""
+
     def sizes(self, grid: tuple[int, int]) -> tuple[Any, ...]:
         """How the block and its parts are told the rows and columns of a map."""
         return grid
@@ -59,6 +64,11 @@ class ReducedBlocks(WindowedBlocks):
 
     def cut(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Cut:
         grid = self.grid(inputs)
+        if exporting() and not all(map(is_fixed, grid)):
+            raise UnsupportedInputError(
+                f"{block._evo_name} was exported for images of any size: tokens are matched inside squares of its map, "
+                "whose number is part of the program. Export one program for each size"
+            )
         rows, columns = (-(-side // -(-side // LARGEST)) for side in grid)
         return Cut(Windows(grid, (rows, columns), (0, 0), pads_first=False), None, joined=True)
 
@@ -66,18 +76,23 @@ class ReducedBlocks(WindowedBlocks):
         return Windows(windows.grid, (1, 1), (0, 0), pads_first=False)
 
     def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        return block.forward(x, *self.sizes((x.shape[1], 1)), **options), None
+        return block.forward(x, *inputs, **options), None
 
     def stand_ins(
         self, block: Any, tokens: Tensor, cut: Cut, selected: WindowPartition, full_grid: FullGrid | None
     ) -> dict[str, Any]:
+        assert self.norm is not None
+        # By its own call and once, for those who ask as well: so its hooks see, and may change, what all tokens give.
+        everything = getattr(block, self.norm)(tokens)
+        asking = merge_windows(everything, selected, cut.windows)
         run = partial(
             self._ask if self.inside_attention else self._answer,
-            everything=self.seen(block, tokens),
+            everything=everything,
             grid=cut.windows.grid,
             full_grid=full_grid,
         )
-        return {self.attention: called(block, self.attention, block._evo_name, run, full_grid)}
+        attention = called(block, self.attention, block._evo_name, run, full_grid)
+        return {self.norm: lambda x: asking, self.attention: attention}
 
     def _ask(self, attention: Any, *args: Any, full_grid: FullGrid | None, **kwargs: Any) -> Any:
         """What an attention runs that holds another one, on a compact set `(B, M, C)`: its own forward."""
@@ -98,7 +113,13 @@ class ReducedBlocks(WindowedBlocks):
     ) -> Any:
         """What an attention runs on a compact set `(B, M, C)`: its own forward, as on a map of one column."""
         parts = self.shown(attention, full_grid) | self.answering(attention, everything, grid)
-        return View(attention, parts).forward(*args, **kwargs)
+        rows = args[0] if args else next(iter(kwargs.values()))
+        column = dict(zip(self.size_names, self.sizes((rows.shape[1], 1)), strict=True))
+        named = {name: kwargs.pop(name) for name in self.size_names if name in kwargs}
+        if named:
+            return View(attention, parts).forward(*args, **kwargs, **column)
+        after = 1 + len(column)
+        return View(attention, parts).forward(args[0], *column.values(), *args[after:], **kwargs)
 
     def answering(self, attention: Any, everything: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
         """What stands for the attention's attributes by which keys and values are those of the whole map.

@@ -91,7 +91,9 @@ class WindowedPass(ForwardPass):
         entry = merge_windows(tokens, selected, cut.windows)
         full_grid = None
         if self.hooks_see:
-            full_grid = FullGrid(self.everything_seen, partition, cut.windows.grid, self.spec, maps=False)
+            # Where tokens lie in rows and columns; else a tensor of four axes is of attention.
+            grid = None if blocks.flat else cut.windows.grid
+            full_grid = FullGrid(self.everything_seen, partition, grid, self.spec, maps=False)
         changed = {
             **blocks.single,
             **_shown(block, full_grid),
@@ -145,6 +147,7 @@ class WindowedPass(ForwardPass):
         for earlier in range(first, index + 1):
             windows_there, selected = self._selected.get(earlier, (None, None))
             if windows_there == cut.windows and selected is not None:
+                selected = selected.to(tokens.device)
                 break
         else:
             selected = (

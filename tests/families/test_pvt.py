@@ -1,6 +1,7 @@
 """PVT, PVT v2 and SegFormer: slow and fast queries against plain loops, and what is refused."""
 
 import pytest
+import timm
 import torch
 from comparing import Snapshot, moved
 from internals import plans
@@ -8,7 +9,7 @@ from matrix import every, patched
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.xcit import Xcit
 from torch import nn
-from transformers import PvtConfig, PvtForImageClassification
+from transformers import PvtConfig, PvtForImageClassification, SegformerConfig, SegformerModel
 from variants import REDUCED, TRANSFORMERS, build, call, images_for
 
 import evopatch
@@ -41,7 +42,7 @@ def slow_fast(block, x, grid, group, rows):
         return torch.stack([tokens[0, own].mean(0) for own in members])[None]
 
     entry = means(x)
-    compact = entry + attend(block.attn, block.norm1(entry), block.norm1(x), grid)
+    compact = entry + attend(block.attn, means(block.norm1(x)), block.norm1(x), grid)
     hidden = block.mlp.fc1(block.norm2(compact))[:, group]  # every token the features of its row
     hidden = block.mlp.relu(hidden.transpose(1, 2).unflatten(2, grid))
     convolved = block.mlp.act(block.mlp.dwconv(hidden).flatten(2).transpose(1, 2))
@@ -218,3 +219,61 @@ def test_attentions_asked_for_are_refused(name):
     found = model(x, output_attentions=True).attentions
     assert (found is None) == (expected is None)  # the backbone gives none
     assert all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(expected), strict=True))
+
+
+@torch.no_grad()
+def test_features_only():
+    model, x = timm.create_model("pvt_v2_b0", features_only=True).eval(), images_for("pvt_v2")
+    original = model(x)
+    evopatch.apply(model)
+    found = model(x)
+    assert [f.shape for f in found] == [f.shape for f in original]
+    assert moved(found[3], original[3]) > 1e-4
+    evopatch.set_keep_ratio(model, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(model(x), original, strict=True))
+
+
+@torch.no_grad()
+def test_what_a_hook_makes_of_the_norm_reaches_queries_and_keys():
+    model, x, seen = build("pvt_v2"), images_for("pvt_v2"), {}
+    evopatch.apply(model)
+    block = model.stages[2].blocks[1]
+    block.norm1.register_forward_hook(lambda _m, _a, out: out * 0)
+    for name in ("q", "kv"):
+        block.attn.get_submodule(name).register_forward_hook(
+            lambda _m, args, _o, name=name: seen.update({name: args[0].abs().max().item()})
+        )
+    call(model, x)
+    assert seen == {"q": 0.0, "kv": 0.0}
+
+
+@torch.no_grad()
+def test_arguments_of_the_encoder_by_position():
+    model, x = patched("hf_pvt_v2_backbone"), images_for("hf_pvt_v2_backbone")
+    assert len(model.encoder(x, False, True).hidden_states) == 3
+    with pytest.raises(evopatch.UnsupportedInputError, match="output_attentions was asked of"):
+        model.encoder(x, True)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: SegformerModel(SegformerConfig(strides=[4, 4, 2, 2])), "expected odd ones, and strides of 2"),
+        (lambda: SegformerModel(SegformerConfig(patch_sizes=[8, 3, 3, 3])), "expected odd ones, and strides of 2"),
+        (lambda: PvtForImageClassification(PvtConfig(image_size=72)), "cuts images of 72 px .* without a rest"),
+    ],
+)
+def test_maps_that_are_not_halved_are_refused(make, said):
+    model = make()
+    before = Snapshot(model)
+    with pytest.raises(evopatch.UnsupportedModelError, match=said):
+        evopatch.apply(model)
+    before.assert_untouched(model)
+
+
+def test_a_program_for_any_size_is_refused():
+    model, x = patched("pvt_v2"), images_for("pvt_v2")
+    sides = {2: torch.export.Dim("rows") * 16, 3: torch.export.Dim("columns") * 16}
+    with pytest.raises(Exception, match="Export one program for each size"):
+        torch.export.export(model, (x,), dynamic_shapes=(sides,))
+    torch.export.export(model, (x,))
