@@ -8,7 +8,7 @@ from timm.models.pvt_v2 import PyramidVisionTransformerStage, PyramidVisionTrans
 from torch import Tensor, nn
 
 from evopatch.forward.host_state import HostState
-from evopatch.forward.reduced_blocks import ConvolvingBlocks, first_selecting
+from evopatch.forward.reduced_blocks import NOTICE, ConvolvingBlocks, first_selecting
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks, passages
 from evopatch.patching.window_changes import window_block_changes
 
@@ -52,6 +52,7 @@ class PvtAdapter(Adapter):
     """timm's `pvt_v2_*`."""
 
     mixin = SlowFastWindowed
+    notice = NOTICE
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
         return (PyramidVisionTransformerV2, PvtFeatures)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from evopatch.errors import UnsupportedModelError
 from evopatch.forward.host_state import HostState
-from evopatch.forward.reduced_blocks import ConvolvingBlocks, ReducedBlocks, first_selecting
+from evopatch.forward.reduced_blocks import NOTICE, ConvolvingBlocks, ReducedBlocks, first_selecting
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks, passages
 from evopatch.patching.window_changes import window_block_changes
 
@@ -91,6 +91,8 @@ def _logits(query: Tensor, key: Tensor, channels: int) -> Tensor:
 class StagesAdapter(SwinAdapter):
     """PVT v2 and SegFormer, which loop over modules that are stages."""
 
+    notice = NOTICE
+
     families: ClassVar[dict[tuple[str, str], Family]] = {
         ("pvt_v2.modeling_pvt_v2", "PvtV2Encoder"): Family(PvtV2Blocks),
         ("segformer.modeling_segformer", "SegformerModel"): Family(SegformerBlocks, stages="stages"),
@@ -116,6 +118,7 @@ class PvtAdapter(Adapter):
     """PVT's encoder, which loops over all blocks. The last stage, with a class token, is as it was."""
 
     mixin = SlowFastEncoder
+    notice = NOTICE
 
     def hosts(self) -> tuple[type[nn.Module], ...]:
         return tuple(loaded({("pvt.modeling_pvt", "PvtEncoder"): None}))
