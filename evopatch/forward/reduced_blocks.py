@@ -23,8 +23,8 @@ from .hooks import FullGrid
 from .window_blocks import Cut, WindowedBlocks
 
 NOTICE = (
-    "Blocks of PVT and SegFormer put their tokens back on the map, and merge them again, in every block: small models, and "
-    "single images, are hardly faster patched, or slower (see docs/speed.md); measure yours with evopatch.benchmark"
+    "Blocks of PVT and SegFormer put their tokens back on the map, and merge them again, in every block: small models "
+    "and single images are hardly faster patched, or slower (see docs/speed.md); measure yours with evopatch.benchmark"
 )
 
 LARGEST = 16
