@@ -9,6 +9,7 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError
 from .hub import no_retries
 from .models import check_timm_name, first_lines, library_and_source
+from .sizes import set_size
 
 
 def open_architecture(name: str, image_size: int | None = None) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -48,9 +49,7 @@ def _timm_architecture(name: str, image_size: int | None) -> tuple[nn.Module, tu
     check_timm_name(name)
     try:
         model: Any = timm.create_model(name)
-        if image_size is not None and hasattr(model, "set_input_size"):
-            model.set_input_size(img_size=(image_size, image_size))
-        elif image_size is not None:
+        if image_size is not None and not set_size(model.eval(), image_size):
             model = timm.create_model(name, img_size=image_size)
     except Exception as error:
         raise ConfigError(f"{name} can't be made for images of {image_size} px: {first_lines(error)}") from error

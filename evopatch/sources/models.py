@@ -15,6 +15,7 @@ from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..patching.weights import foreign_code, weights_only
 from .hub import no_retries
 from .preprocessing import Preprocessing
+from .sizes import set_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -178,16 +179,16 @@ def _timm_classifier(
         )
     override: dict[str, Any] = {k: v for k, v in preprocessing._asdict().items() if v is not None}
     if (size := override.pop("image_size", None)) is not None:
-        if not hasattr(model, "set_input_size"):
+        try:
+            fits = set_size(model.eval(), size)
+        except Exception as error:
+            raise ConfigError(f"{name} can't be made for images of {size} px: {first_lines(error)}") from error
+        if not fits:
             own = cast(Any, model).pretrained_cfg["input_size"][-1]
             raise ConfigError(
                 f"--image-size {size}: the weights of {name} are for images of {own} px only, as its positions don't "
                 "interpolate; leave it out"
             )
-        try:
-            cast(Any, model).set_input_size(img_size=(size, size))
-        except Exception as error:
-            raise ConfigError(f"{name} can't be made for images of {size} px: {first_lines(error)}") from error
         override["input_size"] = (3, size, size)
     data = timm.data.resolve_data_config(override, model=model, use_test_size=False)
     transform = timm.data.create_transform(**data, is_training=False)

@@ -61,6 +61,15 @@ def test_profile_command_of_a_pyramid(command, tmp_path):
     assert [block["tokens"] for block in blocks] == [64, 48] + [8] * 3 + [1] * 4
 
 
+def test_profile_command_of_a_model_that_takes_any_size(command, tmp_path):
+    out = tmp_path / "profile.json"
+    run = command("profile", "--model", "pvt_v2_b0", "--image-size", "96", "--json", out)
+    assert run.returncode == 0, run.stderr
+    blocks = json.loads(out.read_text())["blocks"]
+    assert [block["tokens_unpatched"] for block in blocks] == [576] * 2 + [144] * 2 + [36] * 2 + [9] * 2
+    assert [block["tokens"] for block in blocks[4:]] == [36, 18, 5, 5]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
