@@ -26,8 +26,7 @@ class PvtBlocks(ConvolvingBlocks):
     projecting = ("kv",)
     widening = "fc1"
     activation = "act"
-    compact = ("q", "attn_drop", "proj", "proj_drop", "drop", "fc2")
-
+    compact = ("q", "attn_drop", "proj", "proj_drop", "fc1", "drop", "fc2")
     size_names = ("feat_size",)
 
     def sizes(self, grid: tuple[int, int]) -> tuple[Any, ...]:

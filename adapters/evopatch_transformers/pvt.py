@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -30,11 +29,7 @@ class PvtV2Blocks(ConvolvingBlocks):
     projecting = ("key", "value")
     widening = "dense1"
     activation = "intermediate_act_fn"
-    compact: tuple[str, ...] = ("query", "attn_drop", "proj", "proj_drop", "dense2", "dropout")
-
-    def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        (out,), _ = super().call(block, x, inputs, options)
-        return out, ()
+    compact = ("query", "attn_drop", "proj", "proj_drop", "dense1", "dense2", "dropout")
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
         return _logits(attention.query.forward(query), attention.key.forward(key), attention.attention_head_size)
@@ -51,10 +46,6 @@ class PvtBlocks(ReducedBlocks):
     projecting = ("key", "value")
     compact = ("query", "dropout", "output")
 
-    def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        (out,), _ = super().call(block, x, inputs, options)
-        return out, ()
-
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
         own = attention.self
         return _logits(own.query.forward(query), own.key.forward(key), own.attention_head_size)
@@ -68,7 +59,7 @@ class SegformerBlocks(ConvolvingBlocks):
     norm = "layernorm_before"
     widening = "fc1"
     activation = "activation_fn"
-    compact = ("q_proj", "o_proj", "fc2", "dropout")
+    compact = ("q_proj", "o_proj", "fc1", "fc2", "dropout")
 
     def answering(self, attention: Any, everything: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
         def answer(x: Tensor, *sizes: int) -> Any:

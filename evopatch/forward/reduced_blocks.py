@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..algorithm.partition import spread
 from ..algorithm.rows import exporting, is_fixed
@@ -51,8 +51,7 @@ class ReducedBlocks(WindowedBlocks):
     projecting: tuple[str, ...]
     """Those that make keys and values, which meet the tokens where there is none."""
     compact: tuple[str, ...]
-    """All other modules, of the attention and of an MLP with a convolution, that a compact set goes through."""
-
+    """All modules, of the attention and of an MLP with a convolution, that a compact set goes through."""
     size_names: tuple[str, ...] = ("height", "width")
     """What the block's parts call what `sizes` gives."""
 
@@ -81,7 +80,8 @@ class ReducedBlocks(WindowedBlocks):
         return Windows(windows.grid, (1, 1), (0, 0), pads_first=False)
 
     def call(self, block: Any, x: Tensor, inputs: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        return block.forward(x, *inputs, **options), None
+        out = block.forward(x, *inputs, **options)
+        return (out[0], ()) if isinstance(out, tuple) else (out, None)
 
     def stand_ins(
         self, block: Any, tokens: Tensor, cut: Cut, selected: WindowPartition, full_grid: FullGrid | None
@@ -99,11 +99,18 @@ class ReducedBlocks(WindowedBlocks):
         attention = called(block, self.attention, block._evo_name, run, full_grid)
         return {self.norm: lambda x: asking, self.attention: attention}
 
-    def _ask(self, attention: Any, *args: Any, full_grid: FullGrid | None, **kwargs: Any) -> Any:
+    def _ask(
+        self,
+        attention: Any,
+        *args: Any,
+        everything: Tensor,
+        grid: tuple[int, int],
+        full_grid: FullGrid | None,
+        **kwargs: Any,
+    ) -> Any:
         """What an attention runs that holds another one, on a compact set `(B, M, C)`: its own forward."""
         (inner,) = self.inside_attention
-        given = {name: kwargs.pop(name) for name in ("everything", "grid")}
-        run = partial(self._answer, full_grid=full_grid, **given)
+        run = partial(self._answer, everything=everything, grid=grid, full_grid=full_grid)
         parts = {**self.shown(attention, full_grid), inner: called(attention, inner, "attention", run, full_grid)}
         return View(attention, parts).forward(*args, **kwargs)
 
@@ -167,9 +174,10 @@ class ConvolvingBlocks(ReducedBlocks):
         self, mlp: Any, x: Tensor, *sizes: Any, cut: Cut, selected: WindowPartition, full_grid: FullGrid | None
     ) -> Any:
         """What an MLP runs on a compact set: its own forward, with the whole map between its linear layers."""
-        widening, activation = _seen(getattr(mlp, self.widening), full_grid), getattr(mlp, self.activation)
+        shown, activation = self.shown(mlp, full_grid), getattr(mlp, self.activation)
+        widening = shown.get(self.widening, getattr(mlp, self.widening))
         parts = {
-            **self.shown(mlp, full_grid),
+            **shown,
             self.widening: lambda x: spread(widening(x), selected.partition),
             # Not before it, which loses a third more: it isn't linear.
             self.activation: lambda x: merge_windows(activation(x), selected, cut.windows),
@@ -192,14 +200,6 @@ def called(module: Any, child: str, name: str, run: Callable[..., Any], full_gri
     if full_grid is not None and full_grid.wants(part):
         return full_grid.around_run(part, run)
     return Call(part, run)
-
-
-def _seen(part: Any, full_grid: FullGrid | None) -> Any:
-    """A part of a block that a compact set goes through, or what stands for it where somebody wants to see all tokens
-    in it."""
-    if full_grid is None or not isinstance(part, nn.Module) or not full_grid.wants(part):
-        return part
-    return full_grid.around(part)
 
 
 def _instead(module: Any, everything: Tensor) -> Callable[[Tensor], Any]:
