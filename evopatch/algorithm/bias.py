@@ -1,4 +1,4 @@
-"""Position biases of attention, for a compact set."""
+"""What is added to the attention logits of a compact set: sizes of its rows, and position biases."""
 
 from __future__ import annotations
 
@@ -6,6 +6,31 @@ import torch
 from torch import Tensor
 
 from .partition import Partition, with_prefix
+from .rows import aligned, filled_up
+
+
+class KeyBias:
+    """What is added to the logits of attention to each row, made once for all blocks of a run.
+
+    Args:
+        exact: `(B, M)` float32.
+    """
+
+    def __init__(self, exact: Tensor) -> None:
+        self.exact = exact
+        self._made: dict[torch.dtype, Tensor] = {}
+
+    def of(self, like: Tensor) -> Tensor:
+        """`(B, 1, 1, M)`, of the type of queries, keys or logits."""
+        if like.dtype not in self._made:
+            self._made[like.dtype] = aligned(self.exact.to(like.dtype))[:, None, None]
+        return self._made[like.dtype]
+
+
+def key_bias_of(partition: Partition) -> KeyBias | None:
+    """What is added to attention to each row of a compact set; None where nothing is."""
+    exact = partition.key_bias()
+    return None if exact is None else KeyBias(exact)
 
 
 def merge_bias(bias: Tensor, partition: Partition) -> Tensor:
@@ -25,9 +50,13 @@ def merge_bias(bias: Tensor, partition: Partition) -> Tensor:
     leader = with_prefix(partition.leader, partition.group.shape[1] - partition.slow.shape[1])
     batch, leaders = leader.shape
     heads, tokens = bias.shape[1:3]
-    pairs = leader.unsqueeze(2) * tokens + leader.unsqueeze(1)
-    pairs = pairs.view(batch, 1, -1).expand(-1, heads, -1)
-    compact = bias.flatten(2).expand(batch, -1, -1).gather(2, pairs).view(batch, heads, leaders, leaders)
+    columns = filled_up(leader)
+    pairs = leader.unsqueeze(2) * tokens + columns.unsqueeze(1)
+    own = pairs.view(batch, 1, -1).expand(-1, heads, -1)
+    compact = bias.flatten(2).expand(batch, -1, -1).gather(2, own)
+    compact = compact.view(batch, heads, leaders, columns.shape[1])
+    if columns is not leader:
+        compact = compact[..., :leaders]
     if not partition.one_for_all():
         return compact
     share = partition.weight.masked_fill(partition.group != leaders, 0.0).to(bias.dtype)

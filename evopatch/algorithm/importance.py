@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .padding import without
 from .partition import Partition
-from .rows import exporting
+from .rows import exporting, on_accelerator
 
 
 def class_attention(
@@ -78,7 +78,12 @@ def folded_attention(folded: Tensor, tokens: Tensor, left_out: Tensor | None = N
     Returns:
         The mean over the queries, `(B, T)` float32, sums to 1.
     """
-    logits = without(torch.bmm(folded, tokens.transpose(1, 2)), None if left_out is None else left_out.unsqueeze(1))
+    if on_accelerator(tokens):
+        # Rows of an odd number of tokens would take four times as long.
+        logits = torch.bmm(tokens, folded.transpose(1, 2)).transpose(1, 2)
+    else:
+        logits = torch.bmm(folded, tokens.transpose(1, 2))
+    logits = without(logits, None if left_out is None else left_out.unsqueeze(1))
     return logits.softmax(dim=-1, dtype=torch.float32).mean(dim=1)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rows import filled_up
 from .window_selection import WindowPartition
 from .windows import Windows
 
@@ -120,8 +121,11 @@ def relative_bias(query: Tensor, tables: tuple[Tensor, Tensor], places: Places) 
     """
     said = [query @ table.to(query.dtype).transpose(0, 1) for table in tables]
     axes = list(zip(said, (places.row, places.column), places.size, strict=True))
-    bias = sum((_said_of(of, place, place, length) for of, place, length in axes), places.log_size[:, None, None])
+    sizes = filled_up(places.log_size)
+    bias = sum((_said_of(of, place, filled_up(place), length) for of, place, length in axes), sizes[:, None, None])
     bias = bias.to(query.dtype)
+    if sizes is not places.log_size:
+        bias = bias[..., : query.shape[2]]
     if places.padding is None:
         return bias
     # All padding of a window together: the mean over its places.

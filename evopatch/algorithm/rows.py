@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -26,6 +27,28 @@ def by_product(values: Tensor) -> bool:
     """
     recorded = exporting() or torch.compiler.is_compiling()
     return recorded or values.device.type != "cpu" or values.element_size() < 4
+
+
+def on_accelerator(values: Tensor) -> bool:
+    """Whether operators run now, and not on the CPU."""
+    return values.device.type != "cpu" and not exporting()
+
+
+def filled_up(values: Tensor, axis: int = -1) -> Tensor:
+    """On accelerators as many zeros along an axis, counted from the last, as make it a multiple of eight.
+
+    Attention with biases, and matrix units, take up to six times as long where rows begin at odd places.
+    """
+    number = values.shape[axis]
+    if not on_accelerator(values) or not is_fixed(number) or not number % 8:
+        return values
+    return F.pad(values, (0, 0) * (-1 - axis) + (0, -number % 8))
+
+
+def aligned(values: Tensor) -> Tensor:
+    """The same values, on accelerators in rows along the last axis that begin at multiples of eight."""
+    wide = filled_up(values)
+    return values if wide is values else wide[..., : values.shape[-1]]
 
 
 def members(group: Tensor, rows: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import UnsupportedInputError
 from .padding import without
 from .partition import Partition, with_prefix
-from .rows import is_fixed, limited, rounded_share, row_sums, top
+from .rows import filled_up, is_fixed, limited, rounded_share, row_sums, top
 
 
 def num_slow(num_patches: int, keep_ratio: float) -> int:
@@ -60,6 +60,15 @@ def select_top(g: Tensor, keep: int, prefix: int, representative: bool, left_out
     return Partition(group, weight, slow, None, prefix + rows, index, complete, empty)
 
 
+def similarities(rows: Tensor, columns: Tensor) -> Tensor:
+    """Products of vectors `(B, N, C)` and `(B, L, C)`: `(B, N, L)`."""
+    number = columns.shape[1]
+    # Where four divide it, no more is saved than the copy takes.
+    wide = columns if number % 4 == 0 else filled_up(columns, axis=-2)
+    products = torch.bmm(rows, wide.transpose(1, 2))
+    return products if wide is columns else products[..., :number]
+
+
 def select_matched(
     g: Tensor, features: Tensor, keep: int, prefix: int, importance: float, left_out: Tensor | None = None
 ) -> Partition:
@@ -86,7 +95,7 @@ def select_matched(
     pieces = is_fixed(patches) and patches > step
     redundancy = []
     for rows, own in zip(features.split(step, 1), g.split(step, 1), strict=True) if pieces else [(features, g)]:
-        similarity = torch.bmm(rows, features.transpose(1, 2))
+        similarity = similarities(rows, features)
         less_important = g.unsqueeze(1) <= own.unsqueeze(2)
         redundancy.append(similarity.masked_fill(less_important, torch.finfo(similarity.dtype).min).amax(dim=-1))
     most = torch.cat(redundancy, dim=1) if pieces else redundancy[0]
@@ -96,8 +105,8 @@ def select_matched(
     nobody = None if empty is None else empty.unsqueeze(1)
     # The similarity to the slow tokens only: the arg max is the row of the compact set.
     if pieces:
-        chosen = features.gather(1, index.unsqueeze(2).expand(batch, keep, features.shape[-1])).transpose(1, 2)
-        own = [without(torch.bmm(rows, chosen), nobody).argmax(dim=-1) for rows in features.split(step, dim=1)]
+        chosen = features.gather(1, index.unsqueeze(2).expand(batch, keep, features.shape[-1]))
+        own = [without(similarities(rows, chosen), nobody).argmax(dim=-1) for rows in features.split(step, dim=1)]
         group = torch.cat(own, dim=1)
     else:
         near = similarity.gather(2, index.unsqueeze(1).expand(batch, patches, keep))

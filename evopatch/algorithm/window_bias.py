@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import exporting
+from .rows import exporting, filled_up
 from .window_selection import WindowPartition
 from .windows import Windows
 
@@ -63,19 +63,23 @@ def compact_bias(bias: Tensor, mask: Tensor | None, windows: Windows, partition:
     assert log_size is not None
     batch, count, keep = place.shape
     area, heads = windows.area, bias.shape[0]
-    pairs = (place.unsqueeze(3) * area + place.unsqueeze(2)).view(batch * count, 1, keep * keep)
+    columns = filled_up(place)
+    wide = columns.shape[2]
+    pairs = (place.unsqueeze(3) * area + columns.unsqueeze(2)).view(batch * count, 1, keep * wide)
     if exporting():
         # Other runtimes copy the table for every window before they gather.
         compact = bias.flatten(1).t().index_select(0, pairs.flatten())
-        compact = compact.view(batch * count, keep, keep, heads).permute(0, 3, 1, 2)
+        compact = compact.view(batch * count, keep, wide, heads).permute(0, 3, 1, 2)
     else:
         compact = bias.flatten(1).expand(batch * count, -1, -1).gather(2, pairs.expand(-1, heads, -1))
-        compact = compact.view(batch * count, heads, keep, keep)
-    added = log_size.view(batch * count, 1, 1, -1)[..., :keep]
+        compact = compact.view(batch * count, heads, keep, wide)
+    added = filled_up(log_size.view(batch * count, 1, 1, -1)[..., :keep])
     if mask is not None:
         own = mask.flatten(1).expand(batch, -1, -1).flatten(0, 1).gather(1, pairs.squeeze(1))
-        added = added + own.view(-1, 1, keep, keep)
+        added = added + own.view(-1, 1, keep, wide)
     compact = compact + added.to(bias.dtype)
+    if columns is not place:
+        compact = compact[..., :keep]
     if not windows.padded:
         return compact
     column = _padding_bias(bias, mask, windows).expand(batch, -1, -1, -1)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algorithm.bias import merge_bias
+from ..algorithm.bias import KeyBias, merge_bias
 from ..algorithm.importance import class_attention, default_scale
 from ..algorithm.padding import added
 from ..algorithm.partition import Partition, spread_attention, unspread_attention
@@ -38,6 +38,7 @@ class AttentionTap:
             given if all did, to take keys and values from.
         mask: Of this forward pass.
         behind: How many of the prefix tokens stand behind the patch tokens, where all tokens go through the block.
+        key_bias: Of the compact set; None where nothing is added.
     """
 
     def __init__(
@@ -52,16 +53,15 @@ class AttentionTap:
         everything: Tensor | None = None,
         mask: Mask | None = None,
         behind: int = 0,
+        key_bias: KeyBias | None = None,
     ) -> None:
         self.behind = behind
         # A compact set has no rows of tokens that are left out.
         self._mask = mask.whole if mask is not None and partition is None else None
-        self.key_bias: Tensor | None = None
-        """`(B, M)` float32, what is added to the logits of attention to each token."""
-        if partition is not None:
-            self.key_bias = partition.key_bias()
-        elif mask is not None and mask.left_out is not None:
-            self.key_bias = added(~mask.left_out, torch.float32)
+        if partition is None and mask is not None and mask.left_out is not None:
+            key_bias = KeyBias(added(~mask.left_out, torch.float32))
+        self.key_bias = key_bias
+        """What is added to the logits of attention to each token."""
         self.prefix = prefix
         self.readout = readout
         self.partition = partition
@@ -202,7 +202,7 @@ class AttentionTap:
         """`(B, 1, M)`, of the groups; None where every token is one."""
         if self.partition is None or self.key_bias is None:
             return None
-        return self.key_bias.exp().unsqueeze(1).to(like.dtype)
+        return self.key_bias.exact.exp().unsqueeze(1).to(like.dtype)
 
     def _bias(self, bias: Tensor | None, like: Tensor) -> Tensor | None:
         if bias is not None and self.partition is not None:
@@ -212,8 +212,7 @@ class AttentionTap:
         if self._mask is not None:
             mask = added(self._mask, like.dtype)
             return mask if bias is None else bias + mask
-        batch, rows = self.key_bias.shape
-        key_bias = self.key_bias.to(like.dtype).view(batch, 1, 1, rows)
+        key_bias = self.key_bias.of(like)
         # In place: the merged bias is nobody else's, and may be the largest tensor of a block.
         return key_bias if bias is None else bias.add_(key_bias)
 
@@ -222,7 +221,7 @@ class AttentionTap:
         if self.key_bias is None:
             rows = like.shape[1] - self.prefix
             return like.new_zeros(like.shape[0], 1, rows).softmax(-1)
-        return self.key_bias[:, None, self.prefix :].softmax(-1)
+        return self.key_bias.exact[:, None, self.prefix :].softmax(-1)
 
     def _observe_softmax(self, logits: Tensor, probabilities: Tensor) -> None:
         if self.behind and self.partition is None:

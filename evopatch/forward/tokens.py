@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..algorithm.bias import KeyBias, key_bias_of
 from ..algorithm.correction import Correction, missed
 from ..algorithm.foresight import foreseen
 from ..algorithm.importance import accumulate, accumulate_compact, coarsen
@@ -43,6 +44,7 @@ class TokenPass(ForwardPass):
         # By the run's first block, or between full grids by the block; until the run ends.
         self._entries: dict[int, tuple[Tensor, Tensor]] = {}
         self._first: dict[int, int] = {}
+        self._key_biases: dict[int, KeyBias] = {}
         self._foreseen: bool | None = None
         self._layout = Layout(self.spec, self.stage_of)
         self.mask = Mask(self.spec.mask, self.spec.prefix)
@@ -112,10 +114,14 @@ class TokenPass(ForwardPass):
             if not reads_out and not self._accumulates(index):
                 return run(x, named, None)
             return self._tapped(index, block, x, named, None, run, reads_out)
-        before = self.before(index, self.partitions, self.run_begin(index))
+        begin = self.run_begin(index)
+        before = self.before(index, self.partitions, begin)
         selected = self._select(index, block, x, named) if before is None else before.to(x.device)
         partition = self.partitions[index] = selected
-        first = self._first[index] = self.run_begin(index) if self.compact else index
+        bias = self.before(index, self._key_biases, begin) if before is selected else key_bias_of(partition)
+        if bias is not None:
+            self._key_biases[index] = bias
+        first = self._first[index] = begin if self.compact else index
         compact = x
         if first == index:
             compact = merge(x, partition)
@@ -209,13 +215,7 @@ class TokenPass(ForwardPass):
         return select_matched(g, features, keep, prefix, self.importance, left_out)
 
     def _importance(self, index: int, ahead: Tensor | None, x: Tensor) -> Tensor:
-        """What tokens are ranked by without foresight.
-
-        Args:
-            index: Of the block that selects.
-            ahead: What later blocks would attend to, where any can be looked at.
-            x: The tokens.
-        """
+        """What the block that selects ranks tokens by, given what later ones would attend to, where they say."""
         if ahead is not None and self.look_ahead == 1.0:
             return ahead
         g = self._accumulated(index, x)
@@ -276,6 +276,7 @@ class TokenPass(ForwardPass):
             everything,
             self.mask,
             spec.behind,
+            None if partition is None else self._key_biases.get(index),
         )
         out = run(x, inputs, tap)
         if not tap.used:

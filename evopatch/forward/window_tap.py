@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..algorithm.relative_positions import Places, relative_bias, table_of
+from ..algorithm.rows import aligned
 
 
 class RotatedTap:
@@ -33,7 +34,7 @@ class RotatedTap:
             query: `(G, H, R, D)`.
             *others: Key, position bias (there is none) and scale.
         """
-        return self._log_size[:, None, None].to(query.dtype)
+        return aligned(self._log_size.to(query.dtype))[:, None, None]
 
 
 class WindowTap:
@@ -99,5 +100,5 @@ class WindowTap:
     def _log_sizes(self, like: Tensor) -> Tensor:
         log_size = self._places.log_size.to(like.dtype)
         if like.dim() == 4:
-            return log_size[:, None, None]
+            return aligned(log_size)[:, None, None]
         return log_size.repeat_interleave(like.shape[0] // log_size.shape[0], dim=0).unsqueeze(1)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..algorithm.bias import key_bias_of
 from ..algorithm.partition import Partition, with_prefix
 from ..config import EvoConfig
 from ..errors import UnsupportedInputError, UnsupportedModelError
@@ -71,7 +72,8 @@ def check_merges(block: nn.Module, name: str, spec: HostSpec, patch: Patch) -> N
     planned = patch(runner.block, name, state)
     changes.check(planned)
     changes.make(planned)
-    tap = AttentionTap(spec.prefix, spec.readout, partition, observe=False, block=name)
+    key_bias = key_bias_of(partition)
+    tap = AttentionTap(spec.prefix, spec.readout, partition, observe=False, block=name, key_bias=key_bias)
     try:
         out = run_tapped(runner.block, tap, layout.of_block(0, x, ordered=False), **runner.absent)
     except UnsupportedInputError as error:
