@@ -1,13 +1,14 @@
-"""Speed of patched models on a GPU, all in one command of a few minutes: every cell a model at one batch size.
+"""Speed of patched models on a GPU, all in one command: every cell a model at one batch size.
 
     python benchmarks/gpu.py --output results
 
-Each cell has a process of its own, so that all compile side by side; after that, or after --compile-minutes, those that
-are ready take turns on the device, where nothing else runs while one is timed. Sides alternate within each round:
-unpatched, patched with the default configuration at keep_ratio=0.5 and, for flat models, patched with foresight, and
-token merging at the mildest setting that needs no more FLOPs. Ways to run: eager, compiled (fullgraph=True), and both
-of them replayed from a CUDA graph. Weights and images are random. Writes gpu.json and prints tables. Without a GPU, a
-small run shows that the script works:
+Each cell has a process of its own, and as many as --at-once compile side by side; after that, or after
+--compile-minutes, those that are ready take turns on the device, where nothing else runs while one is timed. Compiling
+sets the pace: about a minute a core for two sides of one cell. Sides alternate within each round: unpatched, patched
+with the default configuration at keep_ratio=0.5 and, for flat models, patched with foresight, and token merging at the
+mildest setting that needs no more FLOPs. Ways to run: eager, compiled (fullgraph=True), and both of them replayed from a
+CUDA graph. Weights and images are random. Writes gpu.json and prints tables. Without a GPU, a small run shows that the
+script works:
 
     python benchmarks/gpu.py deit_tiny_patch16_224:1 --device cpu --dtype float32 --no-train
 """
@@ -55,21 +56,26 @@ ATTENTION = {"flash": "flash", "fmha": "memory-efficient", "cudnn": "cuDNN"}
 """What names of kernels say."""
 LONG_ENOUGH = 0.01
 """Seconds that a timed call takes at least: it repeats forwards until then."""
+SIDES = ("patched", "foresight", "token merging")
+"""What an unpatched model is compared with."""
 
 
-def sides_of(name: str, keep_ratio: float, device: str, dtype: torch.dtype) -> tuple[dict[str, nn.Module], Tensor]:
+def sides_of(name: str, arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[dict[str, nn.Module], Tensor]:
     """The models to compare, sharing weights, and one image."""
     torch.manual_seed(0)
+    device, keep_ratio = arguments.device, arguments.keep_ratio
     model = timm.create_model(name).eval().to(device, dtype)
     image = torch.randn(1, *model.pretrained_cfg["input_size"], device=device, dtype=dtype)
     sides: dict[str, nn.Module] = {"unpatched": model, "patched": evopatch.apply(shared_copy(model), keep_ratio)}
-    if isinstance(model, timm.models.VisionTransformer):
+    flat = isinstance(model, timm.models.VisionTransformer)
+    if flat and "foresight" in arguments.sides:
         some = torch.randn(16, *image.shape[1:], device=device, dtype=dtype)
         sides["foresight"] = evopatch.apply(shared_copy(model), keep_ratio, images=some)
+    if flat and "token merging" in arguments.sides:
         with torch.no_grad():
             flops, _ = count_flops(partial(sides["patched"], image))
         sides["token merging"] = token_merging.at_flops(model, image, flops)
-    return sides, image
+    return {side: each for side, each in sides.items() if side in ("unpatched", *arguments.sides)}, image
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:
@@ -133,7 +139,7 @@ class Cell:
         self.arguments, self.train, self.device = arguments, train, torch.device(arguments.device)
         self.record: dict[str, Any] = {"model": name, "batch_size": batch_size, "train": train}
         dtype = getattr(torch, arguments.dtype)
-        models, image = sides_of(name, arguments.keep_ratio, arguments.device, dtype)
+        models, image = sides_of(name, arguments, dtype)
         images = torch.randn(batch_size, *image.shape[1:], device=self.device, dtype=dtype)
         self.models = {side: shared_copy(model, train).train(train) for side, model in models.items()}
         self.images = images
@@ -299,7 +305,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--compile-minutes", type=float, default=5.0, help="cells that aren't ready then are left out")
+    parser.add_argument("--compile-minutes", type=float, default=5.0, help="of as many as --at-once; cells that aren't ready then are left out")
+    parser.add_argument("--at-once", type=int, default=max(1, 3 * (os.cpu_count() or 1) // 4), help="cells that compile")
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     parser.add_argument("--output", type=Path, default=Path("results"))
     arguments = parser.parse_args()
     named = [cell.partition(":")[::2] for cell in arguments.cells]
@@ -310,16 +318,17 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device
     versions = {"torch": torch.__version__, "timm": timm.__version__, "evopatch": evopatch.__version__}
-    workers = Workers(cells, arguments)
     with Progress(console=Console(stderr=True)) as progress:
-        compiling = progress.add_task("compiling", total=len(cells))
-        workers.wait(partial(progress.advance, compiling))
-        timing = progress.add_task("timing", total=len(cells))
-        for cell in cells:
-            records.append(workers.measure(cell))
-            progress.advance(timing)
-            content = {"device": device, "dtype": arguments.dtype, "versions": versions, "cells": records}
-            (arguments.output / "gpu.json").write_text(json.dumps(content, indent=1))
+        compiling, timing = (progress.add_task(what, total=len(cells)) for what in ("compiling", "timing"))
+        for first in range(0, len(cells), arguments.at_once):
+            some = cells[first : first + arguments.at_once]
+            workers = Workers(some, arguments)
+            workers.wait(partial(progress.advance, compiling))
+            for cell in some:
+                records.append(workers.measure(cell))
+                progress.advance(timing)
+                content = {"device": device, "dtype": arguments.dtype, "versions": versions, "cells": records}
+                (arguments.output / "gpu.json").write_text(json.dumps(content, indent=1))
     console = Console(width=140)
     for way in dict.fromkeys(way for record in records for way in record.get("seconds", {})):
         console.print(table_of(records, way))
