@@ -54,12 +54,13 @@ def measure(batch: int, heads: int, rows: int, device: torch.device, dtype: torc
     wide_query, wide_key = size_channels(query, key, log_size)
     attend, scale = F.scaled_dot_product_attention, CHANNELS**-0.5
     none, biased = partial(attend, query, key, value), partial(attend, query, key, value, bias)
+    in_rows_of_eight = partial(attend, query, key, value, F.pad(bias, (0, -rows % 8))[..., :rows])
     wide = partial(attend, wide_query, wide_key, F.pad(value, (0, PADDED)), scale=scale)
     expected = attend(query.float(), key.float(), value.float(), log_size[:, None, None])
     torch.testing.assert_close(
         wide()[..., :CHANNELS].float(), expected, atol=2e-2 if dtype.itemsize < 4 else 1e-5, rtol=0
     )
-    ways: dict[str, Callable[[], object]] = {"no bias": none, "bias": biased, "channels": wide}
+    ways: dict[str, Callable[[], object]] = {"no bias": none, "bias": biased, "rows of 8": in_rows_of_eight, "channels": wide}
     ways["making channels"] = partial(size_channels, query, key, log_size)
     if device.type == "cuda":
         for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
