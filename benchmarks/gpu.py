@@ -6,9 +6,9 @@ Each cell has a process of its own, and as many as --at-once compile side by sid
 --compile-minutes, those that are ready take turns on the device, where nothing else runs while one is timed. Compiling
 sets the pace: about a minute a core for two sides of one cell. Sides alternate within each round: unpatched, patched
 with the default configuration at keep_ratio=0.5 and, for flat models, patched with foresight, and token merging at the
-mildest setting that needs no more FLOPs. Ways to run: eager, compiled (fullgraph=True), and both of them replayed from a
-CUDA graph. Weights and images are random. Writes gpu.json and prints tables. Without a GPU, a small run shows that the
-script works:
+mildest setting that needs no more FLOPs. Ways to run: eager, compiled (fullgraph=True), and both of them replayed from
+a CUDA graph. Weights and images are random. Writes gpu.json and prints tables. Without a GPU, a small run shows that
+the script works:
 
     python benchmarks/gpu.py deit_tiny_patch16_224:1 --device cpu --dtype float32 --no-train
 """
@@ -305,8 +305,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--compile-minutes", type=float, default=5.0, help="of as many as --at-once; cells that aren't ready then are left out")
-    parser.add_argument("--at-once", type=int, default=max(1, 3 * (os.cpu_count() or 1) // 4), help="cells that compile")
+    parser.add_argument("--compile-minutes", type=float, default=5.0, help="cells that aren't ready then are left out")
+    cells_at_once = max(1, 3 * (os.cpu_count() or 1) // 4)
+    parser.add_argument("--at-once", type=int, default=cells_at_once, help="so many cells are compiled at once")
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     parser.add_argument("--output", type=Path, default=Path("results"))
     arguments = parser.parse_args()

@@ -60,8 +60,8 @@ def measure(batch: int, heads: int, rows: int, device: torch.device, dtype: torc
     torch.testing.assert_close(
         wide()[..., :CHANNELS].float(), expected, atol=2e-2 if dtype.itemsize < 4 else 1e-5, rtol=0
     )
-    ways: dict[str, Callable[[], object]] = {"no bias": none, "bias": biased, "rows of 8": in_rows_of_eight, "channels": wide}
-    ways["making channels"] = partial(size_channels, query, key, log_size)
+    ways: dict[str, Callable[[], object]] = {"no bias": none, "bias": biased, "rows of 8": in_rows_of_eight}
+    ways["channels"], ways["making channels"] = wide, partial(size_channels, query, key, log_size)
     if device.type == "cuda":
         for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
             short = kernel.name.removesuffix("_ATTENTION").lower()

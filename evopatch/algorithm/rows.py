@@ -34,13 +34,18 @@ def on_accelerator(values: Tensor) -> bool:
     return values.device.type != "cpu" and not exporting()
 
 
-def filled_up(values: Tensor, axis: int = -1) -> Tensor:
+def filled_up(values: Tensor, axis: int = -1, enough: int = 8) -> Tensor:
     """On accelerators as many zeros along an axis, counted from the last, as make it a multiple of eight.
 
     Attention with biases, and matrix units, take up to six times as long where rows begin at odd places.
+
+    Args:
+        values: Of any shape.
+        axis: Below zero.
+        enough: Multiples of it are left as they are.
     """
     number = values.shape[axis]
-    if not on_accelerator(values) or not is_fixed(number) or not number % 8:
+    if not on_accelerator(values) or not is_fixed(number) or not number % enough:
         return values
     return F.pad(values, (0, 0) * (-1 - axis) + (0, -number % 8))
 

@@ -62,11 +62,9 @@ def select_top(g: Tensor, keep: int, prefix: int, representative: bool, left_out
 
 def similarities(rows: Tensor, columns: Tensor) -> Tensor:
     """Products of vectors `(B, N, C)` and `(B, L, C)`: `(B, N, L)`."""
-    number = columns.shape[1]
-    # Where four divide it, no more is saved than the copy takes.
-    wide = columns if number % 4 == 0 else filled_up(columns, axis=-2)
+    wide = filled_up(columns, axis=-2, enough=4)  # there the copy takes as long as it saves
     products = torch.bmm(rows, wide.transpose(1, 2))
-    return products if wide is columns else products[..., :number]
+    return products if wide is columns else products[..., : columns.shape[1]]
 
 
 def select_matched(

@@ -18,5 +18,5 @@ def test_channels_are_a_bias(dtype):
 
 def test_every_way_is_timed():
     found = size_bias.measure(1, 2, 12, torch.device("cpu"), torch.float32, 2)
-    assert list(found) == ["no bias", "bias", "channels", "making channels"]
+    assert list(found) == ["no bias", "bias", "rows of 8", "channels", "making channels"]
     assert all(float(value) > 0 for value in found.values())
