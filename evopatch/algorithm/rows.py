@@ -88,11 +88,17 @@ def weighted_row_sums(values: Tensor, weight: Tensor, group: Tensor, rows: int) 
         `(B, rows, C)`.
     """
     batch, _, channels = values.shape
+    weight = weight.to(values.dtype)
     if not by_product(values):
-        sums = values.new_zeros(batch * rows, channels)
-        weighted = (values * weight.unsqueeze(-1)).reshape(-1, channels)
-        return sums.index_add(0, flat_rows(group, rows), weighted).view(batch, rows, channels)
-    weight, device = weight.to(values.dtype), values.device.type
+        row, flat = flat_rows(group, rows), values.reshape(-1, channels)
+        if torch._C._functorch.is_functorch_wrapped_tensor(values):  # torch.func knows index_add
+            sums = values.new_zeros(batch * rows, channels).index_add(0, row, flat * weight.reshape(-1, 1))
+        elif values.requires_grad and torch.is_grad_enabled():
+            sums = _Bags.apply(flat, weight.flatten(), row, batch * rows)
+        else:
+            sums = _bags(flat, weight.flatten(), row, batch * rows)
+        return sums.view(batch, rows, channels)
+    device = values.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         if exporting():
@@ -104,6 +110,28 @@ def weighted_row_sums(values: Tensor, weight: Tensor, group: Tensor, rows: int) 
         shares = (_kept(weight.unsqueeze(2), group.unsqueeze(2) == piece) for piece in pieces)
         products = [share.transpose(1, 2) @ values for share in shares]
         return (torch.cat(products, dim=1) if len(products) > 1 else products[0])[:, :rows]
+
+
+def _bags(values: Tensor, weight: Tensor, row: Tensor, rows: int) -> Tensor:
+    """The same of vectors `(T, C)`: `(rows, C)`. In a third of the time of `index_add`, without a second `(T, C)`."""
+    tokens = row.argsort(stable=True)
+    counts = row.bincount(minlength=rows)
+    first = counts.cumsum(0) - counts
+    return F.embedding_bag(tokens, values, first, mode="sum", per_sample_weights=weight.index_select(0, tokens))
+
+
+class _Bags(torch.autograd.Function):
+    """`_bags` with a gradient of the values, which has one itself: that of `embedding_bag` has none."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, row: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(weight, row)
+        return _bags(values, weight, row, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        weight, row = ctx.saved_tensors
+        return gradients[0].index_select(0, row) * weight.unsqueeze(-1), None, None, None
 
 
 def top(values: Tensor, count: int, largest: bool = True) -> Tensor:

@@ -19,7 +19,7 @@ from ..algorithm.window_selection import WindowPartition, merge_windows
 from ..algorithm.windows import Windows
 from ..errors import UnsupportedInputError
 from ..rewrite.view import Call, View, check_steered
-from .hooks import FullGrid
+from .hooks import FullGrid, wants_tokens
 from .window_blocks import Cut, WindowedBlocks
 
 NOTICE = (
@@ -87,9 +87,8 @@ class ReducedBlocks(WindowedBlocks):
         self, block: Any, tokens: Tensor, cut: Cut, selected: WindowPartition, full_grid: FullGrid | None
     ) -> dict[str, Any]:
         assert self.norm is not None
-        # By its own call and once, for those who ask as well: so its hooks see, and may change, what all tokens give.
-        everything = getattr(block, self.norm)(tokens)
-        asking = merge_windows(everything, selected, cut.windows)
+        norm = getattr(block, self.norm)
+        everything = norm(tokens)
         run = partial(
             self._ask if self.inside_attention else self._answer,
             everything=everything,
@@ -97,6 +96,10 @@ class ReducedBlocks(WindowedBlocks):
             full_grid=full_grid,
         )
         attention = called(block, self.attention, block._evo_name, run, full_grid)
+        if not wants_tokens(norm):
+            return {self.attention: attention}
+        # Once, for those who ask as well: so its hooks see, and may change, what all tokens give.
+        asking = merge_windows(everything, selected, cut.windows)
         return {self.norm: lambda x: asking, self.attention: attention}
 
     def _ask(
