@@ -84,6 +84,14 @@ class Partition(NamedTuple):
         group, weight = (group + rows).flatten(1), self.weight.view(-1, windows * self.weight.shape[1])
         return self._replace(group=group, weight=weight, rows=windows * self.rows)
 
+    def of_images(self, images: slice) -> Partition:
+        """Of some of the images."""
+        group, weight, slow = self.group[images], self.weight[images], self.slow[images]
+        log_size, leader, empty = (
+            None if tensor is None else tensor[images] for tensor in (self.log_size, self.leader, self.empty)
+        )
+        return self._replace(group=group, weight=weight, slow=slow, log_size=log_size, leader=leader, empty=empty)
+
     def to(self, device: torch.device) -> Partition:
         """The same on a device, for models spread over several."""
         if self.group.device == device:

@@ -41,6 +41,14 @@ class WindowPartition(NamedTuple):
     held: Tensor | None
     """`(B, W, R)` bool, False where a row stands for no token but for padding; None: all stand for tokens."""
 
+    def of_images(self, images: slice) -> WindowPartition:
+        """Of some of the images."""
+        place, window, share, held = (
+            None if tensor is None else tensor[images] for tensor in (self.place, self.window, self.share, self.held)
+        )
+        partition = self.partition.of_images(images)
+        return self._replace(partition=partition, place=place, window=window, share=share, held=held)
+
     def to(self, device: torch.device) -> WindowPartition:
         """The same on a device, for models spread over several."""
         if self.partition.group.device == device:

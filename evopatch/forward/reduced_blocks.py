@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..algorithm.partition import spread
-from ..algorithm.rows import exporting, is_fixed
+from ..algorithm.rows import by_product, exporting, is_fixed
 from ..algorithm.window_selection import WindowPartition, merge_windows
 from ..algorithm.windows import Windows
 from ..errors import UnsupportedInputError
@@ -27,6 +28,8 @@ NOTICE = (
     "and single images are hardly faster patched, or slower (see docs/speed.md); measure yours with evopatch.benchmark"
 )
 
+REUSED = 2**24
+"""Bytes. glibc asks the system for larger tensors anew at every call: a third of the time of a large batch."""
 LARGEST = 16
 """So many tokens a side has a square at most that tokens are matched in."""
 
@@ -176,7 +179,22 @@ class ConvolvingBlocks(ReducedBlocks):
     def _convolve(
         self, mlp: Any, x: Tensor, *sizes: Any, cut: Cut, selected: WindowPartition, full_grid: FullGrid | None
     ) -> Any:
-        """What an MLP runs on a compact set: its own forward, with the whole map between its linear layers."""
+        """What an MLP runs on a compact set, some images at a time where that is faster."""
+        step = None if full_grid is not None else self._at_once(mlp, x, cut.windows)
+        if step is None or step >= x.shape[0]:
+            return self._convolved(mlp, x, cut, selected, full_grid)
+        some = [slice(first, first + step) for first in range(0, x.shape[0], step)]
+        return torch.cat([self._convolved(mlp, x[own], cut, selected.of_images(own), None) for own in some])
+
+    def _at_once(self, mlp: Any, x: Tensor, windows: Windows) -> int | None:
+        """Of how many images the hidden features of a map are little enough memory to be there again; None: of all."""
+        wide: int | None = getattr(getattr(mlp, self.widening), "out_features", None)
+        if wide is None or torch.is_grad_enabled() or by_product(x):
+            return None
+        return max(1, REUSED // (windows.grid[0] * windows.grid[1] * wide * x.element_size()))
+
+    def _convolved(self, mlp: Any, x: Tensor, cut: Cut, selected: WindowPartition, full_grid: FullGrid | None) -> Any:
+        """Its own forward, with the whole map between its linear layers."""
         shown, activation = self.shown(mlp, full_grid), getattr(mlp, self.activation)
         widening = shown.get(self.widening, getattr(mlp, self.widening))
         parts = {

@@ -16,6 +16,8 @@ import evopatch
 from evopatch import EvoConfig
 from evopatch.algorithm.window_selection import match_tokens
 from evopatch.algorithm.windows import Windows
+from evopatch.forward import reduced_blocks
+from evopatch.forward.reduced_blocks import ConvolvingBlocks
 
 
 def attend(attention, asking, everything, grid):
@@ -118,6 +120,21 @@ def test_one_representative_stands_for_tokens_not_for_squares(name):
     selection = evopatch.token_selection(model, x)
     assert selection[:, -1].sum(dim=(1, 2)).tolist() == [64, 64]  # a quarter of 256 places, shown on the first grid
     assert moved(call(model, x), call(build(name), x)) > 1e-4
+
+
+@every({"pvt_v2", "hf_pvt_v2", "hf_segformer"}, fast={"pvt_v2"})
+@pytest.mark.parametrize("representative", ["matched", "single"])
+@torch.no_grad()
+def test_some_images_at_a_time_are_the_same(name, representative, monkeypatch):
+    model, x = patched(name, EvoConfig(representative=representative)), images_for(name, 3)
+    expected, calls = call(model, x), []
+    run = ConvolvingBlocks._convolved
+    monkeypatch.setattr(ConvolvingBlocks, "_convolved", lambda *args: (calls.append(len(args[2])), run(*args))[1])
+    for size, number in ((2**24, {3}), (1, {1})):
+        calls.clear()
+        monkeypatch.setattr(reduced_blocks, "REUSED", size)
+        torch.testing.assert_close(call(model, x), expected, atol=1e-5, rtol=1e-5)
+        assert set(calls) == number
 
 
 @torch.no_grad()
