@@ -8,7 +8,7 @@ import timm
 import torch
 from comparing import moved
 from internals import plans, say_again
-from matrix import every
+from matrix import every, patched
 from timm.utils.model import reparameterize_model
 from torch import nn
 from transformers import LevitConfig, LevitForImageClassification
@@ -261,3 +261,22 @@ def test_profile_of_a_pruned_model_at_keep_ratio_one():
     model = evopatch.apply(build("levit"), keep_ratio=1.0)
     model.prune_intermediate_layers([1])
     assert [b.tokens for b in evopatch.profile(model, (3, 40, 40)).blocks] == [25, 25, 9, 9, 9]
+
+
+@torch.no_grad()
+def test_an_image_size_is_a_number_where_sizes_are_symbols():
+    """All that follows from it would be a formula otherwise, and take minutes to compile."""
+    torch._dynamo.reset()
+    model, x = patched("levit"), images_for("levit")
+    sizes = []
+
+    def backend(module, _inputs):
+        values = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
+        sizes.extend(value.shape for value in values if isinstance(value, torch.Tensor) and value.dim() == 4)
+        return module.forward
+
+    out = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)(x)
+    torch.testing.assert_close(out, model(x))
+    (images,) = (size for size in sizes if size[1] == 3 and isinstance(size[0], torch.SymInt))
+    assert list(map(str, images[2:])) == list(map(str, x.shape[2:]))
+    assert str(images[0]) != str(x.shape[0])
