@@ -258,7 +258,9 @@ class Workers:
         if cell not in self._ready:
             return {**failed, "error": "not ready in time, see --compile-minutes, or killed"}
         self._pipes[cell].send("go")
-        return _received(self._pipes[cell]) or {**failed, "error": "died while it was measured"}
+        record = _received(self._pipes[cell]) or {**failed, "error": "died while it was measured"}
+        self._processes[cell].join(timeout=30)  # it holds memory of the device until it ends
+        return record
 
 
 def _received(pipe: Any) -> Any:
@@ -321,8 +323,8 @@ def main() -> None:
     versions = {"torch": torch.__version__, "timm": timm.__version__, "evopatch": evopatch.__version__}
     with Progress(console=Console(stderr=True)) as progress:
         compiling, timing = (progress.add_task(what, total=len(cells)) for what in ("compiling", "timing"))
-        for first in range(0, len(cells), arguments.at_once):
-            some = cells[first : first + arguments.at_once]
+        for first in range(0, len(cells), max(1, arguments.at_once)):
+            some = cells[first : first + max(1, arguments.at_once)]
             workers = Workers(some, arguments)
             workers.wait(partial(progress.advance, compiling))
             for cell in some:

@@ -7,6 +7,7 @@ from typing import Any
 from timm.models.levit import Levit
 from torch import Tensor, nn
 
+from evopatch.algorithm.rows import exporting
 from evopatch.errors import UnsupportedInputError
 from evopatch.forward.walk import PatchedHost, refuse_symbolic, walk
 from evopatch.patching.adapter import HostSpec
@@ -37,7 +38,8 @@ class SlowFastLevit(PatchedHost):
         assert self._evo_state.spec.pyramid is not None
         rows, columns = self._evo_state.spec.pyramid.grids[0]
         # Compiled with symbolic sizes, these are numbers from here on: all that follows from them would take minutes.
-        if (x.shape[-2], x.shape[-1]) == (rows * self.stem.stride, columns * self.stem.stride):
+        own = rows * self.stem.stride, columns * self.stem.stride
+        if not exporting() and (x.shape[-2], x.shape[-1]) == own:
             return
         found = tuple(-(-side // self.stem.stride) for side in x.shape[-2:])
         if found != (rows, columns):

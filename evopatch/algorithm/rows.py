@@ -91,7 +91,7 @@ def weighted_row_sums(values: Tensor, weight: Tensor, group: Tensor, rows: int) 
     weight = weight.to(values.dtype)
     if not by_product(values):
         row, flat = flat_rows(group, rows), values.reshape(-1, channels)
-        if torch._C._functorch.is_functorch_wrapped_tensor(values):  # torch.func knows index_add
+        if _differentiated_otherwise(values, weight):
             sums = values.new_zeros(batch * rows, channels).index_add(0, row, flat * weight.reshape(-1, 1))
         elif values.requires_grad and torch.is_grad_enabled():
             sums = _Bags.apply(flat, weight.flatten(), row, batch * rows)
@@ -112,10 +112,16 @@ def weighted_row_sums(values: Tensor, weight: Tensor, group: Tensor, rows: int) 
         return (torch.cat(products, dim=1) if len(products) > 1 else products[0])[:, :rows]
 
 
+def _differentiated_otherwise(values: Tensor, weight: Tensor) -> bool:
+    """Whether more is asked for than a gradient of the values: `torch.func`, forward mode, or one of the weights."""
+    in_forward_mode: bool = torch.autograd.forward_ad._current_level >= 0
+    return in_forward_mode or weight.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(values)
+
+
 def _bags(values: Tensor, weight: Tensor, row: Tensor, rows: int) -> Tensor:
     """The same of vectors `(T, C)`: `(rows, C)`. In a third of the time of `index_add`, without a second `(T, C)`."""
     tokens = row.argsort(stable=True)
-    counts = row.bincount(minlength=rows)
+    counts = row.new_zeros(rows).scatter_add(0, row, torch.ones_like(row))
     first = counts.cumsum(0) - counts
     return F.embedding_bag(tokens, values, first, mode="sum", per_sample_weights=weight.index_select(0, tokens))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loop_reference import matched_reference, top
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evopatch import UnsupportedInputError
 from evopatch.algorithm import rows as algorithm_rows
@@ -282,3 +283,27 @@ def test_sums_are_the_same_as_products(tensors, monkeypatch, autocast):
     half = weighted_row_sums(x.bfloat16(), weight, group, rows)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), expected, atol=0.05, rtol=0.05)
+
+
+def test_sums_of_rows_have_every_derivative():
+    """Of the second order, forward, of the weights; and shapes without values."""
+    generator = torch.Generator().manual_seed(0)
+    group = torch.tensor([[0, 2, 2, 1], [1, 1, 0, 1]])  # a row without a token
+    values = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(2, 4, generator=generator, dtype=torch.float64)
+
+    def sums(values, weight=weight):
+        return weighted_row_sums(values, weight, group, 4)
+
+    expected = torch.stack(
+        [torch.stack([(weight[b, group[b] == r, None] * values[b, group[b] == r]).sum(0) for r in range(4)])
+         for b in range(2)]
+    )  # fmt: skip
+    torch.testing.assert_close(sums(values), expected)
+    with torch.no_grad():
+        assert torch.equal(sums(values), sums(values.requires_grad_()))
+    assert torch.autograd.gradcheck(sums, (values,), check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: sums(x).pow(3), (values,))
+    assert torch.autograd.gradcheck(sums, (values, weight.requires_grad_()))
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert sums(fake.from_tensor(values.detach())).shape == (2, 4, 3)

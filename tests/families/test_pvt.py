@@ -122,6 +122,25 @@ def test_one_representative_stands_for_tokens_not_for_squares(name):
     assert moved(call(model, x), call(build(name), x)) > 1e-4
 
 
+@every(REDUCED, fast={"pvt_v2"})
+@torch.no_grad()
+def test_a_hook_on_a_norm_changes_what_it_says_and_no_more(name):
+    model, x = patched(name), images_for(name)
+    expected = call(model, x)
+    norms = [
+        module
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] in ("norm1", "layer_norm_1", "layernorm_before")
+    ]
+    assert norms
+    handles = [norm.register_forward_hook(lambda _module, _args, _out: None) for norm in norms]
+    torch.testing.assert_close(call(model, x), expected, atol=1e-5, rtol=1e-5)
+    for handle in handles:
+        handle.remove()
+    norms[-1].register_forward_hook(lambda _module, _args, out: 3 * out)
+    assert moved(call(model, x), expected) > 1e-3
+
+
 @every({"pvt_v2", "hf_pvt_v2", "hf_segformer"}, fast={"pvt_v2"})
 @pytest.mark.parametrize("representative", ["matched", "single"])
 @torch.no_grad()
