@@ -20,7 +20,7 @@ from ..algorithm.window_selection import WindowPartition, merge_windows
 from ..algorithm.windows import Windows
 from ..errors import UnsupportedInputError
 from ..rewrite.view import Call, View, check_steered
-from .hooks import FullGrid, wants_tokens
+from .hooks import FullGrid
 from .window_blocks import Cut, WindowedBlocks
 
 NOTICE = (
@@ -91,8 +91,9 @@ class ReducedBlocks(WindowedBlocks):
         self, block: Any, tokens: Tensor, cut: Cut, selected: WindowPartition, full_grid: FullGrid | None
     ) -> dict[str, Any]:
         assert self.norm is not None
-        norm = getattr(block, self.norm)
-        everything = norm(tokens)
+        # By its own call and once, for those who ask as well: so its hooks see, and may change, what all tokens give.
+        everything = getattr(block, self.norm)(tokens)
+        asking = merge_windows(everything, selected, cut.windows)
         run = partial(
             self._ask if self.inside_attention else self._answer,
             everything=everything,
@@ -100,11 +101,7 @@ class ReducedBlocks(WindowedBlocks):
             full_grid=full_grid,
         )
         attention = called(block, self.attention, block._evo_name, run, full_grid)
-        if not wants_tokens(norm):
-            return {self.attention: attention}
-        # Its hooks see all tokens, once; what they change reaches those who ask as well.
-        change = merge_windows(everything - norm.forward(tokens), selected, cut.windows)
-        return {self.norm: lambda x: norm.forward(x) + change, self.attention: attention}
+        return {self.norm: lambda x: asking, self.attention: attention}
 
     def _ask(
         self,

@@ -44,7 +44,7 @@ def slow_fast(block, x, grid, group, rows):
         return torch.stack([tokens[0, own].mean(0) for own in members])[None]
 
     entry = means(x)
-    compact = entry + attend(block.attn, block.norm1(entry), block.norm1(x), grid)
+    compact = entry + attend(block.attn, means(block.norm1(x)), block.norm1(x), grid)
     hidden = block.mlp.fc1(block.norm2(compact))[:, group]  # every token the features of its row
     hidden = block.mlp.relu(hidden.transpose(1, 2).unflatten(2, grid))
     convolved = block.mlp.act(block.mlp.dwconv(hidden).flatten(2).transpose(1, 2))
