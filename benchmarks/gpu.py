@@ -323,8 +323,8 @@ def main() -> None:
     versions = {"torch": torch.__version__, "timm": timm.__version__, "evopatch": evopatch.__version__}
     with Progress(console=Console(stderr=True)) as progress:
         compiling, timing = (progress.add_task(what, total=len(cells)) for what in ("compiling", "timing"))
-        for first in range(0, len(cells), max(1, arguments.at_once)):
-            some = cells[first : first + max(1, arguments.at_once)]
+        at_once = max(1, arguments.at_once)
+        for some in (cells[first : first + at_once] for first in range(0, len(cells), at_once)):
             workers = Workers(some, arguments)
             workers.wait(partial(progress.advance, compiling))
             for cell in some:

@@ -34,8 +34,11 @@ class _FeaturesView(View):
 def features_of(*stages: type[nn.Module]) -> type[nn.Module]:
     """What `isinstance` takes a feature extractor for that holds any of these stages."""
 
-    class Features(type):
+    class HoldsStages(type):
         def __instancecheck__(cls, module: Any) -> bool:
             return isinstance(module, FeatureDictNet) and any(isinstance(part, stages) for part in module.children())
 
-    return Features("Features", (), {"__module__": __name__})  # type: ignore[return-value]
+    class Features(nn.Module, metaclass=HoldsStages):
+        pass
+
+    return Features

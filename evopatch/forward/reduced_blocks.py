@@ -94,28 +94,18 @@ class ReducedBlocks(WindowedBlocks):
         # By its own call and once, for those who ask as well: so its hooks see, and may change, what all tokens give.
         everything = getattr(block, self.norm)(tokens)
         asking = merge_windows(everything, selected, cut.windows)
-        run = partial(
-            self._ask if self.inside_attention else self._answer,
-            everything=everything,
-            grid=cut.windows.grid,
-            full_grid=full_grid,
-        )
+        run = partial(self._answer, everything=everything, grid=cut.windows.grid, full_grid=full_grid)
+        if self.inside_attention:
+            run = partial(self._ask, answer=run, full_grid=full_grid)
         attention = called(block, self.attention, block._evo_name, run, full_grid)
         return {self.norm: lambda x: asking, self.attention: attention}
 
     def _ask(
-        self,
-        attention: Any,
-        *args: Any,
-        everything: Tensor,
-        grid: tuple[int, int],
-        full_grid: FullGrid | None,
-        **kwargs: Any,
+        self, attention: Any, *args: Any, answer: Callable[..., Any], full_grid: FullGrid | None, **kwargs: Any
     ) -> Any:
         """What an attention runs that holds another one, on a compact set `(B, M, C)`: its own forward."""
         (inner,) = self.inside_attention
-        run = partial(self._answer, everything=everything, grid=grid, full_grid=full_grid)
-        parts = {**self.shown(attention, full_grid), inner: called(attention, inner, "attention", run, full_grid)}
+        parts = {**self.shown(attention, full_grid), inner: called(attention, inner, "attention", answer, full_grid)}
         return View(attention, parts).forward(*args, **kwargs)
 
     def _answer(
