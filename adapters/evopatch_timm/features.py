@@ -39,6 +39,6 @@ def features_of(*stages: type[nn.Module]) -> type[nn.Module]:
             return isinstance(module, FeatureDictNet) and any(isinstance(part, stages) for part in module.children())
 
     class Features(nn.Module, metaclass=HoldsStages):
-        pass
+        __qualname__ = "Features"  # as errors name it
 
     return Features

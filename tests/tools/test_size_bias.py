@@ -1,5 +1,6 @@
-"""benchmarks/size_bias.py: sizes as channels are sizes as a bias."""
+"""benchmarks/size_bias.py: sizes as channels are sizes as a bias; benchmarks/gpu_shapes.py: other shapes, same result."""
 
+import gpu_shapes
 import pytest
 import size_bias
 import torch
@@ -20,3 +21,12 @@ def test_every_way_is_timed():
     found = size_bias.measure(1, 2, 12, torch.device("cpu"), torch.float32, 2)
     assert list(found) == ["no bias", "bias", "rows of 8", "channels", "making channels"]
     assert all(float(value) > 0 for value in found.values())
+
+
+def test_shapes_that_suit_a_gpu_change_no_result():
+    found = gpu_shapes.ways(2, 18, 13, "cpu", torch.float32)
+    for name, (as_it_comes, done, *_) in found.items():
+        expected, out = as_it_comes(), done()
+        out = out.transpose(1, 2) if name.startswith("a look") else out[..., : expected.shape[-1]]
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert len(found) == 3
