@@ -1,4 +1,4 @@
-"""benchmarks/size_bias.py: sizes as channels are sizes as a bias; benchmarks/gpu_shapes.py: other shapes, same result."""
+"""benchmarks/size_bias.py: sizes as channels are sizes as a bias; gpu_shapes.py: other shapes, the same result."""
 
 import gpu_shapes
 import pytest
