@@ -2,13 +2,13 @@
 
     python benchmarks/gpu.py --output results
 
-Each cell has a process of its own, and as many as --at-once compile side by side; after that, or after
---compile-minutes, those that are ready take turns on the device, where nothing else runs while one is timed. Compiling
-sets the pace: about a minute a core for two sides of one cell. Sides alternate within each round: unpatched, patched
-with the default configuration at keep_ratio=0.5 and, for flat models, patched with foresight, and token merging at the
-mildest setting that needs no more FLOPs. Ways to run: eager, compiled (fullgraph=True), and both of them replayed from
-a CUDA graph. Weights and images are random. Writes gpu.json and prints tables. Without a GPU, a small run shows that
-the script works:
+Each cell has a process of its own, and as many as --at-once compile side by side. As soon as one is ready it is timed,
+and all others are stopped meanwhile. Compiling sets the pace: about a minute a core for two sides of one cell, and two
+for token merging. Sides that aren't being compiled after --compile-minutes are left out. Within each round sides
+alternate: unpatched, patched with the default configuration at keep_ratio=0.5 and, for flat models, patched with
+foresight, and token merging at the mildest setting that needs no more FLOPs. Ways to run: eager, compiled
+(fullgraph=True), and both of them replayed from a CUDA graph. Weights and images are random. Writes gpu.json and prints
+tables. Without a GPU, a small run shows that the script works:
 
     python benchmarks/gpu.py deit_tiny_patch16_224:1 --device cpu --dtype float32 --no-train
 """
@@ -18,13 +18,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -54,6 +57,8 @@ CELLS = (
 TRAINED = ("deit_base_patch16_224", 128)
 ATTENTION = {"flash": "flash", "fmha": "memory-efficient", "cudnn": "cuDNN"}
 """What names of kernels say."""
+LONGEST_COMPILATION = 60.0
+"""Seconds, of one side."""
 LONG_ENOUGH = 0.01
 """Seconds that a timed call takes at least: it repeats forwards until then."""
 SIDES = ("patched", "foresight", "token merging")
@@ -122,7 +127,7 @@ def kernels(call: Callable[[], object], device: torch.device) -> tuple[int, list
     ]
     times.sort(key=lambda entry: -entry[2])
     kinds = sorted({kind for name, _, _ in times for word, kind in ATTENTION.items() if word in name.lower()})
-    return sum(count for _, count, _ in times), kinds, times[:25]
+    return sum(count for _, count, _ in times), kinds, times[:40]
 
 
 class Cell:
@@ -133,9 +138,10 @@ class Cell:
         batch_size: Images.
         train: Time forward and backward instead of a forward.
         arguments: Of the command line.
+        deadline: Sides that aren't being compiled by then, in seconds since the epoch, are left out.
     """
 
-    def __init__(self, name: str, batch_size: int, train: bool, arguments: argparse.Namespace) -> None:
+    def __init__(self, name: str, batch_size: int, train: bool, arguments: argparse.Namespace, deadline: float) -> None:
         self.arguments, self.train, self.device = arguments, train, torch.device(arguments.device)
         self.record: dict[str, Any] = {"model": name, "batch_size": batch_size, "train": train}
         dtype = getattr(torch, arguments.dtype)
@@ -148,8 +154,11 @@ class Cell:
         self.record["flops"] = {side: count / flops["unpatched"] for side, count in flops.items()}
         self.calls = {"eager": {side: self._step(model) for side, model in self.models.items()}}
         if arguments.compile:
+            self.calls["compiled"] = {}
             try:
-                self.calls["compiled"] = {side: self._compiled(model) for side, model in self.models.items()}
+                for side, model in self.models.items():
+                    if time.time() < deadline:
+                        self.calls["compiled"][side] = self._compiled(model)
             except Exception:
                 self.record["error"] = traceback.format_exc()
 
@@ -173,8 +182,10 @@ class Cell:
         self.record["seconds"] = {}
         with torch.set_grad_enabled(self.train):
             for way, calls in self.calls.items():
+                if "unpatched" not in calls:
+                    continue
                 self._measure(way, calls)
-                if self.device.type == "cuda" and not self.train:
+                if self.device.type == "cuda":
                     self._measure(f"{way}, CUDA graph", {side: graphed(call) for side, call in calls.items()})
                     torch.cuda.empty_cache()
 
@@ -186,7 +197,8 @@ class Cell:
         for side, call in calls.items():
             # On the CPU tensors are counted, those of compiled code can't be.
             memory[side] = peak_memory(call, self.device) if way == "eager" or self.images.is_cuda else None
-            launches[side], attention[side], slowest[side] = kernels(call, self.device)
+            if self.arguments.profile:
+                launches[side], attention[side], slowest[side] = kernels(call, self.device)
             repeatable[side] = self._repeatable(side, call)
         found = {"memory": memory, "kernels": launches, "attention": attention, "slowest": slowest}
         for key, values in {**found, "repeatable": repeatable}.items():
@@ -199,7 +211,7 @@ class Cell:
         return all(torch.equal(first, again) for again in (call() for _ in range(3)) if isinstance(again, Tensor))
 
 
-def work(cell: tuple[str, int, bool], arguments: argparse.Namespace, pipe: Any) -> None:
+def work(cell: tuple[str, int, bool], arguments: argparse.Namespace, deadline: float, pipe: Any) -> None:
     """A cell's process: says when it is ready, measures when told to, and gives its record."""
     record: dict[str, Any] = dict(zip(("model", "batch_size", "train"), cell, strict=True))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -207,7 +219,7 @@ def work(cell: tuple[str, int, bool], arguments: argparse.Namespace, pipe: Any) 
         torch.set_num_threads(1)
     made = None
     try:
-        made = Cell(*cell, arguments)
+        made = Cell(*cell, arguments, deadline)
         record = made.record
         if made.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -232,35 +244,62 @@ class Workers:
     """
 
     def __init__(self, cells: list[tuple[str, int, bool]], arguments: argparse.Namespace) -> None:
+        self._waiting, self._arguments = list(cells), arguments
+        self._running: dict[Connection, tuple[tuple[str, int, bool], Any]] = {}
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """A record of each cell, in the order in which they are ready."""
+        deadline = time.time() + 60 * self._arguments.compile_minutes
+        while self._waiting or self._running:
+            while self._waiting and len(self._running) < max(1, self._arguments.at_once):
+                self._start(self._waiting.pop(0), deadline)
+            # What is being compiled then is waited for.
+            ready = wait(list(self._running), max(0.0, deadline + LONGEST_COMPILATION - time.time()))
+            if not ready:
+                yield from self._given_up()
+                return
+            for pipe in ready:
+                yield self._measured(cast(Connection, pipe))
+
+    def _start(self, cell: tuple[str, int, bool], deadline: float) -> None:
         context = torch.multiprocessing.get_context("spawn")
-        self._pipes: dict[tuple[str, int, bool], Any] = {}
-        self._processes: dict[tuple[str, int, bool], Any] = {}
-        self._ready: set[tuple[str, int, bool]] = set()
-        for cell in cells:
-            self._pipes[cell], end = context.Pipe()
-            self._processes[cell] = context.Process(target=work, args=(cell, arguments, end), daemon=True)
-            self._processes[cell].start()
-            end.close()
-        self._deadline = time.monotonic() + 60 * arguments.compile_minutes
+        pipe, end = context.Pipe()
+        process = context.Process(target=work, args=(cell, self._arguments, deadline, end), daemon=True)
+        process.start()
+        end.close()
+        self._running[pipe] = cell, process
 
-    def wait(self, on_ready: Callable[[], object]) -> None:
-        """Until all are ready, have died, or ran out of time."""
-        for cell, pipe in self._pipes.items():
-            if pipe.poll(max(0.0, self._deadline - time.monotonic())) and _received(pipe) == "ready":
-                self._ready.add(cell)
-            else:
-                self._processes[cell].kill()
-            on_ready()
+    def _measured(self, pipe: Connection) -> dict[str, Any]:
+        record = None
+        if _received(pipe) == "ready":
+            with self._alone(pipe):
+                pipe.send("go")
+                record = _received(pipe)
+        cell, process = self._running.pop(pipe)
+        process.join(timeout=30)  # it holds memory of the device until it ends
+        return record or _failed(cell, "its process died")
 
-    def measure(self, cell: tuple[str, int, bool]) -> dict[str, Any]:
-        """One cell's record."""
-        failed = dict(zip(("model", "batch_size", "train"), cell, strict=True))
-        if cell not in self._ready:
-            return {**failed, "error": "not ready in time, see --compile-minutes, or killed"}
-        self._pipes[cell].send("go")
-        record = _received(self._pipes[cell]) or {**failed, "error": "died while it was measured"}
-        self._processes[cell].join(timeout=30)  # it holds memory of the device until it ends
-        return record
+    @contextmanager
+    def _alone(self, pipe: Connection) -> Iterator[None]:
+        """All others are stopped meanwhile."""
+        others = [process.pid for other, (_, process) in self._running.items() if other is not pipe]
+        for pid in others:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in others:
+                os.kill(pid, signal.SIGCONT)
+
+    def _given_up(self) -> Iterator[dict[str, Any]]:
+        for _, process in self._running.values():
+            process.kill()
+        for cell in [*(cell for cell, _ in self._running.values()), *self._waiting]:
+            yield _failed(cell, "not ready in time, see --compile-minutes")
+
+
+def _failed(cell: tuple[str, int, bool], why: str) -> dict[str, Any]:
+    return {**dict(zip(("model", "batch_size", "train"), cell, strict=True)), "error": why}
 
 
 def _received(pipe: Any) -> Any:
@@ -307,7 +346,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--compile-minutes", type=float, default=5.0, help="cells that aren't ready then are left out")
+    parser.add_argument(
+        "--compile-minutes", type=float, default=5.0, help="sides that aren't being compiled then are left out"
+    )
+    parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True, help="count and name kernels")
     cells_at_once = max(1, 3 * (os.cpu_count() or 1) // 4)
     parser.add_argument("--at-once", type=int, default=cells_at_once, help="so many cells are compiled at once")
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
@@ -322,23 +364,20 @@ def main() -> None:
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device
     versions = {"torch": torch.__version__, "timm": timm.__version__, "evopatch": evopatch.__version__}
     with Progress(console=Console(stderr=True)) as progress:
-        compiling, timing = (progress.add_task(what, total=len(cells)) for what in ("compiling", "timing"))
-        at_once = max(1, arguments.at_once)
-        for some in (cells[first : first + at_once] for first in range(0, len(cells), at_once)):
-            workers = Workers(some, arguments)
-            workers.wait(partial(progress.advance, compiling))
-            for cell in some:
-                records.append(workers.measure(cell))
-                progress.advance(timing)
-                content = {"device": device, "dtype": arguments.dtype, "versions": versions, "cells": records}
-                (arguments.output / "gpu.json").write_text(json.dumps(content, indent=1))
+        task = progress.add_task("cells", total=len(cells))
+        for record in Workers(cells, arguments).records():
+            records.append(record)
+            progress.advance(task)
+            content = {"device": device, "dtype": arguments.dtype, "versions": versions, "cells": records}
+            (arguments.output / "gpu.json").write_text(json.dumps(content, indent=1))
+    records.sort(key=lambda record: cells.index((record["model"], record["batch_size"], record["train"])))
     console = Console(width=140)
     for way in dict.fromkeys(way for record in records for way in record.get("seconds", {})):
         console.print(table_of(records, way))
     console.print(f"{device}, {arguments.dtype}, {arguments.rounds} rounds, torch {torch.__version__}")
     for record in records:
-        for way, kinds in record.get("attention", {}).items():
-            console.print(record["model"], record["batch_size"], way, kinds, record["repeatable"][way])
+        for way, same in record.get("repeatable", {}).items():
+            console.print(record["model"], record["batch_size"], way, record["attention"][way], "repeatable:", same)
         if "error" in record:
             console.print(f"{record['model']}, batch {record['batch_size']}: {record['error']}", markup=False)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .padding import without
 from .partition import Partition
-from .rows import exporting, on_accelerator
+from .rows import exporting, filled_up, on_accelerator
 
 
 def class_attention(
@@ -80,7 +80,8 @@ def folded_attention(folded: Tensor, tokens: Tensor, left_out: Tensor | None = N
     """
     if on_accelerator(tokens):
         # Rows of an odd number of tokens would take four times as long.
-        logits = torch.bmm(tokens, folded.transpose(1, 2)).transpose(1, 2)
+        wide = filled_up(folded, axis=-2)
+        logits = torch.bmm(tokens, wide.transpose(1, 2)).transpose(1, 2)[:, : folded.shape[1]]
     else:
         logits = torch.bmm(folded, tokens.transpose(1, 2))
     logits = without(logits, None if left_out is None else left_out.unsqueeze(1))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .padding import without
-from .rows import flat_rows, weighted_row_sums
+from .rows import flat_rows, weighted_row_sums, written
 
 
 # Without properties, which torch.compile before torch 2.11 doesn't follow in a tuple with names.
@@ -115,7 +115,7 @@ def merge(x: Tensor, partition: Partition) -> Tensor:
     """`(B, T, C)` tokens to the `(B, M, C)` compact set: each row the weighted mean of its tokens (equation 5)."""
     compact = weighted_row_sums(x, partition.weight, partition.group, partition.rows_there())
     # Contiguous, as blocks may take a view of it.
-    return (compact if partition.complete else compact[:, :-1]).contiguous()
+    return written(compact if partition.complete else compact[:, :-1])
 
 
 def distribute(x: Tensor, change: Tensor, partition: Partition) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import UnsupportedInputError
 from .padding import without
 from .partition import Partition, with_prefix
-from .rows import filled_up, is_fixed, limited, rounded_share, row_sums, top
+from .rows import filled_up, is_fixed, limited, rounded_share, row_sums, top, whole
 
 
 def num_slow(num_patches: int, keep_ratio: float) -> int:
@@ -62,9 +62,14 @@ def select_top(g: Tensor, keep: int, prefix: int, representative: bool, left_out
 
 def similarities(rows: Tensor, columns: Tensor) -> Tensor:
     """Products of vectors `(B, N, C)` and `(B, L, C)`: `(B, N, L)`."""
-    wide = filled_up(columns, axis=-2, enough=4)  # there the copy takes as long as it saves
-    products = torch.bmm(rows, wide.transpose(1, 2))
-    return products if wide is columns else products[..., : columns.shape[1]]
+    number, channels = columns.shape[1:]
+    # In eager mode a copy is a kernel of its own, and takes as long as it saves where it is larger than the products.
+    if torch.compiler.is_compiling() or number > channels:
+        wide = filled_up(columns, axis=-2)
+        if wide is not columns:
+            products = torch.bmm(wide if rows is columns else rows, wide.transpose(1, 2))
+            return products[:, : rows.shape[1], :number]
+    return torch.bmm(rows, columns.transpose(1, 2))
 
 
 def select_matched(
@@ -115,7 +120,7 @@ def select_matched(
     if left_out is not None:
         slow, group, rows_there = slow & ~left_out, group.masked_fill(left_out, keep), rows_there + 1
     group = with_prefix(group, prefix)
-    share = g.clamp_min(torch.finfo(g.dtype).tiny).sqrt()
+    share = whole(g.clamp_min(torch.finfo(g.dtype).tiny).sqrt())
     if prefix:
         share = F.pad(share, (prefix, 0), value=1.0)
     total, size = row_sums(group, rows_there, share, torch.ones_like(share))

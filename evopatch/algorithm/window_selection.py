@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .importance import detached
 from .partition import Partition, merge
-from .rows import by_product, members, row_sums, top
+from .rows import by_product, exporting, members, row_sums, top
+from .selection import similarities
 from .windows import Windows, in_windows
 
 TIE = 1e-4
@@ -139,7 +140,8 @@ def match_tokens(metric: Tensor, keep: int, places: Tensor, windows: Windows, ma
     count, area = windows.number, windows.area
     tokens = windows.tokens(places)
     unit = in_windows(F.normalize(metric, dim=-1), tokens, windows)
-    similarity = unit @ unit.transpose(2, 3)
+    vectors = unit.flatten(0, 1)
+    similarity = similarities(vectors, vectors).view(batch, count, area, area)
     lowest = torch.finfo(similarity.dtype).min
     # Equal tokens, as in a plain background, need an order too: all but the first of them are redundant.
     typical = similarity.sum(dim=-1, dtype=torch.float32) - TIE * torch.arange(area, device=metric.device)
@@ -156,7 +158,7 @@ def match_tokens(metric: Tensor, keep: int, places: Tensor, windows: Windows, ma
     rows = keep + int(windows.padded)
     window = torch.arange(count, device=metric.device).view(count, 1)
     group = (leader + rows * window).flatten(1).index_select(1, places)
-    if by_product(metric):
+    if exporting():  # no token is in a row of another window
         size = (members(leader, rows) & is_token.unsqueeze(1)).sum(-1).flatten(1).float()
     else:
         (size,) = row_sums(group, count * rows, torch.ones(group.shape, device=metric.device))

@@ -7,6 +7,7 @@ import torch
 from comparing import moved
 from matrix import SAME_GRAPH, by_representative, cases, shallow_config
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from variants import FLAT, PYRAMIDS, build, call, images_for, shallow
 
 import evopatch
@@ -16,13 +17,25 @@ WINDOWED = ("swin", "swinv2_cr", "torchvision_swin", "torchvision_swinv2", "hf_s
 ROWS = [*by_representative((FLAT | PYRAMIDS | {*WINDOWED}) - SAME_GRAPH, ()), ("swin", "single"), ("hf_swin", "none")]
 
 
+class WholeSums(TorchDispatchMode):
+    """Fails where numbers are scattered and added that float32 doesn't add exactly."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__.startswith("scatter_add"):
+            assert torch.equal(args[3], args[3].round())
+            assert out.max() < 2**24
+        return out
+
+
 @cases(("name", "representative"), ROWS, fast=["vit", "hf_vit", "levit", ("swin", "matched"), ("hf_swin", "none")])
 @torch.no_grad()
 def test_compiles_to_one_graph_without_recompiling(name, representative):
     torch._dynamo.reset()
     model, x = build(name, **shallow(name)), images_for(name)
     evopatch.apply(model, config=shallow_config(name, representative))
-    expected = call(model, x)
+    with WholeSums():
+        expected = call(model, x)
     # torch.compile breaks the graph at the zero-argument super() of a subclass's method that walks.
     whole, backend = name not in ("subclass", "own_written_out"), CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=whole, backend=backend)
@@ -34,8 +47,9 @@ def test_compiles_to_one_graph_without_recompiling(name, representative):
     nodes = [node for graph in backend.graphs for node in graph.graph.nodes]
     called = {str(getattr(node.target, "__name__", node.target)) for node in nodes}
     assert ("topk" in called) == whole
-    # Sums into repeated rows are atomic additions in compiled code, in another order in every run.
-    assert not called & {"index_add", "index_add_", "scatter_add", "scatter_add_"}
+    # Sums into repeated rows are atomic additions in compiled code, in another order in every run. That changes nothing
+    # where whole numbers are added.
+    assert not called & {"index_add", "index_add_", "scatter_add_", "embedding_bag"}
     # Compiled for this keep ratio, not for any: that takes several times as long, and makes slower kernels.
     assert not any(isinstance(node.meta.get("example_value"), torch.SymInt | torch.SymFloat) for node in nodes)
 

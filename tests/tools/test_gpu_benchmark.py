@@ -26,7 +26,20 @@ def test_measures_and_leaves_out_what_is_not_ready(tmp_path, monkeypatch, capsys
     assert all(cell["repeatable"]["eager"].values())
     assert "foresight" in capsys.readouterr().out
 
+    monkeypatch.setattr(gpu, "LONGEST_COMPILATION", 0.0)
     monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(tmp_path / "late"), "--compile-minutes", "0"])
     gpu.main()
     (cell,) = json.loads((tmp_path / "late" / "gpu.json").read_text())["cells"]
     assert "not ready in time" in cell["error"]
+
+
+@pytest.mark.slow
+def test_leaves_out_sides_that_are_not_compiled_in_time(tmp_path, monkeypatch):
+    arguments = ["deit_tiny_patch16_224:1", "--device", "cpu", "--dtype", "float32", "--rounds", "1", "--no-train"]
+    late = ["--compile-minutes", "0", "--no-profile", "--sides", "patched"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments, *late, "--output", str(tmp_path)])
+    gpu.main()
+    (cell,) = json.loads((tmp_path / "gpu.json").read_text())["cells"]
+    assert "error" not in cell
+    assert cell["seconds"].keys() == {"eager"}
+    assert cell["kernels"] == {"eager": {}}
