@@ -1,6 +1,7 @@
-"""What shapes cost on a GPU: one call as its tensors come, and with rows filled up or the product transposed.
+"""What shapes cost on a GPU: one call as its tensors come, and as it is done here: with rows filled up, or transposed.
 
-Replayed from CUDA graphs, microseconds. Channels and heads are those of a ViT-B.
+Replayed from CUDA graphs, microseconds; those marked so are compiled. Channels and heads are those of a ViT-B, and in
+windows of 49 places those of the first stage of a Swin-T.
 
     python benchmarks/gpu_shapes.py 256,197,149 32,1370,1027
 
@@ -39,6 +40,12 @@ def ways(
     folded = torch.randn(images, QUERIES, CHANNELS, device=device, dtype=dtype)
     patches = x[:, 1:].contiguous()
     attend = F.scaled_dot_product_attention
+    group = torch.randint(rows, (images, tokens), device=device)
+    share = torch.rand(images, tokens, device=device).mul(2**18).round()
+    windows = torch.randn(8 * images, 49, CHANNELS // 8, device=device, dtype=dtype)
+    weight = torch.randn(CHANNELS, CHANNELS, device=device, dtype=dtype)
+    merged = torch.randn(images, rows + -rows % 8, CHANNELS, device=device, dtype=dtype)
+    one_by_one, sliced = torch.compile(_products, dynamic=False), torch.compile(_blocks, dynamic=False)
     return {
         f"attention with sizes, {rows} rows": (
             lambda: attend(query, key, value, bias),
@@ -53,7 +60,46 @@ def ways(
             lambda: torch.bmm(patches, patches.transpose(1, 2)),
             lambda: torch.bmm(patches, filled(patches, -2).transpose(1, 2)),
         ),
+        f"comparing {tokens - 1} tokens, compiled": (
+            lambda: one_by_one(patches, False),
+            lambda: one_by_one(patches, True),
+        ),
+        f"comparing in {8 * images} windows, compiled": (
+            lambda: one_by_one(windows, False),
+            lambda: one_by_one(windows, True),
+        ),
+        f"adding {tokens} tokens' shares": (
+            lambda: _compared(group, share, rows),
+            lambda: share.new_zeros(images, rows).scatter_add(1, group, share),
+        ),
+        f"linear layers and norms on {rows} merged rows, compiled": (
+            lambda: sliced(merged, weight, rows, False),
+            lambda: sliced(merged, weight, rows, True),
+        ),
     }
+
+
+def _products(x: Tensor, fill: bool) -> Tensor:
+    """Each vector's largest product with another one of its image."""
+    number, x = x.shape[1], x * 0.1
+    wide = filled(x, -2) if fill else x
+    return torch.bmm(wide, wide.transpose(1, 2))[:, :number, :number].amax(-1)
+
+
+def _compared(group: Tensor, share: Tensor, rows: int) -> Tensor:
+    """Sums over each row's tokens, in an order of their own."""
+    member = group.unsqueeze(1) == torch.arange(rows, device=group.device).unsqueeze(1)
+    return (share.unsqueeze(1) * member.to(share.dtype)).sum(-1)
+
+
+def _blocks(merged: Tensor, weight: Tensor, rows: int, copied: bool) -> Tensor:
+    """As long a chain of norms and linear layers as in two blocks, on a slice or a copy of it."""
+    x = merged[:, :rows].contiguous()
+    if copied:
+        x = x.as_strided(x.shape, x.stride())
+    for _ in range(4):
+        x = x + F.linear(F.layer_norm(x, (CHANNELS,)), weight)
+    return x
 
 
 def microseconds(call: Callable[[], Tensor], device: str) -> str:
