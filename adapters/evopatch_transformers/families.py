@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
+from .appended import AppendedInterface
 from .joined import GloballyJoined, JoinedInterface
 
 
@@ -56,12 +57,18 @@ class Family(NamedTuple):
     """Its model masks the tokens that fill up smaller images."""
     behind: Callable[[Any], int] = _none
     """Number of tokens behind the patch tokens, by the same; these are what is read then."""
+    mean: bool = False
+    """Patch tokens are ranked by what their mean attends to, not those behind them."""
     looks: Callable[[Any], bool] = _no
     """Whether it looks at the tokens between its layers, by the same."""
     own_attention: bool = False
     """Its attention modules don't call transformers' interface."""
     windows: type[JoinedInterface] | None = None
     """Its layers are given windows as images, of which some attend over all windows together: theirs is this."""
+    appended: type[AppendedInterface] | None = None
+    """Its layers put tokens behind their own for their attention, whose is this."""
+    aside: tuple[str, ...] = ()
+    """Attention modules of its layers that attend between other things than tokens."""
     joined: Callable[[Any], int] = _none
     """How many of its last layers stay as they are, by the same: other tokens join those of the image before them."""
     no_grid: str = ""
@@ -127,6 +134,10 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("rf_detr.modeling_rf_detr", "RfDetrDinov2Encoder"): Family(
         "layer", _one, windows=GloballyJoined, no_grid=_IN_WINDOWS
     ),
+    # Behind the first stage there are segments, not patches.
+    ("groupvit.modeling_groupvit", "GroupViTVisionEncoder"): Family(
+        "stages.0.layers", _none, behind=lambda config: int(config.num_group_tokens[0]), mean=True, own_attention=True
+    ),
     ("internvl.modeling_internvl", "InternVLVisionEncoder"): Family("layer", _one),
     ("dpt.modeling_dpt", "DPTViTEncoder"): Family("layer", _one),
     ("pixio.modeling_pixio", "PixioModel"): Family("layers", _class_tokens, readout=_class_tokens),
@@ -164,6 +175,9 @@ FAMILIES: dict[tuple[str, str], Family] = {
         no_grid=_NO_IMAGE,
     ),
     ("vivit.modeling_vivit", "VivitModel"): Family("layers", _one, no_grid=_NO_IMAGE),
+    ("x_clip.modeling_x_clip", "XCLIPVisionEncoder"): Family(
+        "layers", _one, appended=AppendedInterface, aside=("message_attn",)
+    ),
     ("yolos.modeling_yolos", "YolosEncoder"): Family(
         "layer",
         _one,

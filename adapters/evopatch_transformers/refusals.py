@@ -11,7 +11,6 @@ _DIVIDED = "divides attention between time and space"
 
 # By module, below transformers.models, and class.
 _REASONS = {
-    ("groupvit.modeling_groupvit", "GroupViTVisionEncoder"): "gathers its patch tokens into groups between layers",
     ("hiera.modeling_hiera", "HieraEncoder"): "attends inside windows whose tokens lie in an order of their own",
     ("imagegpt.modeling_imagegpt", "ImageGPTModel"): "attends to earlier tokens alone",
     ("pixtral.modeling_pixtral", "PixtralVisionModel"): _PACKED,
@@ -19,7 +18,6 @@ _REASONS = {
     ("timesformer.modeling_timesformer", "TimesformerEncoder"): _DIVIDED,
     ("videoprism.modeling_videoprism", "VideoPrismVisionModel"): _DIVIDED,
     ("vilt.modeling_vilt", "ViltModel"): "has the tokens of a text before the patch tokens",
-    ("x_clip.modeling_x_clip", "XCLIPVisionEncoder"): "adds a message of the other frames to its tokens in every layer",
 }
 
 

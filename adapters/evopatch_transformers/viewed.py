@@ -67,7 +67,8 @@ def plan(host: Any, state: HostState, family: Family) -> list[Change]:
     changes = [Change(host, SlowFastEncoder, attributes), *passages(host, state.index_of)]
     for name, layer in named_blocks(host, state):
         if family.own_attention:
-            check_fused(layer, name, state.spec.trace)
+            if family.biases(host.config):
+                check_fused(layer, name, state.spec.trace)
             changes += block_changes(layer, name, state, SlowFastBlock, OwnAttention)
         else:
             interface.check_attends(layer, name, state.spec.trace)

@@ -37,21 +37,23 @@ class ViTAdapter(Adapter):
             absent=() if biases else ("attention_mask",),
             leaf_functions=(function_of(host, family.rotates),) if _rotates(family) else (),
             replaced=_replaced(host, family),
+            aside=family.aside,
         )
         if not family.own_attention:
             trace = dataclasses.replace(trace, core_names=CORE_NAMES, cores=CORES)
         joined, behind = family.joined(host.config), family.behind(host.config)
-        readout = behind or family.readout(host.config)
+        readout = 0 if family.mean else behind or family.readout(host.config)
         return HostSpec(
             _first(host, family.blocks, joined) if joined else family.blocks,
             family.prefix(host.config) + behind,
             readout,
-            head_reads=0 if joined or behind else readout,
+            head_reads=0 if joined or behind or family.appended else readout,
             behind=behind,
+            appended=family.appended.rows if family.appended else 0,
             joined=family.windows.windows(host.config) if family.windows else 1,
             trace=trace,
             token_inputs=tables,
-            mask="" if biases or behind else "attention_mask",
+            mask="" if biases or behind or family.appended else "attention_mask",
             pads=family.pads,
         )
 
@@ -87,6 +89,8 @@ def _attention_of(family: Family, layer: nn.Module) -> type[TappedInterface]:
     """The mixin for a layer's attention module."""
     if family.windows is not None and family.windows.joins(layer):
         return family.windows
+    if family.appended is not None:
+        return family.appended
     return RotatedInterface if family.rotation else PlacedInterface if family.places else TappedInterface
 
 

@@ -70,6 +70,17 @@ class Partition(NamedTuple):
             return self
         return self._replace(group=self.group.roll(-behind, 1), weight=self.weight.roll(-behind, 1))
 
+    def appended(self, number: int) -> Partition:
+        """Of tokens and rows behind which there are more, each of them a row of its own.
+
+        Args:
+            number: So many. `T` and `M` become as many more; only `group`, `weight` and `rows` are those then.
+        """
+        own = torch.arange(self.rows, self.rows + number, device=self.group.device)
+        group = self.group if self.complete else self.group.masked_fill(self.group == self.rows, self.rows + number)
+        group = torch.cat([group, own.expand(group.shape[0], number)], dim=1)
+        return self._replace(group=group, weight=F.pad(self.weight, (0, number), value=1.0), rows=self.rows + number)
+
     def joined(self, windows: int) -> Partition:
         """Of tokens and rows that attend over several windows, each of which has an entry of its own here.
 

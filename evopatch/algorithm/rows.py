@@ -152,9 +152,8 @@ def _differentiated_otherwise(values: Tensor, weight: Tensor) -> bool:
 
 def _bags(values: Tensor, weight: Tensor, row: Tensor, rows: int) -> Tensor:
     """The same of vectors `(T, C)`: `(rows, C)`. In a third of the time of `index_add`, without a second `(T, C)`."""
-    tokens = row.argsort(stable=True)
-    counts = row.new_zeros(rows).scatter_add(0, row, torch.ones_like(row))
-    first = counts.cumsum(0) - counts
+    row, tokens = row.sort(stable=True)
+    first = torch.searchsorted(row, torch.arange(rows, device=row.device))
     return F.embedding_bag(tokens, values, first, mode="sum", per_sample_weights=weight.index_select(0, tokens))
 
 

@@ -73,7 +73,8 @@ class FullGrid:
         partition: Of the block's run.
         grid: Rows and columns where tokens lie in an image's layout, `(B, C, h, w)` or `(B, h, w, C)`.
         spec: The host's. Tensors of three axes are `(M, B, C)` with `tokens_first`, some hold `joined` entries of the
-            batch one after the other, and with layers that are `mixing` heads weights are those of one token.
+            batch one after the other, or `appended` rows behind all others, and with layers that are `mixing` heads
+            weights are those of one token.
         maps: Whether `(B, H, M, M)` is attention between tokens; else `M` channels of every token.
     """
 
@@ -95,6 +96,10 @@ class FullGrid:
         if spec.joined > 1:
             whole = dataclasses.replace(spec, joined=1)
             self._whole = FullGrid(everything, partition.joined(spec.joined), grid, whole, maps)
+        self._longer: FullGrid | None = None
+        if spec.appended:
+            shorter = dataclasses.replace(spec, appended=0)
+            self._longer = FullGrid(everything, partition.appended(spec.appended), grid, shorter, maps)
 
     def wants(self, module: nn.Module) -> bool:
         """Whether to call this module on all tokens."""
@@ -107,6 +112,7 @@ class FullGrid:
         shown = copy(self)
         shown._maps = self._maps and not normalises
         shown._whole = None if self._whole is None else self._whole.around(module)._evo_full_grid
+        shown._longer = None if self._longer is None else self._longer.around(module)._evo_full_grid
         return Shown(module, shown)
 
     def around_run(self, module: Any, run: Callable[..., Any]) -> Shown:
@@ -145,8 +151,12 @@ class FullGrid:
         tokens = partition.group.shape[1]
         if self._whole is not None and x.shape[0] == self._whole._partition.group.shape[0]:
             return self._whole._show(x)
+        if self._longer is not None and self._longer._partition.rows in x.shape[1:3]:
+            return self._longer._show(x)
         if x.dim() == 3 and self._tokens_first:
             return _spread(x.transpose(0, 1), partition).transpose(0, 1) if x.shape[0] == rows else x
+        if x.dim() == 3 and x.shape[0] != partition.group.shape[0]:  # (B * H, M, M) or (B * H, M, D)
+            return self._by_head(self._show, x, rows)
         if x.dim() == 3 and x.shape[1] == rows:
             return _spread(x, partition)
         if x.dim() != 4:
@@ -165,14 +175,25 @@ class FullGrid:
             return full.view(batch, tokens, heads, channels).transpose(1, 2)
         return _spread(x.flatten(2), partition).unflatten(2, x.shape[2:]) if x.shape[1] == rows else x  # (B, M, H, D)
 
+    def _by_head(self, change: Callable[[Any], Any], x: Tensor, tokens: int) -> Tensor:
+        images = self._partition.group.shape[0]
+        if x.shape[1] != tokens or x.shape[0] % images:
+            return x
+        changed: Tensor = change(x.unflatten(0, (images, -1)))
+        return changed.flatten(0, 1)
+
     def _hide(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or x.dim() < 3:
             return x
         partition, tokens = self._partition, self._partition.group.shape[1]
         if self._whole is not None and x.shape[0] == self._whole._partition.group.shape[0]:
             return self._whole._hide(x)
+        if self._longer is not None and self._longer._partition.group.shape[1] in x.shape[1:3]:
+            return self._longer._hide(x)
         if x.dim() == 3 and self._tokens_first:
             return merge(x.transpose(0, 1), partition).transpose(0, 1) if x.shape[0] == tokens else x
+        if x.dim() == 3 and x.shape[0] != partition.group.shape[0]:
+            return self._by_head(self._hide, x, tokens)
         if x.dim() == 3 and x.shape[1] == tokens:
             return merge(x, partition)
         if x.dim() != 4:

@@ -64,6 +64,8 @@ class HostSpec:
     behind: int = 0
     """How many of the prefix tokens stand behind the patch tokens in the host, such as YOLOS's detection tokens: the
     first ones by `prefix` and `readout`, in all that isn't the host's own code."""
+    appended: int = 0
+    """So many more tokens does a block put behind its own for its attention alone, such as X-CLIP's message."""
     joined: int = 1
     """Some blocks attend over so many windows together, which are images of their own to all else."""
     trace: TraceSpec = field(default_factory=TraceSpec)

@@ -39,6 +39,7 @@ class AttentionTap:
         mask: Of this forward pass.
         behind: How many of the prefix tokens stand behind the patch tokens, where all tokens go through the block.
         key_bias: Of the compact set; None where nothing is added.
+        images: `B`; None: attention logits have an axis for images.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class AttentionTap:
         mask: Mask | None = None,
         behind: int = 0,
         key_bias: KeyBias | None = None,
+        images: int | None = None,
     ) -> None:
+        self._images = images
         self.behind = behind
         # A compact set has no rows of tokens that are left out.
         self._mask = mask.whole if mask is not None and partition is None else None
@@ -165,13 +168,16 @@ class AttentionTap:
         module: nn.Module | Shown | None = None,
         by_token: bool = False,
     ) -> Tensor:
-        """Stands where a block takes the softmax of its `(B, H, M, M)` attention logits, maybe by an `nn.Softmax`; or
-        where it wants, `by_token`, the weight of one token of each group."""
+        """Stands where a block takes the softmax of its `(B, H, M, M)` or `(B * H, M, M)` attention logits, maybe by an
+        `nn.Softmax`; or where it wants, `by_token`, the weight of one token of each group."""
         self.used = True
+        if logits.dim() == 3 and self._images is not None and module is None:
+            by_head = logits.unflatten(0, (self._images, -1))
+            return self.softmax(by_head, dtype=dtype, by_token=by_token).flatten(0, 1)
         if logits.dim() != 4:
             raise UnsupportedInputError(
-                f"attention logits {tuple(logits.shape)} in {self.block}: expected four axes (B, H, T, T). Leave the "
-                "model unpatched, or write the attention so"
+                f"attention logits {tuple(logits.shape)} in {self.block}: expected four axes (B, H, T, T), or three "
+                "(B * H, T, T) and no nn.Softmax. Leave the model unpatched, or write the attention so"
             )
         bias = None if self._sizes_added else self._bias(None, logits)
         if bias is not None:

@@ -22,6 +22,7 @@ from .block import SlowFastBlock, answering_tokens, can_read_out, run_tapped, se
 from .forward_pass import ForwardPass
 from .hooks import FullGrid
 from .host_state import HostState
+from .launches import warn_if_launches_count
 from .layout import Layout, merged_tables
 from .learned import correction_of, foresight_of
 from .look_ahead import Look, can_look_ahead
@@ -124,6 +125,7 @@ class TokenPass(ForwardPass):
         first = self._first[index] = begin if self.compact else index
         compact = x
         if first == index:
+            warn_if_launches_count(x)
             compact = merge(x, partition)
             self._entries[index] = (x, compact)
         out = self._tapped(index, block, compact, named, partition, run, reads_out)
@@ -277,6 +279,7 @@ class TokenPass(ForwardPass):
             self.mask,
             spec.behind,
             None if partition is None else self._key_biases.get(index),
+            x.shape[0],
         )
         out = run(x, inputs, tap)
         if not tap.used:

@@ -25,6 +25,7 @@ from ..rewrite.view import View
 from .forward_pass import ForwardPass
 from .hooks import FullGrid
 from .host_state import HostState
+from .launches import warn_if_launches_count
 from .learned import correction_of
 from .window_blocks import Cut, WindowedBlocks
 
@@ -88,6 +89,7 @@ class WindowedPass(ForwardPass):
         if selected is None:
             return own(block, given, *inputs, **options)
         partition = selected.partition
+        warn_if_launches_count(tokens)
         entry = merge_windows(tokens, selected, cut.windows)
         full_grid = None
         if self.hooks_see:

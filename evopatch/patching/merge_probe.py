@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithm.bias import key_bias_of
-from ..algorithm.partition import Partition, with_prefix
+from ..algorithm.partition import Partition, spread, with_prefix
 from ..config import EvoConfig
 from ..errors import UnsupportedInputError, UnsupportedModelError
 from ..forward.beside import Beside
@@ -63,8 +63,8 @@ def check_merges(block: nn.Module, name: str, spec: HostSpec, patch: Patch) -> N
     try:
         runner = Runner(block, name, (*required_inputs(block), *spec.trace.absent))
         partition = partition.to(runner.device)
-        x = runner.random(1, partition.rows, channels)
-        every = layout.of_block(0, x.index_select(1, partition.group[0]))
+        x = runner.random(2, partition.rows, channels)
+        every = layout.of_block(0, spread(x, partition))
         expected = layout.of_tokens(runner(every, {}))
     except (UnsupportedModelError, *CANNOT_RUN):
         return
@@ -73,13 +73,13 @@ def check_merges(block: nn.Module, name: str, spec: HostSpec, patch: Patch) -> N
     changes.check(planned)
     changes.make(planned)
     key_bias = key_bias_of(partition)
-    tap = AttentionTap(spec.prefix, spec.readout, partition, observe=False, block=name, key_bias=key_bias)
+    tap = AttentionTap(spec.prefix, spec.readout, partition, False, block=name, key_bias=key_bias, images=2)
     try:
         out = run_tapped(runner.block, tap, layout.of_block(0, x, ordered=False), **runner.absent)
     except UnsupportedInputError as error:
         raise UnsupportedModelError(str(error)) from error
     found = layout.of_tokens(Beside(name).tokens_of(out), ordered=False)
-    if not runner.equal(found.index_select(1, partition.group[0]), expected):
+    if not runner.equal(spread(found, partition), expected):
         raise UnsupportedModelError(
             f"{name} ({type(block).__name__}) gives something else for tokens that are merged than for each of several "
             "equal ones: outside of its attention it counts tokens, or mixes them (by a mean or a norm over all of "
@@ -95,10 +95,10 @@ def group_of_equal() -> tuple[Tensor, Tensor]:
 
 
 def _partition(prefix: int) -> Partition:
-    """Of one image, with groups of so many tokens."""
+    """Of two images, with groups of so many tokens, the other way round in the second one."""
     group, sizes = group_of_equal()
-    group = with_prefix(group.unsqueeze(0), prefix)
     rows = prefix + len(_SIZES)
-    number = torch.bincount(group[0], minlength=rows).float()
-    slow = torch.zeros(1, int(sizes.sum()), dtype=torch.bool)
-    return Partition(group, (1.0 / number)[group], slow, number.log().unsqueeze(0), rows)
+    group = with_prefix(torch.stack([group, len(sizes) - 1 - group]), prefix)
+    number = torch.stack([torch.bincount(each, minlength=rows) for each in group]).float()
+    slow = torch.zeros(2, int(sizes.sum()), dtype=torch.bool)
+    return Partition(group, (1.0 / number).gather(1, group), slow, number.log(), rows)

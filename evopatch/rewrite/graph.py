@@ -117,8 +117,12 @@ def generate_metric(block: nn.Module, name: str, spec: TraceSpec) -> Code:
 
 
 def _layer_norm(node: fx.Node, block: nn.Module) -> str | None:
-    alone = node.op == "call_module" and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
-    return str(node.target) if alone and isinstance(block.get_submodule(str(node.target)), nn.LayerNorm) else None
+    if node.op != "call_module" or not isinstance(block.get_submodule(str(node.target)), nn.LayerNorm):
+        return None
+    tokens = node.args[0]
+    if isinstance(tokens, fx.Node) and tokens.target is torch.cat and tokens.kwargs == {"dim": 1}:
+        tokens = cast("list[fx.node.Argument]", tokens.args[0])[0]  # others behind them change nothing
+    return str(node.target) if isinstance(tokens, fx.Node) and tokens.op == "placeholder" else None
 
 
 @contextmanager

@@ -92,7 +92,10 @@ def find_projections(graph: fx.Graph, module: nn.Module, methods: Collection[str
     asked, answering = _projection(query, module), _projection(key, module)
     if asked is None or answering is None or asked[1] != answering[1]:
         return None
-    return Projections(asked[0], answering[0], asked[1], scale)
+    scaled = asked[2] * answering[2]
+    if scale is None and scaled != 1.0:
+        return None
+    return Projections(asked[0], answering[0], asked[1], None if scale is None else scale * scaled)
 
 
 def _met(core: fx.Node) -> tuple[Any, Any, float | None] | None:
@@ -110,7 +113,8 @@ def _met_in_logits(softmax: fx.Node) -> tuple[Any, Any, float] | None:
     if not _is(logits, "call_function", *_MATMULS) or len(logits.args) != 2:
         return None
     (query, query_scale), (transposed, key_scale) = map(_unscaled, logits.args)
-    if not _is(transposed, "call_method", "transpose") or set(transposed.args[1:]) not in ({-2, -1}, {2, 3}):
+    axes = ({-2, -1}, {1, 2}) if logits.target is torch.bmm else ({-2, -1}, {2, 3})
+    if not _is(transposed, "call_method", "transpose") or set(transposed.args[1:]) not in axes:
         return None
     return query, transposed.args[0], scale * query_scale * key_scale
 
@@ -127,14 +131,18 @@ def _unscaled(node: Any) -> tuple[Any, float]:
         node = node.args[0]
 
 
-def _projection(node: Any, module: nn.Module) -> tuple[Projection, int] | None:
-    """What a query or key comes from, and its number of heads.
+def _projection(node: Any, module: nn.Module) -> tuple[Projection, int, float] | None:
+    """What a query or key comes from, its number of heads, and what it is multiplied with.
 
     By `linear -> view(B, N, H, D) -> transpose(1, 2)`, or
     `linear -> reshape(B, N, 3, H, D) -> permute(2, 0, 3, 1, 4) -> unbind(0)`; or by `unflatten(-1, (3, H, D))`, or by
     `[0]` and `[1]` in the place of `unbind`.
     """
-    while _is(node, "call_module") and type(module.get_submodule(node.target)) is nn.Identity:
+    if _is(node, "call_method", "view", "reshape") and len(node.args) == 4:  # images and heads on one axis
+        node = node.args[0]
+    while _is(node, "call_method", "contiguous") or (
+        _is(node, "call_module") and type(module.get_submodule(node.target)) is nn.Identity
+    ):
         node = node.args[0]
     part, parts, layout = 0, 1, node
     order: tuple[str, tuple[int, ...]] = ("transpose", (1, 2))
@@ -157,7 +165,8 @@ def _projection(node: Any, module: nn.Module) -> tuple[Projection, int] | None:
         if shaped.args[1] not in (-1, 2) or len(shaped.args) < 3:
             return None
         shape = (None, None, *shaped.args[2])
-    linear: Any = shaped.args[0]
+    linear: Any
+    linear, scale = _unscaled(shaped.args[0])
     heads, channels = shape[-2:]
     if (parts > 1 and shape[2:3] != (parts,)) or len(shape) != (5 if parts > 1 else 4):
         return None
@@ -174,10 +183,10 @@ def _projection(node: Any, module: nn.Module) -> tuple[Projection, int] | None:
         bias: Any = given.get("bias")
         if not _is(weight, "get_attr") or "." in weight.target or not (bias is None or _is(bias, "get_attr")):
             return None
-        return Projection("", part, parts, weight.target, "" if bias is None else bias.target), heads
+        return Projection("", part, parts, weight.target, "" if bias is None else bias.target), heads, scale
     layer: Any = module.get_submodule(linear.target)
     features = getattr(layer, "out_features", 0) // parts
-    return Projection(linear.target, part, parts), heads if heads != -1 else features // channels
+    return Projection(linear.target, part, parts), heads if heads != -1 else features // channels, scale
 
 
 def _is(node: Any, op: str, *targets: str | Callable[..., Any]) -> bool:

@@ -36,6 +36,8 @@ class TraceSpec:
     """Names of arguments without a default that are always None."""
     leaf_functions: tuple[Callable[..., Any], ...] = ()
     """Functions whose control flow depends on tensors' shapes: called, not traced."""
+    aside: tuple[str, ...] = ()
+    """Names of modules in the block whose attention is between other things than its tokens: called, not traced."""
     leaf_methods: tuple[str, ...] = ()
     """Methods, other than `forward`, of submodules that are called, not traced."""
     position_biases: tuple[str, ...] = ()
@@ -104,6 +106,12 @@ class _Shape(fx.proxy.Attribute):
             return self[0], self[1]
         return super().__getitem__(key)  # type: ignore[misc]
 
+    def __ne__(self, other: Any) -> Any:
+        # `if weights.size() != (...): raise`: a module's check of its own shapes.
+        return False if isinstance(other, tuple) else super().__ne__(other)
+
+    __hash__ = fx.Proxy.__hash__
+
 
 class _Size(fx.proxy.Attribute):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -158,7 +166,8 @@ def parameters_of(module: nn.Module) -> tuple[str, ...]:
 
 def attention_cores(block: nn.Module, spec: TraceSpec) -> tuple[str, ...]:
     """Paths in a block of the modules whose forward holds an attention core; `""` for the block itself."""
-    return tuple(name for name, module in block.named_modules() if _attends(module, spec))
+    modules = (each for each in block.named_modules() if each[0] not in spec.aside)
+    return tuple(name for name, module in modules if _attends(module, spec))
 
 
 def _attends(module: nn.Module, spec: TraceSpec) -> bool:

@@ -36,8 +36,9 @@ def test_compiles_to_one_graph_without_recompiling(name, representative):
     evopatch.apply(model, config=shallow_config(name, representative))
     with WholeSums():
         expected = call(model, x)
-    # torch.compile breaks the graph at the zero-argument super() of a subclass's method that walks.
-    whole, backend = name not in ("subclass", "own_written_out"), CompileCounterWithBackend("eager")
+    # torch.compile breaks the graph at the zero-argument super() of a subclass's method that walks, and where a model's
+    # own forward branches by a tensor's value.
+    whole, backend = name not in ("subclass", "own_written_out", "hf_eomt"), CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=whole, backend=backend)
     torch.testing.assert_close(call(compiled, x), expected, atol=2e-5, rtol=2e-5)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -46,7 +47,7 @@ def test_compiles_to_one_graph_without_recompiling(name, representative):
     assert moved(call(model, other), expected) > 1e-4
     nodes = [node for graph in backend.graphs for node in graph.graph.nodes]
     called = {str(getattr(node.target, "__name__", node.target)) for node in nodes}
-    assert ("topk" in called) == whole
+    assert ("topk" in called) == (name not in ("subclass", "own_written_out"))
     # Sums into repeated rows are atomic additions in compiled code, in another order in every run. That changes nothing
     # where whole numbers are added.
     assert not called & {"index_add", "index_add_", "scatter_add_", "embedding_bag"}

@@ -12,7 +12,13 @@ import evopatch
 WINDOWED = {"swin", "swinv2", "swinv2_cr", "torchvision_swin", "torchvision_swinv2"}
 WINDOWED |= {"hf_swin", "hf_swinv2", "hf_swin_backbone", "hf_donut", "sam", "hf_sam", "hf_vitdet"}
 WINDOWED |= {"pvt_v2", "pvt_v2_linear", "hf_pvt_v2", "hf_segformer"}
-ROWS = [*by_representative((FLAT | PYRAMIDS | WINDOWED) - SAME_GRAPH, ()), ("swin", "single"), ("hf_swin", "none")]
+BRANCHING = {"hf_eomt"}
+"""Models whose own forward branches by a tensor's value, unpatched, too."""
+ROWS = [
+    *by_representative((FLAT | PYRAMIDS | WINDOWED) - SAME_GRAPH - BRANCHING, ()),
+    ("swin", "single"),
+    ("hf_swin", "none"),
+]
 
 
 CONTROL_FLOW = ("cond", "while_loop", "scan", "map_impl", "associative_scan")

@@ -11,9 +11,9 @@ from variants import EVERY, FLAT, PIT, PYRAMIDS, TRANSFORMERS, WINDOWED, build, 
 
 import evopatch
 
-# LeViT of transformers, PiT, and torchvision's models, have no checkpointing.
+# LeViT, EoMT and others of transformers, PiT, and torchvision's models, have no checkpointing.
 CHECKPOINTING = EVERY - (PYRAMIDS & TRANSFORMERS) - PIT
-CHECKPOINTING -= {"torchvision", "torchvision_swin", "torchvision_swinv2", "hf_sam3", "hf_pvt"}
+CHECKPOINTING -= {"torchvision", "torchvision_swin", "torchvision_swinv2", "hf_sam3", "hf_pvt", "hf_eomt"}
 
 
 def regularisation(name, rate):
@@ -22,7 +22,7 @@ def regularisation(name, rate):
         return {"attention_dropout": rate}
     if name not in TRANSFORMERS & FLAT or "dino" in name or "registers" in name:
         return {"drop_path_rate": rate}
-    attention = name in ("hf_clip", "hf_siglip", "hf_aimv2", "hf_blip", "hf_blip2")
+    attention = name in ("hf_clip", "hf_siglip", "hf_aimv2", "hf_blip", "hf_blip2", "hf_x_clip")
     return {"attention_dropout": rate} if attention else {"hidden_dropout_prob": rate}
 
 
@@ -69,7 +69,7 @@ def reentrant(model):
 
 
 # timm's others pass keywords; transformers' PVT v2 checkpoints the embedding of its images, which need no gradient.
-REENTRANT = {"vit", "gap", "dinov2", "parallel"} | (TRANSFORMERS & FLAT) | (WINDOWED & CHECKPOINTING)
+REENTRANT = {"vit", "gap", "dinov2", "parallel"} | ((TRANSFORMERS & FLAT | WINDOWED) & CHECKPOINTING)
 REENTRANT -= {"hf_pvt_v2", "hf_pvt_v2_backbone"}
 
 

@@ -99,7 +99,7 @@ def test_hidden_states_asked_for_by_a_pre_hook():
     assert {h.shape[1] for h in model(x).hidden_states} == {26}
 
 
-@every(TRANSFORMERS & FLAT)
+@every(TRANSFORMERS & FLAT - {"hf_eomt"})  # which loops over its layers itself: another class of the same name
 @torch.no_grad()
 def test_no_models_class_is_changed(name):
     model = build(name)
@@ -120,9 +120,9 @@ def test_attentions_are_between_all_tokens(name, representative):
     out = model(x, output_attentions=True, output_hidden_states=True)
     torch.testing.assert_close(call(model, x, output_attentions=True), plain, atol=2e-5, rtol=2e-5)
     assert [a.shape for a in out.attentions] == [a.shape for a in original.attentions]
-    assert len(out.attentions) == 6
+    assert len(out.attentions) == (8 if name == "hf_eomt" else 6)
     torch.testing.assert_close(out.attentions[1], original.attentions[1])
-    for attention in out.attentions[2:]:
+    for attention in out.attentions[2:6]:
         total = attention.sum(-1)
         stands = total > 0.5
         torch.testing.assert_close(total[stands], torch.ones_like(total[stands]), atol=1e-4, rtol=1e-4)

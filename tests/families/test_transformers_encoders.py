@@ -115,6 +115,17 @@ def segmenting(name, **others):
     return getattr(transformers, f"{name}ForUniversalSegmentation")(config)
 
 
+def grouping():
+    groups = {"depths": [6, 2, 1], "num_group_tokens": [5, 3, 0], "num_output_groups": [5, 3, 3]}
+    config = transformers.GroupViTVisionConfig(**SMALL, image_size=40, patch_size=8, **groups)
+    return transformers.GroupViTVisionModel(config)
+
+
+def messaging(frames=1):
+    config = transformers.XCLIPVisionConfig(**SMALL, image_size=40, patch_size=8, num_frames=frames)
+    return transformers.XCLIPVisionModel(config)
+
+
 IN_WINDOWS = {"mlp_ratio": 2, "image_size": 80, "patch_size": 8, "out_features": ["stage3", "stage6"]}
 IN_WINDOWS |= {name: SMALL[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
 
@@ -168,6 +179,8 @@ MODELS = {
     "smolvlm": (lambda: SmolVLMVisionTransformer(SmolVLMVisionConfig(**SMALL, image_size=40, patch_size=8)), IMAGES),
     "git": (lambda: GitVisionModel(GitVisionConfig(**SMALL, image_size=40, patch_size=8)), IMAGES),
     "vitpose": (pose, (2, 3, 64, 48)),
+    "groupvit": (grouping, IMAGES),
+    "x_clip": (messaging, IMAGES),
     "videomae": (lambda: of_video("VideoMAE", tubelet_size=2), VIDEOS),
     "vjepa2": (predicting, VIDEOS),
     "vivit": (lambda: of_video("Vivit", tubelet_size=[2, 8, 8]), VIDEOS),
@@ -319,6 +332,45 @@ def test_tokens_behind_the_patch_tokens(kind):
     torch.testing.assert_close(seen[0][images, there], attended, atol=1e-5, rtol=1e-5)
 
 
+@cases("kind", ["sdpa", "eager"], fast=["sdpa"])
+@torch.no_grad()
+def test_layers_that_add_a_message_of_the_other_frames(kind):
+    """It is attended to beside the compact set, and comes of the class tokens, which are in it."""
+    model, x, taken = messaging(frames=2).eval(), torch.randn(4, 3, 40, 40), 3
+    model.set_attn_implementation(kind)
+    layer = copy.deepcopy(model.encoder.layers[taken])
+    before = model(x, output_hidden_states=True).hidden_states[taken]
+    config = EvoConfig(keep_ratio=0.5, representative="none", start=taken, stages=1, tradeoff=1.0, look_ahead=0.0)
+    state = Patched(evopatch.apply(model, config=config)).host.state
+    state.passes = []
+    found = model(x, output_hidden_states=True).hidden_states[taken + 1]
+    slow = state.passes[0].partitions[taken].leader
+    images, there = torch.arange(4).unsqueeze(1), torch.cat([torch.zeros(4, 1, dtype=torch.long), 1 + slow], 1)
+    torch.testing.assert_close(found[images, there], layer(before[images, there], None), atol=1e-5, rtol=1e-5)
+    other = model(torch.cat([x[:1], -x[1:2], x[2:]]), output_hidden_states=True).hidden_states[taken + 1]
+    assert moved(other[0], found[0]) > 1e-5  # which shares a video with the image that is another one
+    torch.testing.assert_close(other[2:], found[2:])
+
+
+@torch.no_grad()
+def test_of_an_image_in_segments_the_first_stage_is_patched():
+    model, x = made("groupvit")
+    stages, taken = copy.deepcopy(model.vision_model.encoder.stages), 2
+    before = []
+    stages[0].layers[taken].register_forward_pre_hook(lambda module, args: before.append(args[0]))
+    stages[0](model.vision_model.embeddings(x))
+    config = EvoConfig(keep_ratio=0.5, representative="none", start=taken, stages=1, tradeoff=1.0, look_ahead=0.0)
+    state = Patched(evopatch.apply(model, config=config)).host.state
+    assert (state.depth, state.spec.prefix, state.spec.readout, state.spec.behind) == (6, 5, 0, 5)
+    state.passes, after = [], []
+    model.vision_model.encoder.stages[0].layers[taken].register_forward_hook(lambda _, args, out: after.append(out))
+    model(x)
+    slow = state.passes[0].partitions[taken].leader
+    images, there = torch.arange(2).unsqueeze(1), torch.cat([slow, torch.arange(25, 30).expand(2, -1)], 1)
+    alone = stages[0].layers[taken](before[0][images, there], None)
+    torch.testing.assert_close(after[0][images, there], alone, atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_features_of_a_model_with_tokens_behind_the_patch_tokens():
     model, x = made("yolos")
@@ -416,7 +468,6 @@ def of_qwen():
     ("build", "text"),
     [
         (of_qwen, r"visual: Qwen2VisionTransformerPretrainedModel packs the patches of all its images"),
-        (lambda: transformers.GroupViTVisionModel(transformers.GroupViTVisionConfig()), "gathers its patch tokens"),
         (lambda: transformers.ViltModel(transformers.ViltConfig(**SMALL)), "ViltModel has the tokens of a text before"),
         (lambda: transformers.TimesformerModel(transformers.TimesformerConfig(**SMALL)), r"^found .* encoder: Times"),
         (lambda: transformers.BertModel(transformers.BertConfig(**SMALL)), "no adapter serves it"),

@@ -49,12 +49,19 @@ class Counting(Split):
         return self.joined(F.scaled_dot_product_attention(q * math.log(x.shape[1]), k, v))
 
 
-class ThreeAxes(Split):
+class HeadsFirst(Split):
     def forward(self, x):
         q, k, v = self.heads(x)
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        q, k, v = (each.transpose(0, 1).flatten(0, 1) for each in (q, k, v))
         weights = torch.bmm(q, k.transpose(1, 2)).softmax(-1)
-        return self.joined(torch.bmm(weights, v).unflatten(0, (-1, HEADS)))
+        return self.joined(torch.bmm(weights, v).unflatten(0, (HEADS, -1)).transpose(0, 1))
+
+
+class FiveAxes(Split):
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        q, k, v = (each.unsqueeze(0) for each in (q, k, v))
+        return self.joined(((q @ k.transpose(-2, -1)).softmax(-1) @ v).squeeze(0))
 
 
 class Squeezing(nn.Module):
@@ -107,7 +114,8 @@ def told(model):
         (lambda: own(KeysFirst), r"blocks\.0.*the softmax 'softmax' is over axis -2; expected the last one"),
         (lambda: own(Talking), DIFFERENT),
         (lambda: own(Counting), DIFFERENT),
-        (lambda: own(ThreeAxes), r"attention logits .* in blocks\.0: expected four axes"),
+        (lambda: own(HeadsFirst), DIFFERENT),
+        (lambda: own(FiveAxes), r"attention logits .* in blocks\.0: expected four axes"),
         (lambda: own(mlp=Squeezing), DIFFERENT),
         (lambda: own(mlp=OverTokens), DIFFERENT),
         (lambda: own(mlp=Convolving), "come in another order"),

@@ -113,7 +113,7 @@ def call(model: nn.Module, x: torch.Tensor, **options: object) -> torch.Tensor:
     out = model(x, **options)
     if isinstance(out, torch.Tensor):
         return out
-    for key in ("logits", "image_embeds", "reconstruction", "last_hidden_state"):
+    for key in ("logits", "image_embeds", "reconstruction", "masks_queries_logits", "last_hidden_state"):
         if out.get(key) is not None:
             return out[key]
     return torch.cat([m for m in out.feature_maps if m.shape == out.feature_maps[-1].shape], dim=1)
@@ -142,7 +142,7 @@ def between(name: str, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
             return list(out.hidden_states[1:6:2])
         if name in REDUCED:
             return list(out.feature_maps if "feature_maps" in out else out.hidden_states)
-        return list(out.hidden_states[1:])
+        return list(out.hidden_states[1:-2] if name == "hf_eomt" else out.hidden_states[1:])
     if name in OWN:
         return model.features(x)
     if name == "torchvision":

@@ -85,6 +85,29 @@ class Weighing(SoftmaxModule):
         return self.proj(rearrange(torch.matmul(weights, v), "b h n d -> b n (h d)")), weights
 
 
+class ThreeAxes(nn.Module):
+    """Images and heads share an axis, and shapes are checked, as in the first years of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.proj = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def split(self, x, images):
+        x = x.view(images, -1, HEADS, WIDTH // HEADS).transpose(1, 2).contiguous()
+        return x.view(images * HEADS, -1, WIDTH // HEADS)
+
+    def forward(self, x):
+        images, tokens, _ = x.size()
+        q = self.split(self.q(x) * (WIDTH // HEADS) ** -0.5, images)
+        k, v = self.split(self.k(x), images), self.split(self.v(x), images)
+        weights = torch.bmm(q, k.transpose(1, 2))
+        if weights.size() != (images * HEADS, tokens, tokens):
+            raise ValueError("weights of another shape")
+        weights = F.dropout(F.softmax(weights, dim=-1), p=0.0, training=self.training)
+        out = torch.bmm(weights, v).view(images, HEADS, tokens, WIDTH // HEADS)
+        return self.proj(out.transpose(1, 2).reshape(images, tokens, WIDTH))
+
+
 class ByFunction(nn.Module):
     """torch's function with parameters of its own; takes and gives `(T, B, C)`."""
 
@@ -250,6 +273,11 @@ class OwnWrittenOut(OwnViT):
         return super().encode(x)
 
 
+class OwnThreeAxes(OwnViT):
+    def block(self):
+        return Block(ThreeAxes, self.dropout)
+
+
 class OwnSoftmaxModule(OwnViT):
     """Blocks give tuples."""
 
@@ -348,6 +376,7 @@ FLAT: dict[str, Callable[..., nn.Module]] = {
     "own_rotary": OwnRotary,
     "own_written_out": OwnWrittenOut,
     "own_softmax": OwnSoftmaxModule,
+    "own_three_axes": OwnThreeAxes,
     "own_function": OwnByFunction,
     "own_multihead": OwnMultihead,
     "own_encoder_layers": OwnEncoderLayers,

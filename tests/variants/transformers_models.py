@@ -25,6 +25,8 @@ from transformers import (
     Dinov2WithRegistersForImageClassification,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    EomtConfig,
+    EomtForUniversalSegmentation,
     IJepaConfig,
     IJepaForImageClassification,
     LevitConfig,
@@ -39,6 +41,8 @@ from transformers import (
     ViTModel,
     ViTMSNConfig,
     ViTMSNForImageClassification,
+    XCLIPVisionConfig,
+    XCLIPVisionModel,
     YolosConfig,
     YolosModel,
 )
@@ -67,6 +71,12 @@ def _deit(cls: type[nn.Module]) -> Callable[..., nn.Module]:
 
 def _dinov2(cls: type[nn.Module], config: type = Dinov2Config, **fixed: object) -> Callable[..., nn.Module]:
     return lambda **k: cls(config(**_DINO | fixed | k))
+
+
+def _eomt(num_hidden_layers: int = 6, **settings: object) -> nn.Module:
+    """With two layers behind these that its queries join."""
+    own = {"num_hidden_layers": num_hidden_layers + 2, "num_blocks": 2, "num_queries": 7, "num_upscale_blocks": 1}
+    return EomtForUniversalSegmentation(EomtConfig(**_DINO | own | settings))
 
 
 FLAT: dict[str, Callable[..., nn.Module]] = {
@@ -108,6 +118,8 @@ FLAT: dict[str, Callable[..., nn.Module]] = {
             | k
         )
     ),
+    "hf_x_clip": lambda **k: XCLIPVisionModel(XCLIPVisionConfig(**_SMALL | {"num_frames": 1} | k)),
+    "hf_eomt": _eomt,
     "hf_siglip": lambda **k: SiglipVisionModel(SiglipVisionConfig(**_SMALL | k)),
 }
 
