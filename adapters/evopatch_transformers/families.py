@@ -128,6 +128,7 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("eomt_dinov3.modeling_eomt_dinov3", "EomtDinov3ForUniversalSegmentation"): _JOINED_BY_QUERIES._replace(
         rotary=True
     ),
+    ("videomt.modeling_videomt", "VideomtForUniversalSegmentation"): _JOINED_BY_QUERIES,
     ("lw_detr.modeling_lw_detr", "LwDetrViTEncoder"): Family(
         "layer", _none, readout=_none, windows=JoinedInterface, no_grid=_IN_WINDOWS
     ),
@@ -139,7 +140,11 @@ FAMILIES: dict[tuple[str, str], Family] = {
         "stages.0.layers", _none, behind=lambda config: int(config.num_group_tokens[0]), mean=True, own_attention=True
     ),
     ("internvl.modeling_internvl", "InternVLVisionEncoder"): Family("layer", _one),
+    ("qianfan_ocr.modeling_qianfan_ocr", "QianfanOCRVisionModel"): Family("layers", _one),
     ("dpt.modeling_dpt", "DPTViTEncoder"): Family("layer", _one),
+    ("mgp_str.modeling_mgp_str", "MgpstrModel"): Family(
+        "encoder.blocks", lambda config: 1 + bool(config.distilled), own_attention=True
+    ),
     ("pixio.modeling_pixio", "PixioModel"): Family("layers", _class_tokens, readout=_class_tokens),
     ("tipsv2.modeling_tipsv2", "Tipsv2VisionEncoder"): Family("layer", _registers),
     ("radio.modeling_radio", "RadioEncoder"): Family(

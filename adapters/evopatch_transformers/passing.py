@@ -10,7 +10,8 @@ from evopatch.rewrite.source import source_of
 
 
 def passes_keywords(cls: Any) -> bool:
-    """Whether the loop over the layers in a class's forward has `**kwargs` in it; True where there is no source.
+    """Whether the loop over the layers in a class's forward passes `**kwargs` on, or all of it where there is none.
+    True without its source.
 
     Args:
         cls: Of the module that loops over its layers, or calls one that does.
@@ -19,5 +20,6 @@ def passes_keywords(cls: Any) -> bool:
     if tree is None:
         return True
     loops = [loop for loop in ast.walk(tree) if isinstance(loop, ast.For)]
-    calls = [call for loop in loops for call in ast.walk(loop) if isinstance(call, ast.Call)]
-    return not loops or any(word.arg is None for call in calls for word in call.keywords)
+    parts: list[ast.AST] = [*loops] or [tree]
+    calls = [call for part in parts for call in ast.walk(part) if isinstance(call, ast.Call)]
+    return any(word.arg is None for call in calls for word in call.keywords)

@@ -17,6 +17,8 @@ from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionCo
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2VisionConfig
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2VisionModel
+from transformers.models.qianfan_ocr.configuration_qianfan_ocr import QianfanOCRVisionConfig
+from transformers.models.qianfan_ocr.modeling_qianfan_ocr import QianfanOCRVisionModel
 from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 from transformers.models.rf_detr.modeling_rf_detr import RfDetrDinov2Backbone
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
@@ -121,6 +123,13 @@ def grouping():
     return transformers.GroupViTVisionModel(config)
 
 
+def spelling():
+    sizes = {name: SMALL[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    letters = {"num_character_labels": 7, "num_bpe_labels": 11, "num_wordpiece_labels": 13, "max_token_length": 5}
+    config = transformers.MgpstrConfig(**sizes, **letters, image_size=[32, 48], patch_size=8, mlp_ratio=2)
+    return transformers.MgpstrForSceneTextRecognition(config)
+
+
 def messaging(frames=1):
     config = transformers.XCLIPVisionConfig(**SMALL, image_size=40, patch_size=8, num_frames=frames)
     return transformers.XCLIPVisionModel(config)
@@ -181,6 +190,12 @@ MODELS = {
     "vitpose": (pose, (2, 3, 64, 48)),
     "groupvit": (grouping, IMAGES),
     "x_clip": (messaging, IMAGES),
+    "mgp_str": (spelling, (2, 3, 32, 48)),
+    "qianfan_ocr": (
+        lambda: QianfanOCRVisionModel(QianfanOCRVisionConfig(**SMALL, image_size=[40, 40], patch_size=[8, 8])),
+        IMAGES,
+    ),
+    "videomt": (lambda: segmenting("Videomt", mlp_ratio=2), (1, 2, 3, 40, 40)),
     "videomae": (lambda: of_video("VideoMAE", tubelet_size=2), VIDEOS),
     "vjepa2": (predicting, VIDEOS),
     "vivit": (lambda: of_video("Vivit", tubelet_size=[2, 8, 8]), VIDEOS),
@@ -209,7 +224,8 @@ def result(out):
     if "feature_maps" in out:
         return out.feature_maps[-1]
     keys = ("logits", "masks_queries_logits", "heatmaps", "predicted_depth", "last_hidden_state")
-    return next(out[key] for key in keys if out.get(key) is not None)
+    found = next(out[key] for key in keys if out.get(key) is not None)
+    return torch.cat(found, dim=-1) if isinstance(found, tuple) else found
 
 
 @EVERY
