@@ -7,11 +7,9 @@ from typing import Any
 from timm.models.levit import Levit
 from torch import Tensor, nn
 
-from evopatch.algorithm.rows import exporting
-from evopatch.errors import UnsupportedInputError
 from evopatch.forward.walk import PatchedHost, refuse_symbolic, walk
 from evopatch.patching.adapter import HostSpec
-from evopatch.patching.pyramid import BiasedPyramidAdapter
+from evopatch.patching.pyramid import BiasedPyramidAdapter, check_size
 
 
 class SlowFastLevit(PatchedHost):
@@ -31,23 +29,9 @@ class SlowFastLevit(PatchedHost):
         return walk(self, "forward_intermediates", x, *args, compact=True, **kwargs)
 
     def _check_size(self, x: Tensor) -> None:
-        # Tokens don't tell a grid from another one with as many.
         refuse_symbolic((x,), {})
-        if not self._evo_state.active or not hasattr(self.stem, "stride"):
-            return
-        assert self._evo_state.spec.pyramid is not None
-        rows, columns = self._evo_state.spec.pyramid.grids[0]
-        # Compiled with symbolic sizes, these are numbers from here on: all that follows from them would take minutes.
-        own = rows * self.stem.stride, columns * self.stem.stride
-        if not exporting() and (x.shape[-2], x.shape[-1]) == own:
-            return
-        found = tuple(-(-side // self.stem.stride) for side in x.shape[-2:])
-        if found != (rows, columns):
-            raise UnsupportedInputError(
-                f"images of {x.shape[-2]}x{x.shape[-1]} px make {found[0]}x{found[1]} patch tokens in "
-                f"'{self._evo_state.name or 'model'}', whose position biases are for {rows}x{columns}: give images of "
-                "the model's own size"
-            )
+        if hasattr(self.stem, "stride"):
+            check_size(x, self.stem.stride, self._evo_state)
 
 
 class LevitAdapter(BiasedPyramidAdapter):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import nn
-from transformers.models.levit.modeling_levit import LevitAttention, LevitEncoder, LevitMLPLayer
+from torch import Tensor, nn
+from transformers.models.levit.modeling_levit import LevitAttention, LevitEncoder, LevitMLPLayer, LevitModel
 
 from evopatch.forward.spec import Block
 from evopatch.forward.walk import PatchedHost, walk
-from evopatch.patching.adapter import HostSpec
-from evopatch.patching.pyramid import BiasedPyramidAdapter
+from evopatch.patching.adapter import Change, HostSpec
+from evopatch.patching.pyramid import BiasedPyramidAdapter, check_size
 
 
 class SlowFastLevit(PatchedHost):
@@ -34,6 +34,16 @@ class LevitAdapter(BiasedPyramidAdapter):
         stages = tuple(_blocks(stage, f"stages.{number}") for number, stage in enumerate(host.stages))
         sides = [math.isqrt(host.get_submodule(stage[0][0]).module.len_points) for stage in stages if stage]
         return self.describe(name, stages, tuple((side, side) for side in sides))
+
+    def plan_holder(self, holder: Any, host: nn.Module) -> list[Change]:
+        """The encoder gets no images: what holds it looks at their size."""
+        return [Change(holder, None, {}, pre_hook=_look_at_size)] if isinstance(holder, LevitModel) else []
+
+
+def _look_at_size(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    images, state = kwargs.get("pixel_values", args[0] if args else None), model.encoder.__dict__.get("_evo_state")
+    if isinstance(images, Tensor) and images.dim() == 4 and state is not None:
+        check_size(images, model.config.patch_size, state)
 
 
 def _blocks(stage: Any, path: str) -> tuple[Block, ...]:

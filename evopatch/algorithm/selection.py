@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import UnsupportedInputError
 from .padding import without
 from .partition import Partition, with_prefix
-from .rows import filled_up, is_fixed, limited, rounded_share, row_sums, top, whole
+from .rows import filled_up, is_fixed, limited, on_accelerator, rounded_share, row_sums, top, whole
 
 
 def num_slow(num_patches: int, keep_ratio: float) -> int:
@@ -62,14 +62,12 @@ def select_top(g: Tensor, keep: int, prefix: int, representative: bool, left_out
 
 def similarities(rows: Tensor, columns: Tensor) -> Tensor:
     """Products of vectors `(B, N, C)` and `(B, L, C)`: `(B, N, L)`."""
-    number, channels = columns.shape[1:]
+    wide = columns
     # In eager mode a copy is a kernel of its own, and takes as long as it saves where it is larger than the products.
-    if torch.compiler.is_compiling() or number > channels:
+    if on_accelerator(columns) and (torch.compiler.is_compiling() or columns.shape[1] > columns.shape[2]):
         wide = filled_up(columns, axis=-2)
-        if wide is not columns:
-            products = torch.bmm(wide if rows is columns else rows, wide.transpose(1, 2))
-            return products[:, : rows.shape[1], :number]
-    return torch.bmm(rows, columns.transpose(1, 2))
+    products = torch.bmm(wide if rows is columns else rows, wide.transpose(1, 2))
+    return products if wide is columns else products[:, : rows.shape[1], : columns.shape[1]]
 
 
 def select_matched(
@@ -79,7 +77,7 @@ def select_matched(
 
     What would be lost if token `i` were fast is its importance times how little of it a *more important* token
     already says: `g_i ** importance * (1 - max_{j: g_j > g_i} <f_i, f_j>)`. The `K` tokens of largest loss are slow.
-    A group's row is the mean of its members weighted by `sqrt(g)`.
+    A group's row is the mean of its members weighted by `sqrt(g)`, in whole steps (see `rows.whole`).
 
     Args:
         g: `(B, N)` float32.

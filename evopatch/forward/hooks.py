@@ -155,7 +155,7 @@ class FullGrid:
             return self._longer._show(x)
         if x.dim() == 3 and self._tokens_first:
             return _spread(x.transpose(0, 1), partition).transpose(0, 1) if x.shape[0] == rows else x
-        if x.dim() == 3 and x.shape[0] != partition.group.shape[0]:  # (B * H, M, M) or (B * H, M, D)
+        if x.dim() == 3 and x.shape[0] > partition.group.shape[0]:  # (B * H, M, M) or (B * H, M, D)
             return self._by_head(self._show, x, rows)
         if x.dim() == 3 and x.shape[1] == rows:
             return _spread(x, partition)
@@ -192,7 +192,7 @@ class FullGrid:
             return self._longer._hide(x)
         if x.dim() == 3 and self._tokens_first:
             return merge(x.transpose(0, 1), partition).transpose(0, 1) if x.shape[0] == tokens else x
-        if x.dim() == 3 and x.shape[0] != partition.group.shape[0]:
+        if x.dim() == 3 and x.shape[0] > partition.group.shape[0]:
             return self._by_head(self._hide, x, tokens)
         if x.dim() == 3 and x.shape[1] == tokens:
             return merge(x, partition)

@@ -5,7 +5,7 @@ from comparing import assert_same_gradients, gradients
 from matrix import cases, every, patched
 from variants import EVERY, REDUCED, call, images_for
 
-from evopatch.algorithm import importance, rows
+from evopatch.algorithm import importance, rows, selection
 
 
 @every(EVERY - REDUCED)  # the whole map answers there, without sizes
@@ -36,6 +36,6 @@ def test_compiled(name, monkeypatch):
 def as_there(monkeypatch):
     """Tensors count as those of an accelerator; gives those that were asked about."""
     asked = []
-    for module in (rows, importance):
+    for module in (rows, importance, selection):
         monkeypatch.setattr(module, "on_accelerator", lambda values: asked.append(values) is None)
     return asked

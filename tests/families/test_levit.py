@@ -119,12 +119,16 @@ def _attentions(model):
     return [m for m in model.modules() if hasattr(m, "attention_bias_idxs")]
 
 
-@pytest.mark.parametrize("name", ["levit", "levit_conv"])
+@pytest.mark.parametrize(("name", "patch"), [("levit", 8), ("levit_conv", 8), ("hf_levit", 16), ("hf_levit_model", 16)])
+@pytest.mark.parametrize("grid", [(7, 7), (1, 25)])  # the second one has as many tokens as the model's own
 @torch.no_grad()
-def test_another_image_size_is_refused_with_the_numbers(name):
+def test_another_image_size_is_refused_with_the_numbers(name, patch, grid):
     model = evopatch.apply(build(name))
-    with pytest.raises(UnsupportedInputError, match=r"56x56 px make 7x7 patch tokens in .* for 5x5"):
-        model(torch.zeros(1, 3, 56, 56))
+    height, width = (patch * side for side in grid)
+    text = rf"{height}x{width} px make {grid[0]}x{grid[1]} patch tokens in .* for 5x5"
+    with pytest.raises(UnsupportedInputError, match=text):
+        model(torch.zeros(1, 3, height, width))
+    assert torch.isfinite(call(model, torch.zeros(1, 3, 5 * patch - 1, 5 * patch))).all()
 
 
 def test_a_stage_with_a_single_token_needs_a_keep_ratio_of_one():
@@ -263,11 +267,12 @@ def test_profile_of_a_pruned_model_at_keep_ratio_one():
     assert [b.tokens for b in evopatch.profile(model, (3, 40, 40)).blocks] == [25, 25, 9, 9, 9]
 
 
+@pytest.mark.parametrize("name", ["levit", "hf_levit"])
 @torch.no_grad()
-def test_an_image_size_is_a_number_where_sizes_are_symbols():
+def test_an_image_size_is_a_number_where_sizes_are_symbols(name):
     """All that follows from it would be a formula otherwise, and take minutes to compile."""
     torch._dynamo.reset()
-    model, x = patched("levit"), images_for("levit")
+    model, x = patched(name), images_for(name)
     sizes = []
 
     def backend(module, _inputs):
@@ -275,8 +280,8 @@ def test_an_image_size_is_a_number_where_sizes_are_symbols():
         sizes.extend(value.shape for value in values if isinstance(value, torch.Tensor) and value.dim() == 4)
         return module.forward
 
-    out = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)(x)
-    torch.testing.assert_close(out, model(x))
+    out = call(torch.compile(model, fullgraph=True, dynamic=True, backend=backend), x)
+    torch.testing.assert_close(out, call(model, x))
     (images,) = (size for size in sizes if size[1] == 3 and isinstance(size[0], torch.SymInt))
     assert list(map(str, images[2:])) == list(map(str, x.shape[2:]))
     assert str(images[0]) != str(x.shape[0])
