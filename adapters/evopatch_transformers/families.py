@@ -128,7 +128,7 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("eomt_dinov3.modeling_eomt_dinov3", "EomtDinov3ForUniversalSegmentation"): _JOINED_BY_QUERIES._replace(
         rotary=True
     ),
-    ("videomt.modeling_videomt", "VideomtForUniversalSegmentation"): _JOINED_BY_QUERIES,
+    ("videomt.modeling_videomt", "VideomtForUniversalSegmentation"): _JOINED_BY_QUERIES._replace(no_grid=_NO_IMAGE),
     ("lw_detr.modeling_lw_detr", "LwDetrViTEncoder"): Family(
         "layer", _none, readout=_none, windows=JoinedInterface, no_grid=_IN_WINDOWS
     ),
