@@ -7,9 +7,10 @@ from typing import Any
 from timm.models.levit import Levit
 from torch import Tensor, nn
 
+from evopatch.forward.token_counts import check_size
 from evopatch.forward.walk import PatchedHost, refuse_symbolic, walk
 from evopatch.patching.adapter import HostSpec
-from evopatch.patching.pyramid import BiasedPyramidAdapter, check_size
+from evopatch.patching.pyramid import BiasedPyramidAdapter
 
 
 class SlowFastLevit(PatchedHost):

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers.models.levit.modeling_levit import LevitAttention, LevitEncoder, LevitMLPLayer, LevitModel
 
 from evopatch.forward.spec import Block
+from evopatch.forward.token_counts import check_size
 from evopatch.forward.walk import PatchedHost, walk
 from evopatch.patching.adapter import Change, HostSpec
-from evopatch.patching.pyramid import BiasedPyramidAdapter, check_size
+from evopatch.patching.pyramid import BiasedPyramidAdapter
 
 
 class SlowFastLevit(PatchedHost):

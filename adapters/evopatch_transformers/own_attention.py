@@ -54,7 +54,7 @@ class OwnAttention(TappedAttention):
         if tap.partition is None or not is_recorded("attentions"):
             return out
         tokens, weights = out
-        return tokens, spread_attention(weights, tap.partition)
+        return tokens, spread_attention(weights, tap.partition.shown(tap.behind))
 
     def _evo_hand(self, tap: AttentionTap, others: dict[str, Any]) -> Any:
         # A model's keyword arguments, such as return_dict, come down to every module.

@@ -92,14 +92,12 @@ class FullGrid:
         self._maps = maps
         self._tokens_first = spec.tokens_first
         self._mixes = bool(spec.trace.mixing)
-        self._whole: FullGrid | None = None
-        if spec.joined > 1:
-            whole = dataclasses.replace(spec, joined=1)
-            self._whole = FullGrid(everything, partition.joined(spec.joined), grid, whole, maps)
-        self._longer: FullGrid | None = None
-        if spec.appended:
-            shorter = dataclasses.replace(spec, appended=0)
-            self._longer = FullGrid(everything, partition.appended(spec.appended), grid, shorter, maps)
+        self._other: FullGrid | None = None
+        """Of tensors with other tokens than the block's: those of several windows together, or more of them."""
+        if spec.joined > 1 or spec.appended:
+            other = partition.joined(spec.joined) if spec.joined > 1 else partition.appended(spec.appended)
+            alone = dataclasses.replace(spec, joined=1, appended=0)
+            self._other = FullGrid(everything, other, grid, alone, maps)
 
     def wants(self, module: nn.Module) -> bool:
         """Whether to call this module on all tokens."""
@@ -111,8 +109,7 @@ class FullGrid:
         normalises = isinstance(module, nn.Identity) or "norm" in type(module).__name__.lower()
         shown = copy(self)
         shown._maps = self._maps and not normalises
-        shown._whole = None if self._whole is None else self._whole.around(module)._evo_full_grid
-        shown._longer = None if self._longer is None else self._longer.around(module)._evo_full_grid
+        shown._other = None if self._other is None else self._other.around(module)._evo_full_grid
         return Shown(module, shown)
 
     def around_run(self, module: Any, run: Callable[..., Any]) -> Shown:
@@ -149,10 +146,8 @@ class FullGrid:
             return x
         partition, rows = self._partition, self._partition.rows
         tokens = partition.group.shape[1]
-        if self._whole is not None and x.shape[0] == self._whole._partition.group.shape[0]:
-            return self._whole._show(x)
-        if self._longer is not None and self._longer._partition.rows in x.shape[1:3]:
-            return self._longer._show(x)
+        if self._other is not None and self._has_others(x, self._other._partition.rows):
+            return self._other._show(x)
         if x.dim() == 3 and self._tokens_first:
             return _spread(x.transpose(0, 1), partition).transpose(0, 1) if x.shape[0] == rows else x
         if x.dim() == 3 and x.shape[0] > partition.group.shape[0]:  # (B * H, M, M) or (B * H, M, D)
@@ -175,6 +170,12 @@ class FullGrid:
             return full.view(batch, tokens, heads, channels).transpose(1, 2)
         return _spread(x.flatten(2), partition).unflatten(2, x.shape[2:]) if x.shape[1] == rows else x  # (B, M, H, D)
 
+    def _has_others(self, x: Tensor, tokens: int) -> bool:
+        """Whether a tensor has the other tokens, so many for each of their images."""
+        assert self._other is not None
+        images = self._other._partition.group.shape[0]
+        return x.shape[0] == images if images != self._partition.group.shape[0] else tokens in x.shape[1:3]
+
     def _by_head(self, change: Callable[[Any], Any], x: Tensor, tokens: int) -> Tensor:
         images = self._partition.group.shape[0]
         if x.shape[1] != tokens or x.shape[0] % images:
@@ -186,10 +187,8 @@ class FullGrid:
         if not isinstance(x, Tensor) or x.dim() < 3:
             return x
         partition, tokens = self._partition, self._partition.group.shape[1]
-        if self._whole is not None and x.shape[0] == self._whole._partition.group.shape[0]:
-            return self._whole._hide(x)
-        if self._longer is not None and self._longer._partition.group.shape[1] in x.shape[1:3]:
-            return self._longer._hide(x)
+        if self._other is not None and self._has_others(x, self._other._partition.group.shape[1]):
+            return self._other._hide(x)
         if x.dim() == 3 and self._tokens_first:
             return merge(x.transpose(0, 1), partition).transpose(0, 1) if x.shape[0] == tokens else x
         if x.dim() == 3 and x.shape[0] > partition.group.shape[0]:

@@ -73,7 +73,9 @@ def check_merges(block: nn.Module, name: str, spec: HostSpec, patch: Patch) -> N
     changes.check(planned)
     changes.make(planned)
     key_bias = key_bias_of(partition)
-    tap = AttentionTap(spec.prefix, spec.readout, partition, False, block=name, key_bias=key_bias, images=2)
+    tap = AttentionTap(
+        spec.prefix, spec.readout, partition, observe=False, block=name, key_bias=key_bias, images=len(x)
+    )
     try:
         out = run_tapped(runner.block, tap, layout.of_block(0, x, ordered=False), **runner.absent)
     except UnsupportedInputError as error:

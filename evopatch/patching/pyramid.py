@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from ..algorithm.rows import exporting
-from ..errors import UnsupportedInputError, UnsupportedModelError
-from ..forward.host_state import HostState
+from ..errors import UnsupportedModelError
 from ..forward.spec import Block, HostSpec, Pyramid
 from ..rewrite.tracing import TraceSpec
 from .adapter import Adapter
@@ -35,34 +31,6 @@ class PyramidAdapter(Adapter):
         pyramid = Pyramid(grids, kernel=3)
         pyramid.check(name)
         return HostSpec(blocks=blocks, pyramid=pyramid, **fields)
-
-
-def check_size(images: Tensor, stride: int, state: HostState) -> None:
-    """Whether images make the grid that a host's position biases are for: the number of tokens doesn't tell it from
-    another one with as many.
-
-    Args:
-        images: `(B, 3, height, width)`.
-        stride: Pixels between two patch tokens.
-        state: The host's.
-
-    Raises:
-        UnsupportedInputError: If they make another one, unless every block runs as unpatched.
-    """
-    if not state.active:
-        return
-    assert state.spec.pyramid is not None
-    rows, columns = state.spec.pyramid.grids[0]
-    # Compiled with symbolic sizes, these are numbers from here on: all that follows from them would take minutes.
-    if not exporting() and (images.shape[-2], images.shape[-1]) == (rows * stride, columns * stride):
-        return
-    found = tuple(-(-side // stride) for side in images.shape[-2:])
-    if found != (rows, columns):
-        raise UnsupportedInputError(
-            f"images of {images.shape[-2]}x{images.shape[-1]} px make {found[0]}x{found[1]} patch tokens in "
-            f"'{state.name or 'model'}', whose position biases are for {rows}x{columns}: give images of the model's "
-            "own size"
-        )
 
 
 # Coarse grids are more redundant than fine ones.

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from comparing import moved
-from evopatch_transformers import refusals
+from evopatch_transformers import own_attention, refusals
 from matrix import cases
 from transformers.models.git.configuration_git import GitVisionConfig
 from transformers.models.git.modeling_git import GitVisionModel
@@ -26,6 +26,7 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransforme
 
 import evopatch
 from evopatch import EvoConfig, UnsupportedInputError, UnsupportedModelError
+from evopatch.algorithm.partition import spread_attention
 from evopatch.calibration.judge import Judge
 from evopatch.embedding.features import FeatureExtractor
 from evopatch.patching.handle import Patched
@@ -369,7 +370,7 @@ def test_layers_that_add_a_message_of_the_other_frames(kind):
 
 
 @torch.no_grad()
-def test_of_an_image_in_segments_the_first_stage_is_patched():
+def test_of_an_image_in_segments_the_first_stage_is_patched(monkeypatch):
     model, x = made("groupvit")
     stages, taken = copy.deepcopy(model.vision_model.encoder.stages), 2
     before = []
@@ -385,6 +386,12 @@ def test_of_an_image_in_segments_the_first_stage_is_patched():
     images, there = torch.arange(2).unsqueeze(1), torch.cat([slow, torch.arange(25, 30).expand(2, -1)], 1)
     alone = stages[0].layers[taken](before[0][images, there], None)
     torch.testing.assert_close(after[0][images, there], alone, atol=1e-5, rtol=1e-5)
+    weights = []
+    monkeypatch.setattr(own_attention, "is_recorded", lambda name: True)
+    monkeypatch.setattr(own_attention, "spread_attention", lambda *args: weights.append(spread_attention(*args)))
+    model(x)
+    attended = (weights[0].sum(-1) > 0.5).all(1)  # none of a token that nothing stands for, each where the model has it
+    assert torch.equal(attended, torch.zeros(2, 30, dtype=torch.bool).scatter(1, there, True))
 
 
 @torch.no_grad()
