@@ -11,12 +11,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .partition import Partition
 from .regression import NormalEquations
-from .rows import flat_rows
 
 RANK = 48
 # Of the mean of the diagonal.
@@ -32,24 +30,19 @@ class Correction(NamedTuple):
     """`(R, C)`."""
 
 
-def missed(x: Tensor, entry: Tensor, partition: Partition, correction: Correction) -> Tensor:
+def missed(distance: Tensor, partition: Partition, correction: Correction) -> Tensor:
     """What to add to tokens that received the change of their rows.
 
     Args:
-        x: `(B, T, C)`, the tokens before the run, or at its end.
-        entry: `(B, M, C)`, the rows that they were merged into at the same place.
+        distance: `(B, T, C)`, of the tokens from their rows, before the run or at its end (`partition.distances`).
         partition: Of the run.
         correction: Of the run.
 
     Returns:
         `(B, T, C)`, zeros for tokens that are rows of their own, and for those that have none.
     """
-    down, up = (matrix.to(x) for matrix in correction)
-    rows = entry @ down
-    if not partition.complete:
-        rows = F.pad(rows, (0, 0, 0, 1))
-    own = rows.flatten(0, 1).index_select(0, flat_rows(partition.group, rows.shape[1]))
-    out = (x @ down - own.view(*x.shape[:2], rows.shape[2])) @ up
+    down, up = (matrix.to(distance) for matrix in correction)
+    out = distance @ down @ up
     return out if partition.complete else out.masked_fill((partition.group == partition.rows).unsqueeze(2), 0.0)
 
 

@@ -133,10 +133,20 @@ def distribute(x: Tensor, change: Tensor, partition: Partition) -> Tensor:
     """Every token of `x` keeps its own value and adds the change of its row (equations 6 and 7).
 
     Args:
-        x: `(B, T, C)`.
-        change: `(B, M, C)`.
+        x: `(B, T, C)`; or the tokens' `distances` from their rows.
+        change: `(B, M, C)`; with distances the rows as they are after it.
     """
     return x + spread(change, partition)
+
+
+def distances(x: Tensor, compact: Tensor, partition: Partition) -> Tensor:
+    """How far tokens are from their rows, which stays the same while these change; of one without a row itself.
+
+    Args:
+        x: `(B, T, C)`.
+        compact: `(B, M, C)`.
+    """
+    return x - spread(compact, partition)
 
 
 def spread(x: Tensor, partition: Partition) -> Tensor:

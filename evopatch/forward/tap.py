@@ -182,13 +182,16 @@ class AttentionTap:
         bias = None if self._sizes_added else self._bias(None, logits)
         if bias is not None:
             logits = logits + bias
+        if self.observe and not self.readout and not self.received:
+            self._observe_logits(logits.detach())
         own: nn.Module | None = module._evo_module if isinstance(module, Shown) else module
         if own is not None and self.partition is None:
             probabilities: Tensor = own(logits)
         else:
             probabilities = logits.softmax(dim, dtype=dtype)
-        if self.observe:
-            self._observe_softmax(logits.detach(), probabilities.detach())
+        del logits  # may be the largest tensor of a block
+        if self.observe and (self.readout or self.received):
+            self._observe_softmax(probabilities.detach())
         if by_token:
             sizes = self._sizes(probabilities)
             return probabilities if sizes is None else probabilities / sizes.unsqueeze(2)
@@ -229,19 +232,28 @@ class AttentionTap:
             return like.new_zeros(like.shape[0], 1, rows).softmax(-1)
         return self.key_bias.exact[:, None, self.prefix :].softmax(-1)
 
-    def _observe_softmax(self, logits: Tensor, probabilities: Tensor) -> None:
-        if self.behind and self.partition is None:
-            logits, probabilities = (each.roll((self.behind,) * 2, (2, 3)) for each in (logits, probabilities))
+    def _observe_softmax(self, probabilities: Tensor) -> None:
+        """Attention of the tokens that the head reads, or what each token receives."""
+        probabilities = self._prefix_first(probabilities)
         if self.readout:
             observed = probabilities[:, :, : self.readout].float()
-        elif self.received:
-            share = self._share(logits[:, 0]).unsqueeze(1).to(probabilities.dtype)
-            observed = (share @ probabilities[:, :, self.prefix :]).float()
         else:
-            # Logits are linear in the query: their mean is the mean query's, as `attend` takes it.
-            share = self._share(logits[:, 0]).unsqueeze(1).to(logits.dtype)
-            observed = (share @ logits[:, :, self.prefix :]).softmax(-1, dtype=torch.float32)
+            observed = self._mean_query(probabilities).float()
         self._observed.append(observed.mean((1, 2)))
+
+    def _observe_logits(self, logits: Tensor) -> None:
+        """Attention of the mean query, as `attend` takes it: logits are linear in the query."""
+        observed = self._mean_query(self._prefix_first(logits)).softmax(-1, dtype=torch.float32)
+        self._observed.append(observed.mean((1, 2)))
+
+    def _prefix_first(self, pairs: Tensor) -> Tensor:
+        """`(B, H, M, M)`, with the prefix tokens before all others."""
+        return pairs.roll((self.behind,) * 2, (2, 3)) if self.behind and self.partition is None else pairs
+
+    def _mean_query(self, pairs: Tensor) -> Tensor:
+        """`(B, H, M, M)` to `(B, H, 1, M)`: the mean over the queries of patch tokens, by their share in the output."""
+        share = self._share(pairs[:, 0]).unsqueeze(1).to(pairs.dtype)
+        return share @ pairs[:, :, self.prefix :]
 
     def _observe(self, query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> None:
         if self.behind and self.partition is None:

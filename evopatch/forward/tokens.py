@@ -12,7 +12,7 @@ from ..algorithm.bias import KeyBias, key_bias_of
 from ..algorithm.correction import Correction, missed
 from ..algorithm.foresight import foreseen
 from ..algorithm.importance import accumulate, accumulate_compact, coarsen
-from ..algorithm.partition import Partition, distribute, merge
+from ..algorithm.partition import Partition, distances, distribute, merge
 from ..algorithm.selection import num_slow, select_matched, select_top
 from ..errors import BypassError
 from ..rewrite.classes import host_class
@@ -42,8 +42,9 @@ class TokenPass(ForwardPass):
         super().__init__(state, compact)
         self.g: dict[int, Tensor] = {}
         self.partitions: dict[int, Partition] = {}
-        # By the run's first block, or between full grids by the block; until the run ends.
-        self._entries: dict[int, tuple[Tensor, Tensor]] = {}
+        # Tokens' distances from their rows, by the run's first block, or between full grids by the block; until the run
+        # ends. They take less memory than the tokens and the rows that they were merged into.
+        self._apart: dict[int, Tensor] = {}
         self._first: dict[int, int] = {}
         self._key_biases: dict[int, KeyBias] = {}
         self._foreseen: bool | None = None
@@ -127,10 +128,11 @@ class TokenPass(ForwardPass):
         if first == index:
             warn_if_launches_count(x)
             compact = merge(x, partition)
-            self._entries[index] = (x, compact)
         out = self._tapped(index, block, compact, named, partition, run, reads_out)
         if reads_out:
             return out
+        if first == index:  # no sooner: while the block runs, its host has `x`, and one more would be the most in use
+            self._apart[index] = distances(x, compact, partition)
         if len(self.blocks[index]) == 1:
             return self.leave(index, out)
         # The modules that follow the first one of a block see what somebody's hooks on them are to see.
@@ -156,18 +158,16 @@ class TokenPass(ForwardPass):
             x = full_grid.hide(x)
         # Nobody needs them again: what recomputes a block alone takes the full grid, what recomputes a whole run begins
         # with its entry.
-        kept = self._entries.pop(self._first[index], None)
-        if kept is None:
+        distance = self._apart.pop(self._first[index], None)
+        if distance is None:
             raise BypassError(
                 f"block {index} of '{self.name or 'model'}' ran a second time in one forward pass, after its run of "
                 "blocks had ended: something computes single blocks anew. Use the library's own gradient checkpointing"
             )
-        full, entry = (tokens.to(x.device) for tokens in kept)
-        partition = self.partitions[index]
-        out = distribute(full, x - entry, partition)
+        distance, partition = distance.to(x.device), self.partitions[index]
+        out = distribute(distance, x, partition)
         correction = self._correction(index)
-        # Where blocks take and return the full grid, tokens are still as far from their rows as before the first.
-        return out if correction is None else out + missed(full, entry, partition, correction)
+        return out if correction is None else out + missed(distance, partition, correction)
 
     def _correction(self, index: int) -> Correction | None:
         """What corrects the restored change at the end of a run, where that was learned."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..algorithm.correction import missed
 from ..algorithm.importance import accumulate, coarsen
-from ..algorithm.partition import Partition, distribute
+from ..algorithm.partition import Partition, distances, distribute
 from ..algorithm.selection import num_slow
 from ..algorithm.window_selection import WindowPartition, match_tokens, merge_windows, select_windows, window_novelty
 from ..algorithm.windows import Windows, window_means
@@ -107,7 +107,7 @@ class WindowedPass(ForwardPass):
         full = distribute(tokens, out - entry, partition)
         correction = correction_of(block, index) if self.representative == "matched" else None
         if correction is not None:
-            full = full + missed(tokens, entry, partition, correction)
+            full = full + missed(distances(tokens, entry, partition), partition, correction)
         if self._watch is not None:
             each = alone(block, blocks, tokens, given, tuple(inputs), options)
             self._watch(index, Received(tokens, entry, partition, full, each))

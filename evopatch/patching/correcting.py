@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithm.correction import Correction, Regression
-from ..algorithm.partition import Partition, distribute, merge
+from ..algorithm.partition import distances, merge
 from ..plan import BlockPlan
 from .fitting import AT_ONCE
 from .handle import Patched
@@ -63,16 +63,11 @@ def _missed(
     given, own = seen.entered[last + 1], full.entered[last + 1]
     if not given.shape == own.shape == x.shape:
         return x, None
-    distance, difference = x - _rows(x, partition), own - given
+    distance, difference = distances(x, merge(x, partition), partition), own - given
     if partition.complete:
         return distance, difference
     stays = (partition.group == partition.rows).unsqueeze(2)  # a mask leaves it out
     return distance.masked_fill(stays, 0.0), difference.masked_fill(stays, 0.0)
-
-
-def _rows(x: Tensor, partition: Partition) -> Tensor:
-    """Every token's row."""
-    return distribute(torch.zeros_like(x), merge(x, partition), partition)
 
 
 def _forward(patched: Patched[Any], batch: Tensor) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithm.correction import Regression
-from ..algorithm.partition import distribute
+from ..algorithm.partition import distances
 from ..forward.learned import give_correction
 from ..forward.windowed import Received
 from ..plan import BlockPlan
@@ -57,7 +57,7 @@ def fit_window_corrections(model: nn.Module, images: Tensor) -> None:
 def _add(sums: dict[int, Regression], index: int, seen: Received) -> None:
     """What one block's tokens received in one forward."""
     tokens = seen.tokens
-    rows = distribute(torch.zeros_like(tokens), seen.entry, seen.partition)
+    distance = distances(tokens, seen.entry, seen.partition)
     if index not in sums:
         sums[index] = Regression(tokens.shape[-1], tokens.device)
-    sums[index].add(tokens - rows, seen.alone - seen.out)
+    sums[index].add(distance, seen.alone - seen.out)

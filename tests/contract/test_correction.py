@@ -10,7 +10,7 @@ from variants import FLAT, build, call, images_for
 import evopatch
 from evopatch import EvoConfig, UnsupportedModelError
 from evopatch.algorithm.correction import Regression, missed
-from evopatch.algorithm.partition import merge
+from evopatch.algorithm.partition import distances, merge
 from evopatch.algorithm.selection import select_matched
 from evopatch.forward.learned import correction_of
 from evopatch.patching.correcting import runs_of
@@ -39,11 +39,13 @@ def test_what_tokens_missed_is_recovered_where_it_is_linear():
     found = regression.solve(rank=2)
     assert found.down.shape == (8, 2)
     expected = (x - own) @ thin
-    assert (expected - missed(x, rows, partition, found)).norm() < 0.1 * expected.norm()
-    assert (expected - missed(x, rows, partition, regression.solve(rank=1))).norm() > 0.3 * expected.norm()
+    assert (expected - missed(distances(x, rows, partition), partition, found)).norm() < 0.1 * expected.norm()
+    assert (
+        expected - missed(distances(x, rows, partition), partition, regression.solve(rank=1))
+    ).norm() > 0.3 * expected.norm()
     alone = (partition.log_size == 0).gather(1, partition.group)  # rows of their own: prefix tokens, and groups of one
     assert alone[:, :2].all()
-    assert missed(x, rows, partition, found)[alone].abs().max() < 1e-5
+    assert missed(distances(x, rows, partition), partition, found)[alone].abs().max() < 1e-5
 
 
 @every(FLAT)

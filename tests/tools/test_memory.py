@@ -52,6 +52,19 @@ def test_a_patched_model_needs_no_more_memory(name, representative, selection):
     assert peak(model, 32, train=True) < 0.95 * unpatched(name, 32, True)
 
 
+@cases(
+    "name",
+    ["deit_tiny_patch16_224", "cait_xxs24_224", "pit_s_224", "vit_base_patch16_siglip_224"],
+    fast=["deit_tiny_patch16_224", "cait_xxs24_224"],
+)
+@pytest.mark.parametrize("selection", ["stage", "layer"])
+def test_nor_where_most_tokens_are_slow(name, selection):
+    """A compact set of nearly all tokens saves little, and all tokens are kept beside it until its run ends."""
+    model = timm.create_model(name, device="meta")
+    evopatch.apply(model, config=evopatch.EvoConfig(keep_ratio=0.9, selection=selection))
+    assert peak(model, 2, train=False) <= 1.05 * unpatched(name, 2, False)
+
+
 def test_one_that_keeps_more_is_noticed():
     model = timm.create_model("deit_small_patch16_224", device="meta")
     kept = []
