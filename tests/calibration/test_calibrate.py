@@ -16,6 +16,9 @@ from evopatch.calibration.batches import images_of
 from evopatch.calibration.judge import Judge
 from evopatch.calibration.schedule import Schedule
 from evopatch.calibration.search import Record
+from evopatch.forward.learned import correction_of
+from evopatch.patching.correcting import runs_of
+from evopatch.patching.fitting import blocks_of
 from evopatch.patching.handle import Patched
 from evopatch.patching.learning import learned
 
@@ -52,7 +55,10 @@ def test_the_model_is_left_with_what_was_found(name, tmp_path):
     assert result.classifier == ("dinov2" not in name)
     assert result.classifier or not result.foresight  # these give features of patches
     assert result.foresight == bool([path for path in learned(model) if "|" not in path])
-    assert len(result.corrected) * 2 == len([path for path in learned(model) if "|" in path])
+    patched = Patched(model)
+    state, blocks = patched.host.state, blocks_of(patched, patched.host)
+    runs = [(first, last) for first, last in runs_of(state.plans) if correction_of(blocks[last], first) is not None]
+    assert list(result.corrected) == runs
     # What it says of the images to report on is what the model does now.
     judge = Judge(Patched(model).original(), x[1::2].split(8), Patched(model).host.state.spec.prefix)
     own = judge.all_errors(model)
