@@ -136,11 +136,10 @@ class AttentionTap:
         given = own = bias
         if bias is not None:
             own = bias[(None,) * (4 - bias.dim())]
-        bias = self._bias(own, query)
-        if self.everything is not None and bias is not None and bias.shape[-2] > 1:
-            bias = bias[:, :, : self.prefix]
+        bias = self._asking_of(self._bias(own, query))
         if self.observe:
-            self._observe(query, key, default_scale(query) if scale is None else scale, bias)
+            seen = bias if self._mask is None else self._asking_of(self._without_left_out(own, query))
+            self._observe(query, key, default_scale(query) if scale is None else scale, seen)
         return given if bias is own else bias  # as many axes as it had choose torch's kernel
 
     def position_bias(self, bias: Tensor) -> Tensor:
@@ -179,10 +178,13 @@ class AttentionTap:
                 f"attention logits {tuple(logits.shape)} in {self.block}: expected four axes (B, H, T, T), or three "
                 "(B * H, T, T) and no nn.Softmax. Leave the model unpatched, or write the attention so"
             )
+        observes_logits = self.observe and not self.readout and not self.received
+        if observes_logits and self._mask is not None:
+            self._observe_logits(self._without_left_out(logits.detach(), logits))
         bias = None if self._sizes_added else self._bias(None, logits)
         if bias is not None:
             logits = logits + bias
-        if self.observe and not self.readout and not self.received:
+        if observes_logits and self._mask is None:
             self._observe_logits(logits.detach())
         own: nn.Module | None = module._evo_module if isinstance(module, Shown) else module
         if own is not None and self.partition is None:
@@ -224,6 +226,22 @@ class AttentionTap:
         key_bias = self.key_bias.of(like)
         # In place: the merged bias is nobody else's, and may be the largest tensor of a block.
         return key_bias if bias is None else bias.add_(key_bias)
+
+    def _without_left_out(self, values: Tensor | None, like: Tensor) -> Tensor:
+        """Logits, or what is added to them, with the least for tokens that are left out, whoever asks.
+
+        What a mask says to queries that are left out themselves, maybe minus infinity, would make of their share in the
+        mean query, which is 0, no number at all.
+        """
+        assert self.key_bias is not None
+        key_bias = self.key_bias.of(like)
+        return key_bias if values is None else values + key_bias
+
+    def _asking_of(self, bias: Tensor | None) -> Tensor | None:
+        """Its rows for the queries there are, where only the prefix tokens go through."""
+        if self.everything is None or bias is None or bias.shape[-2] == 1:
+            return bias
+        return bias[:, :, : self.prefix]
 
     def _share(self, like: Tensor) -> Tensor:
         """`(B, 1, M - P)`: each patch row's share in the pooled output, by its size."""
