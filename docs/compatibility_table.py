@@ -148,10 +148,12 @@ SECTIONS = {
             "before or after `apply`",
             ("test_models_dispatched_by_accelerate", "test_offloaded_by_whole_blocks")),
         Row("`set_attn_implementation`", YES,
-            "any time; `eager` and `sdpa`. Others (flash, flex) run where a block takes all tokens, "
-            "and give way to `sdpa` where groups weigh by their size",
+            "any time; `eager` and `sdpa`, and registered ones of one's own, which get the sizes of groups as their "
+            "attention mask. Others (flash, flex) run where a block takes all tokens, and give way to `sdpa` where "
+            "groups weigh by their size",
             ("test_the_attention_implementation_can_change_after_apply",
-             "test_other_implementations_never_get_a_bias")),
+             "test_other_implementations_never_get_a_bias",
+             "test_an_implementation_of_ones_own_runs_in_every_block")),
         Row("`output_hidden_states`", YES,
             "the full grid in every layer",
             ("test_hidden_states_asked_for_by_a_pre_hook", "test_outputs_asked_for_by_the_models_config")),

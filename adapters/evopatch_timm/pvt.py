@@ -11,6 +11,7 @@ from evopatch.forward.host_state import HostState
 from evopatch.forward.reduced_blocks import NOTICE, ConvolvingBlocks, first_selecting
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks, passages
 from evopatch.patching.window_changes import window_block_changes
+from evopatch.rewrite.quiet import quietly
 
 from .features import SlowFastFeatures, features_of
 from .walks import SlowFastWindowed
@@ -38,8 +39,8 @@ class PvtBlocks(ConvolvingBlocks):
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
         heads = attention.num_heads
-        queries = attention.q.forward(query).unflatten(-1, (heads, -1)).transpose(1, 2)
-        keys = attention.kv.forward(key).unflatten(-1, (2, heads, -1))[:, :, 0].transpose(1, 2)
+        queries = quietly(attention.q, query).unflatten(-1, (heads, -1)).transpose(1, 2)
+        keys = quietly(attention.kv, key).unflatten(-1, (2, heads, -1))[:, :, 0].transpose(1, 2)
         logits: Tensor = queries * attention.scale @ keys.transpose(2, 3)
         return logits.squeeze(2)
 

@@ -13,6 +13,7 @@ from evopatch.forward.joined_blocks import RelativeBlocks
 from evopatch.forward.spec import qualified
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks, passages
 from evopatch.patching.window_changes import common_window, window_block_changes
+from evopatch.rewrite.quiet import quietly
 from evopatch.rewrite.tracing import TraceSpec
 
 from .walks import SlowFastWindowed, grid_of
@@ -22,7 +23,7 @@ class SamBlocks(RelativeBlocks):
     """Of SAM."""
 
     def normed(self, attention: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return attention.q_norm.forward(query), attention.k_norm.forward(key)
+        return quietly(attention.q_norm, query), quietly(attention.k_norm, key)
 
     def between(self, attention: Any, length: int, table: Tensor) -> Tensor:
         between: Tensor = get_rel_pos(length, length, table)

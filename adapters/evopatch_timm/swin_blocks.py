@@ -11,6 +11,7 @@ from torch import Tensor
 from evopatch.algorithm.window_bias import continuous_bias, cosine_logits
 from evopatch.algorithm.windows import Windows
 from evopatch.forward.window_blocks import BiasedBlocks, Cut, MaskByHead
+from evopatch.rewrite.quiet import quietly
 from evopatch.rewrite.view import View
 
 
@@ -61,7 +62,7 @@ class SwinV2Blocks(SwinBlocks):
         return View(attention, alone), {"mask": MaskByHead(bias)}
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
-        query, key = attention.qkv.forward(query), attention.qkv.forward(key)
+        query, key = quietly(attention.qkv, query), quietly(attention.qkv, key)
         if attention.q_bias is not None:
             query = query + F.pad(attention.q_bias, (0, 2 * attention.dim))
         queries, keys = _heads(attention, query)[0], _heads(attention, key)[1]
@@ -86,7 +87,7 @@ class SwinV2CrBlocks(SwinV2Blocks):
 
 
 def _projected(attention: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    return _heads(attention, attention.qkv.forward(query))[0], _heads(attention, attention.qkv.forward(key))[1]
+    return _heads(attention, quietly(attention.qkv, query))[0], _heads(attention, quietly(attention.qkv, key))[1]
 
 
 def _heads(attention: Any, qkv: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,8 +25,10 @@ from .recording import is_recorded
 
 CORE_NAMES = frozenset({"ALL_ATTENTION_FUNCTIONS"})
 _TRACED = "evopatch_traced"
-# With a key bias, other implementations than these would need masks of their own.
-_TAKE_A_BIAS = ("eager", "sdpa")
+# By how they are called: implementations of transformers that need masks of a form of their own, or take none. Those
+# that somebody registered take what is added to the logits as their attention mask, as the interface has it.
+_TAKE_NO_BIAS = ("flash", "flex", "paged")
+_FROM_A_HUB = "/"
 
 
 def _call(module: Any, query: fx.Proxy, key: fx.Proxy, value: fx.Proxy, attention_mask: Any, **kwargs: Any) -> fx.Proxy:
@@ -122,7 +124,7 @@ class Interface:
         module = self._module
         bias = self._prepared(query, key, attention_mask, kwargs.get("scaling"))
         implementation = module.config._attn_implementation
-        if bias is not None and implementation not in _TAKE_A_BIAS:
+        if bias is not None and (implementation.startswith(_TAKE_NO_BIAS) or _FROM_A_HUB in implementation):
             implementation = "sdpa"
         function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_function(module))
         output, weights = function(module, query, key, value, bias, **kwargs, **self._kwargs)

@@ -13,6 +13,7 @@ from evopatch.forward.host_state import HostState
 from evopatch.forward.reduced_blocks import NOTICE, ConvolvingBlocks, ReducedBlocks, first_selecting
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks, passages
 from evopatch.patching.window_changes import window_block_changes
+from evopatch.rewrite.quiet import quietly
 
 from .families import loaded
 from .sam import SlowFastEncoder
@@ -32,7 +33,7 @@ class PvtV2Blocks(ConvolvingBlocks):
     compact = ("query", "attn_drop", "proj", "proj_drop", "dense1", "dense2", "dropout")
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
-        return _logits(attention.query.forward(query), attention.key.forward(key), attention.attention_head_size)
+        return _logits(quietly(attention.query, query), quietly(attention.key, key), attention.attention_head_size)
 
 
 class PvtBlocks(ReducedBlocks):
@@ -48,7 +49,7 @@ class PvtBlocks(ReducedBlocks):
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
         own = attention.self
-        return _logits(own.query.forward(query), own.key.forward(key), own.attention_head_size)
+        return _logits(quietly(own.query, query), quietly(own.key, key), own.attention_head_size)
 
 
 class SegformerBlocks(ConvolvingBlocks):
@@ -70,7 +71,7 @@ class SegformerBlocks(ConvolvingBlocks):
         return {"sequence_reduction": answer, "sequence_reduction_ratio": 2}
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
-        return _logits(attention.q_proj.forward(query), attention.k_proj.forward(key), attention.head_dim)
+        return _logits(quietly(attention.q_proj, query), quietly(attention.k_proj, key), attention.head_dim)
 
 
 def _logits(query: Tensor, key: Tensor, channels: int) -> Tensor:

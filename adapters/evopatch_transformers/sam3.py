@@ -10,6 +10,7 @@ from evopatch.forward.host_state import HostState
 from evopatch.forward.joined_blocks import RotatedBlocks
 from evopatch.patching.adapter import Adapter, Change, HostSpec, named_blocks, passages
 from evopatch.patching.window_changes import common_window, window_block_changes
+from evopatch.rewrite.quiet import quietly
 from evopatch.rewrite.tracing import TraceSpec
 
 from . import layer
@@ -33,7 +34,7 @@ class Sam3Blocks(RotatedBlocks):
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
         # Unrotated: means over windows have no place to rotate by.
         asked, answering = (
-            projection.forward(x).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+            quietly(projection, x).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
             for projection, x in ((attention.q_proj, query), (attention.k_proj, key))
         )
         logits: Tensor = asked * attention.scaling @ answering.transpose(2, 3)

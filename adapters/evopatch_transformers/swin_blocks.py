@@ -10,6 +10,7 @@ from torch import Tensor
 from evopatch.algorithm.window_bias import continuous_bias, cosine_logits, shift_mask
 from evopatch.algorithm.windows import Windows
 from evopatch.forward.window_blocks import BiasedBlocks, Cut, MaskByHead
+from evopatch.rewrite.quiet import quietly
 from evopatch.rewrite.view import Call, View
 
 
@@ -38,8 +39,8 @@ class SwinBlocks(BiasedBlocks):
         return View(attention, {"relative_position_bias": lambda: bias}), {}
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
-        queries = attention.q_proj.forward(query).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-        keys = attention.k_proj.forward(key).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        queries = quietly(attention.q_proj, query).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        keys = quietly(attention.k_proj, key).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
         logits: Tensor = queries * attention.scaling @ keys.transpose(2, 3)
         return logits.squeeze(2)
 
@@ -113,8 +114,8 @@ class SwinV2Blocks(_InnerAttention):
 
 def _projected(inner: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys `(B, H, T, D)`."""
-    queries = inner.query.forward(query).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
-    return queries, inner.key.forward(key).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
+    queries = quietly(inner.query, query).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
+    return queries, quietly(inner.key, key).unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
 
 
 def _cut(layer: Any, x: Tensor, grid: tuple[int, int]) -> Cut:

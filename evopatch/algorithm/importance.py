@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .padding import without
 from .partition import Partition
-from .rows import exporting, filled_up, on_accelerator
+from .rows import exporting, filled_up, in_forward_mode, on_accelerator
 
 
 def class_attention(
@@ -91,7 +91,7 @@ def folded_attention(folded: Tensor, tokens: Tensor, left_out: Tensor | None = N
 def detached(x: Tensor) -> Tensor:
     """Without a gradient."""
     # A trace is checked by another one, made without gradients: both have to record the same.
-    return x.detach() if x.requires_grad or exporting() else x
+    return x.detach() if x.requires_grad or exporting() or in_forward_mode() else x
 
 
 def accumulate(g: Tensor | None, attention: Tensor, tradeoff: float) -> Tensor:

@@ -21,6 +21,12 @@ def exporting() -> bool:
     return flag or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
+def in_forward_mode() -> bool:
+    """Whether derivatives in forward mode are asked for, as by `torch.func.jvp`."""
+    inside: bool = torch.autograd.forward_ad._current_level >= 0
+    return inside
+
+
 def by_product(values: Tensor) -> bool:
     """Whether sums into repeated rows are taken as a product with a matrix of ones and zeros.
 
@@ -146,8 +152,7 @@ def _product(values: Tensor, weight: Tensor, group: Tensor, rows: int) -> Tensor
 
 def _differentiated_otherwise(values: Tensor, weight: Tensor) -> bool:
     """Whether more is asked for than a gradient of the values: `torch.func`, forward mode, or one of the weights."""
-    in_forward_mode: bool = torch.autograd.forward_ad._current_level >= 0
-    return in_forward_mode or weight.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(values)
+    return in_forward_mode() or weight.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(values)
 
 
 def _bags(values: Tensor, weight: Tensor, row: Tensor, rows: int) -> Tensor:

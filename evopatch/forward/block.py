@@ -94,6 +94,7 @@ class TappedAttention(GeneratesCode, Steered):
 
 
 Patch = TypeVar("Patch", bound=Steered)
+_OVER_BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def block_codes(mixin: type[SlowFastBlock], block: nn.Module, name: str, trace: TraceSpec) -> dict[str, Any]:
@@ -141,7 +142,10 @@ def layer_norm_of(block: Any) -> nn.LayerNorm | None:
 
 
 def can_read_out(block: Any) -> bool:
-    """Whether there is code for a block where only the prefix tokens go through."""
+    """Whether there is code for a block where only the prefix tokens go through, and nothing in it that would make of
+    them what it makes of other ones, too."""
+    if block.training and any(isinstance(inner, _OVER_BATCH) for inner in block.modules()):
+        return False
     if block._evo_code is not None:
         return len(block._evo_cores) == 1 and bool(block._evo_code.readout)
     attention = attention_of(block)

@@ -17,6 +17,7 @@ from ..algorithm.relative_positions import places_of
 from ..algorithm.window_selection import WindowPartition
 from ..algorithm.window_tables import merge_tables
 from ..algorithm.windows import Windows
+from ..rewrite.quiet import quietly
 from .block import TappedAttention
 from .window_blocks import Cut, WindowedBlocks
 from .window_tap import RotatedTap, WindowTap
@@ -71,7 +72,7 @@ class RelativeBlocks(JoinedBlocks):
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
         queries, keys = (
-            attention.qkv.forward(x).unflatten(-1, (3, self.heads(attention), -1)).permute(2, 0, 3, 1, 4)
+            quietly(attention.qkv, x).unflatten(-1, (3, self.heads(attention), -1)).permute(2, 0, 3, 1, 4)
             for x in (query, key)
         )
         asked, answering = self.normed(attention, queries[0], keys[1])

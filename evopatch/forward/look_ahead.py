@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..algorithm.importance import default_scale, detached, fold, folded_attention
 from ..rewrite.linear_map import along, at_hand, given
 from ..rewrite.projections import Projections
+from ..rewrite.quiet import at_rest
 from .block import SlowFastBlock, attention_of, layer_norm_of, seen_tokens, unwrapped
 
 Queries: TypeAlias = dict[float, list[Tensor]]
@@ -95,6 +96,7 @@ class Look:
 
     def _at(self, block: Any, attention: nn.Module, projections: Projections) -> None:
         norm = layer_norm_of(block)
+        norm = None if norm is None else at_rest(norm)
         tokens, queries = self._meeting(block, norm)
         weights = projections.weights(attention, tokens)
         if weights is None:

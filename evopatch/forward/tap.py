@@ -16,6 +16,7 @@ from ..algorithm.bias import KeyBias, merge_bias
 from ..algorithm.importance import class_attention, default_scale
 from ..algorithm.padding import added
 from ..algorithm.partition import Partition, spread_attention, unspread_attention
+from ..algorithm.rows import is_fixed
 from ..errors import UnsupportedInputError
 from .hooks import FullGrid, Shown
 from .mask import Mask
@@ -128,6 +129,7 @@ class AttentionTap:
             What to add to the logits of the compact set, broadcastable to `(B, H, M, M)`, or None.
         """
         self.used = True
+        self._check_images(query.shape[0])
         if bias is not None and bias.dtype == torch.bool:
             raise UnsupportedInputError(
                 f"a boolean attention mask inside {self.block}: slow and fast tokens are chosen among all tokens, so "
@@ -178,6 +180,7 @@ class AttentionTap:
                 f"attention logits {tuple(logits.shape)} in {self.block}: expected four axes (B, H, T, T), or three "
                 "(B * H, T, T) and no nn.Softmax. Leave the model unpatched, or write the attention so"
             )
+        self._check_images(logits.shape[0])
         observes_logits = self.observe and not self.readout and not self.received
         if observes_logits and self._mask is not None:
             self._observe_logits(self._without_left_out(logits.detach(), logits))
@@ -236,6 +239,14 @@ class AttentionTap:
         assert self.key_bias is not None
         key_bias = self.key_bias.of(like)
         return key_bias if values is None else values + key_bias
+
+    def _check_images(self, attending: int) -> None:
+        if self._images is not None and is_fixed(attending) and is_fixed(self._images) and attending != self._images:
+            raise UnsupportedInputError(
+                f"attention over {attending} images in {self.block}, where {self._images} go through it, as of a drop "
+                "path that leaves images of a batch out: expected all of them. Use a drop path that sets what a block "
+                "adds to 0, as timm's DropPath, or none"
+            )
 
     def _asking_of(self, bias: Tensor | None) -> Tensor | None:
         """Its rows for the queries there are, where only the prefix tokens go through."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..algorithm.window_bias import compact_bias
 from ..algorithm.window_selection import WindowPartition
 from ..algorithm.windows import Windows
+from ..rewrite.quiet import quietly
 from ..rewrite.view import View, check_steered
 from .block import TappedAttention
 from .guarded import GuardedBlock
@@ -79,7 +80,7 @@ class WindowedBlocks(ABC):
         """`(B, N, C)` tokens as the block's attention sees them."""
         if self.norm is None:
             return x
-        normalised: Tensor = getattr(block, self.norm).forward(x)  # its hooks are for the block's own run
+        normalised: Tensor = quietly(getattr(block, self.norm), x)  # its hooks are for the block's own run
         return normalised
 
     def stand_ins(

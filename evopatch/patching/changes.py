@@ -60,6 +60,8 @@ def make(changes: Iterable[Change]) -> None:
             if change.mixin is not None:
                 swap(change.module, change.mixin)
             change.module.__dict__.update(change.attributes)
+            if isinstance(change.module, Swapped):
+                change.module._evo_swapped()
             if change.pre_hook is not None:
                 change.module.register_forward_pre_hook(change.pre_hook, with_kwargs=True)
                 change.module.__dict__["_evo_pre_hook"] = change.pre_hook

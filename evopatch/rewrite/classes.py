@@ -29,6 +29,9 @@ class Swapped:
         mixin = type(self).__mro__[1]
         return (_new, (self.__dict__.get("_evo_versions"), self._evo_host_class, mixin), *reduced[2:])
 
+    def _evo_swapped(self) -> None:
+        """After `swap`, and when the mixin's attributes are there."""
+
     def _evo_repr(self) -> str:
         """What `repr` says of the patch."""
         return ""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .classes import Swapped
 
@@ -19,44 +19,77 @@ class GeneratesCode(Swapped):
 
     _evo_generate: Callable[[], None]
     """Makes the code anew."""
+    _evo_kinds: _Kinds
+    """What tracing found."""
+
+    def _evo_swapped(self) -> None:
+        module: Any = self
+        self.__dict__["_evo_kinds"] = _kinds(module)
 
     def _evo_refresh(self) -> None:
         """Make the code again if the class got another forward, as libraries that patch timm do; not under compile."""
         if torch.compiler.is_compiling():
             return
         if self.__dict__[self._evo_always].source is not self._evo_host_class.forward:
+            self._evo_make()
+
+    def _evo_make(self) -> None:
+        own = self.__dict__
+        if own.get("_evo_making"):  # the traced forward itself sets something
+            return
+        own["_evo_making"] = True
+        try:
             self._evo_generate()
+        finally:
+            del own["_evo_making"]
+        self._evo_swapped()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        before = _value(self, name)
         super().__setattr__(name, value)
         if name in ("training", "__class__") or name.startswith("_"):
             return
-        # Tracing has read values such as `num_heads`, and whether there is a module or a tensor of this name.
-        if self._evo_always in self.__dict__ and _is_another(value, before):
-            self._evo_generate()
+        code = self.__dict__.get(self._evo_always)
+        if code is None or name in code.sets:
+            return
+        # Tracing has read values such as `num_heads`, and whether there is a module or a tensor of this name. It isn't
+        # compared with what is there: `FullyShardedDataParallel` and `nn.DataParallel` take all tensors out, and put
+        # others in their places one by one.
+        if _is_another(_kind(value), self.__dict__["_evo_kinds"].get(name, _MISSING)):
+            self._evo_make()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         inherited: Any = super()
         inherited.__setstate__(state)
         if self.__dict__[self._evo_always] is None:  # a copy has its original's
-            self._evo_generate()
+            self._evo_make()
 
 
 _MISSING = object()
 
 
-def _value(module: Any, name: str) -> Any:
-    """Of an attribute, past the class's own properties."""
+class _Kinds(dict[str, Any]):
+    """By the name of an attribute, what generated code depends on of it."""
+
+    def __deepcopy__(self, memo: Any) -> _Kinds:
+        return _Kinds(self)  # to compare with: values may be what can't be copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Kinds, ()  # found anew with the code
+
+
+def _kinds(module: nn.Module) -> _Kinds:
     own = module.__dict__
-    places = (own, own.get("_parameters", {}), own.get("_buffers", {}), own.get("_modules", {}))
-    return next((place[name] for place in places if name in place), _MISSING)
+    found = {**own, **own["_parameters"], **own["_buffers"], **own["_modules"]}
+    return _Kinds((name, _kind(value)) for name, value in found.items() if not name.startswith("_"))
+
+
+def _kind(value: Any) -> Any:
+    """Modules and tensors are looked up when the code runs."""
+    return next((kind for kind in (nn.Module, Tensor) if isinstance(value, kind)), value)
 
 
 def _is_another(value: Any, before: Any) -> bool:
     """Whether generated code that reads an attribute may have to be another one, now that it has this value."""
-    if any(isinstance(value, kind) and isinstance(before, kind) for kind in (nn.Module, torch.Tensor)):
-        return False  # looked up when it runs
     try:
         return type(value) is not type(before) or bool(value != before)
     except (RuntimeError, ValueError, TypeError):  # such as a list of tensors

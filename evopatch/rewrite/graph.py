@@ -12,19 +12,21 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from ..errors import AttentionNotFoundError
+from .before_core import layer_norm, projected_from, up_to
 from .classes import host_class
 from .mixing import MATMULS, count_values, mixes_heads
 from .projections import Projections, find_projections
 from .readout import readout_graph
 from .replaced import adds_replaced, replace_calls
 from .tracing import ROOT, TraceSpec, attention_cores, inputs_of, on_the_way, parameters_of, softmax_of, trace
+from .written import refuse
 
 _SOFTMAX_FUNCTIONS = {torch.softmax, F.softmax, softmax_of}
 _SCALINGS = {operator.mul, operator.truediv, torch.mul, torch.div}
@@ -50,6 +52,8 @@ class Code:
     """Of a module with an attention core, see `projections.find_projections`."""
     norm: str | None = None
     """Of a block: path of the layer norm that alone stands between its input and what the code gives, if one does."""
+    sets: frozenset[str] = frozenset()
+    """Of a block: what its own forward sets on it, such as a number of calls."""
 
     def __deepcopy__(self, memo: Any) -> Code:
         return self  # stateless; tracing again would disturb forwards in other threads, as fx patches nn.Module
@@ -80,7 +84,9 @@ def generate_core(module: nn.Module, name: str, spec: TraceSpec) -> Code:
     methods = set(spec.cores.values()) - {"multi_head"}  # takes tokens, not queries
     for training in (False, True):
         with _mode(module, training):
-            graph = trace(module, name, spec).graph
+            traced = trace(module, name, spec)
+        refuse(traced.written.own, module, name)
+        graph = traced.graph
         _tap(graph, module, name, spec)
         functions[training] = _function(graph)
         asked = readout_graph(graph, methods)
@@ -95,34 +101,26 @@ def generate_metric(block: nn.Module, name: str, spec: TraceSpec) -> Code:
     """`(block, x, inputs, None, block)` to `(B, T, C)`: the tokens as the projection before the attention core sees
     them.
 
-    Calls the forwards of the modules on the way, not the modules: their hooks are for the block's own run.
+    Calls the modules on the way quietly: their hooks are for the block's own run.
 
     Raises:
         AttentionNotFoundError: If the block can't be traced, or has no attention core behind a projection.
     """
     cores = attention_cores(block, spec)
     with _mode(block, training=False):
-        graph, given, first = trace(block, name, spec, on_the_way(cores))
+        graph, given, first, written = trace(block, name, spec, on_the_way(cores))
+    refuse(written.tensors, block, name)
     _tap(graph, block, name, spec)
-    projected = _projected(graph, block, name, spec)
-    function = _function(_up_to(projected, graph))
+    projected = projected_from(graph, block, name, spec)
+    function = _function(up_to(projected, graph))
     readout = {}
     if len(cores) == 1 and cores[0] in first:
-        tokens = _function(_up_to(first[cores[0]], graph))
+        tokens = _function(up_to(first[cores[0]], graph))
         readout = {False: tokens, True: tokens}
     functions = {False: function, True: function}
     parameters, inputs = parameters_of(block), inputs_of(block, spec)
-    norm = _layer_norm(projected, block)
-    return Code(functions, host_class(block).forward, parameters, inputs, given, readout, norm=norm)
-
-
-def _layer_norm(node: fx.Node, block: nn.Module) -> str | None:
-    if node.op != "call_module" or not isinstance(block.get_submodule(str(node.target)), nn.LayerNorm):
-        return None
-    tokens = node.args[0]
-    if isinstance(tokens, fx.Node) and tokens.target is torch.cat and tokens.kwargs == {"dim": 1}:
-        tokens = cast("list[fx.node.Argument]", tokens.args[0])[0]  # others behind them change nothing
-    return str(node.target) if isinstance(tokens, fx.Node) and tokens.op == "placeholder" else None
+    norm, sets = layer_norm(projected, block), frozenset(written.own)
+    return Code(functions, host_class(block).forward, parameters, inputs, given, readout, norm=norm, sets=sets)
 
 
 @contextmanager
@@ -136,17 +134,6 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for inner, mode in modes:
             inner.__dict__["training"] = mode
-
-
-def _without_hooks(graph: fx.Graph) -> fx.Graph:
-    for node in list(graph.nodes):
-        if node.op == "call_module":
-            with graph.inserting_before(node):
-                module = graph.get_attr(str(node.target))
-                call = graph.call_method("forward", (module, *node.args), dict(node.kwargs))
-            node.replace_all_uses_with(call)
-            graph.erase_node(node)
-    return graph
 
 
 def _tap(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> None:
@@ -239,44 +226,6 @@ def _adds_position_bias(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target not in (operator.add, torch.add):
         return False
     return isinstance(node.args[1], fx.Node) and node.args[1].target == "position_bias"
-
-
-def _up_to(node: fx.Node, graph: fx.Graph) -> fx.Graph:
-    """A copy of the graph that gives a node of it, without hooks."""
-    copy = fx.Graph(owning_module=graph.owning_module)
-    mapping: dict[fx.Node, fx.Node] = {}
-    copy.graph_copy(graph, mapping)
-    copy.output(mapping[node])
-    copy.eliminate_dead_code()
-    return _without_hooks(copy)
-
-
-def _projected(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> fx.Node:
-    """The input of the projection that the first attention core's queries come from."""
-    methods = {"softmax", *spec.cores.values()}
-    core = next(n for n in graph.nodes if n.op == "call_method" and n.target in methods)
-    if core.target == "multi_head":  # projects by itself
-        return cast(fx.Node, core.args[1])
-    queue, seen = [a for a in core.args[1:2] if isinstance(a, fx.Node)], set()
-    while queue:
-        node = queue.pop(0)
-        if _is_projection(node, block):
-            return cast(fx.Node, node.args[0])
-        if node not in seen:
-            seen.add(node)
-            queue.extend(node.all_input_nodes)
-    raise AttentionNotFoundError(
-        f"{name} ({type(block).__name__}): found no linear projection before the graph node '{core.name}' "
-        f"({core.target}); expected one that the queries come from"
-    )
-
-
-def _is_projection(node: fx.Node, block: nn.Module) -> bool:
-    if node.op == "call_module":
-        # By its attributes: LoRA and quantised layers aren't instances of nn.Linear, and LeViT's hold a norm as well.
-        parts = block.get_submodule(str(node.target)).modules()
-        return any(hasattr(part, "in_features") or hasattr(part, "in_channels") for part in parts)
-    return node.op == "call_function" and node.target in (F.linear, torch._C._nn.linear)
 
 
 _functions: dict[str, Callable[..., Any]] = {}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..algorithm.rows import exporting
+from ..algorithm.rows import exporting, in_forward_mode
+from .quiet import at_rest, quiet_copy, unkept
 
 
 def at_hand(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
@@ -62,6 +63,7 @@ def linear_map(layer: Any, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """
     if type(layer) is not nn.Linear:  # LoRA and quantised layers
         return _probed(layer, like)
+    layer = at_rest(layer)
     if not _is_here(layer) or layer.weight.is_meta != like.is_meta:
         return None
     if is_traceable_wrapper_subclass(layer.weight):
@@ -90,6 +92,7 @@ def parameter_map(module: nn.Module, weight: str, bias: str, like: Tensor) -> tu
         bias: Name of its parameter `(D,)`; `""` where it has none.
         like: `(B, T, C)`.
     """
+    module = at_rest(module)
     matrix, offset = getattr(module, weight), getattr(module, bias) if bias else None
     wrapped = is_traceable_wrapper_subclass(matrix)
     if wrapped or matrix.dim() != 2 or not _is_filled(matrix) or matrix.is_meta != like.is_meta:
@@ -122,7 +125,7 @@ def given(parameter: Tensor, like: Tensor) -> Tensor:
     """A parameter without a gradient, of the type and on the device of `like`: itself where it is so, as at batch 1
     every operator counts."""
     # A trace is checked by another one, made without gradients: both have to record the same.
-    if parameter.requires_grad and (torch.is_grad_enabled() or exporting()):
+    if in_forward_mode() or (parameter.requires_grad and (torch.is_grad_enabled() or exporting())):
         parameter = parameter.detach()
     same = parameter.dtype == like.dtype and parameter.device == like.device
     return parameter if same else parameter.to(like)
@@ -134,21 +137,7 @@ def _probed(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     channels = like.shape[-1]
     inputs = torch.eye(channels, channels, device=like.device, dtype=like.dtype)
     # torch.compile follows no copies; it has no hooks that look at values either.
-    quiet = layer if torch.compiler.is_compiling() else _quiet(layer)
-    out: Tensor = quiet.forward(torch.cat([inputs, inputs.new_zeros(1, channels)]).unsqueeze(0))[0]
+    quiet = layer if torch.compiler.is_compiling() else quiet_copy(layer)
+    with unkept():
+        out: Tensor = quiet.forward(torch.cat([inputs, inputs.new_zeros(1, channels)]).unsqueeze(0))[0]
     return (out[:-1] - out[-1:]).transpose(0, 1), out[-1]
-
-
-def _quiet(module: Any) -> Any:
-    """A module on the same weights that nobody listens to and that remembers nothing: no dropout, statistics of batches
-    or observers of quantisation, as what it is run on here are no tokens."""
-    quiet = object.__new__(type(module))
-    quiet.__dict__.update(
-        module.__dict__,
-        training=False,
-        _buffers={name: None if b is None else b.clone() for name, b in module._buffers.items()},
-        _modules={name: None if child is None else _quiet(child) for name, child in module._modules.items()},
-        _forward_hooks={},
-        _forward_pre_hooks={},
-    )
-    return quiet

@@ -54,6 +54,8 @@ class Projections:
     heads: int
     scale: float | None
     """Factor on the logits; None: `D ** -0.5`."""
+    passed: frozenset[str] = frozenset()
+    """Paths in the attention module of the `nn.Identity` that queries and keys go through, in the place of norms."""
 
     def weights(self, attention: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None, Tensor] | None:
         """Weight `(H D, C)` and bias `(H D,)` of the queries, weight of the keys; None where they can't be had, see
@@ -63,6 +65,8 @@ class Projections:
             attention: The module.
             like: `(B, T, C)` tokens of the type and on the device that are wanted.
         """
+        if not self._are_linear(attention):
+            return None
         asked = self.query.linear_map(attention, like)
         one_layer = (self.key.path, self.key.weight) == (self.query.path, self.query.weight)
         answering = asked if one_layer else self.key.linear_map(attention, like)
@@ -73,7 +77,12 @@ class Projections:
 
     def can_be_had(self, attention: nn.Module, way: Collection[nn.Module]) -> bool:
         """Whether `weights` will give them, inside `linear_map.at_hand` of the modules `way`."""
-        return all(each.can_be_had(attention, way) for each in (self.query, self.key))
+        there = all(each.can_be_had(attention, way) for each in (self.query, self.key))
+        return there and self._are_linear(attention)
+
+    def _are_linear(self, attention: nn.Module) -> bool:
+        # Somebody may have put a norm there since.
+        return all(type(attention.get_submodule(path)) is nn.Identity for path in self.passed)
 
 
 def find_projections(graph: fx.Graph, module: nn.Module, methods: Collection[str]) -> Projections | None:
@@ -89,13 +98,15 @@ def find_projections(graph: fx.Graph, module: nn.Module, methods: Collection[str
     if len(met) != 1 or met[0] is None:
         return None
     query, key, scale = met[0]
-    asked, answering = _projection(query, module), _projection(key, module)
+    passed: set[str] = set()
+    asked, answering = _projection(query, module, passed), _projection(key, module, passed)
     if asked is None or answering is None or asked[1] != answering[1]:
         return None
     scaled = asked[2] * answering[2]
     if scale is None and scaled != 1.0:
         return None
-    return Projections(asked[0], answering[0], asked[1], None if scale is None else scale * scaled)
+    factor = None if scale is None else scale * scaled
+    return Projections(asked[0], answering[0], asked[1], factor, frozenset(passed))
 
 
 def _met(core: fx.Node) -> tuple[Any, Any, float | None] | None:
@@ -131,8 +142,8 @@ def _unscaled(node: Any) -> tuple[Any, float]:
         node = node.args[0]
 
 
-def _projection(node: Any, module: nn.Module) -> tuple[Projection, int, float] | None:
-    """What a query or key comes from, its number of heads, and what it is multiplied with.
+def _projection(node: Any, module: nn.Module, passed: set[str]) -> tuple[Projection, int, float] | None:
+    """What a query or key comes from, its number of heads, and what it is multiplied with; adds to what it passed.
 
     By `linear -> view(B, N, H, D) -> transpose(1, 2)`, or
     `linear -> reshape(B, N, 3, H, D) -> permute(2, 0, 3, 1, 4) -> unbind(0)`; or by `unflatten(-1, (3, H, D))`, or by
@@ -143,6 +154,8 @@ def _projection(node: Any, module: nn.Module) -> tuple[Projection, int, float] |
     while _is(node, "call_method", "contiguous") or (
         _is(node, "call_module") and type(module.get_submodule(node.target)) is nn.Identity
     ):
+        if node.op == "call_module":
+            passed.add(str(node.target))
         node = node.args[0]
     part, parts, layout = 0, 1, node
     order: tuple[str, tuple[int, ...]] = ("transpose", (1, 2))

@@ -19,6 +19,7 @@ from ..errors import AttentionNotFoundError
 from .classes import host_class
 from .fast_paths import forward_of
 from .leaves import dropout_rates, leaf_functions, leaf_methods
+from .written import Written, taken_back
 
 SDPA = F.scaled_dot_product_attention
 _MULTI_HEAD = F.multi_head_attention_forward
@@ -223,6 +224,8 @@ class Traced(NamedTuple):
     """By path of a submodule that was traced through: names of the tensors that it is given beside the first."""
     first: dict[str, fx.Node]
     """By the same: the node that it is given first."""
+    written: Written
+    """What the forwards set on their modules, which are left as they were."""
 
 
 def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str] = ()) -> Traced:
@@ -243,6 +246,7 @@ def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str
         replaced = (target for target in spec.replaced if isinstance(target, str))
         methods = (*spec.leaf_methods, *spec.position_biases, *replaced)
         with (
+            taken_back(module, through) as written,
             leaf_methods(shim, tracer, methods),
             leaf_functions(shim, leaves_of(spec)),
             dropout_rates(shim, tracer),
@@ -260,4 +264,4 @@ def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str
             node.target = node.target.removeprefix(f"{ROOT}.")
     # Dead-code elimination looks submodules up in it.
     graph.owning_module = module  # type: ignore[assignment]
-    return Traced(graph, tracer.given, tracer.first)
+    return Traced(graph, tracer.given, tracer.first, written)

@@ -88,11 +88,11 @@ def test_other_implementations_never_get_a_bias():
         calls.append(query.shape[2])
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **kwargs)
 
-    transformers.AttentionInterface.register("other", other)
-    transformers.AttentionMaskInterface.register("other", lambda *args, **kwargs: None)
+    transformers.AttentionInterface.register("flex_other", other)
+    transformers.AttentionMaskInterface.register("flex_other", lambda *args, **kwargs: None)
     model, x = build("hf_vit"), images()
     expected = evopatch.apply(copy.deepcopy(model))(x).logits
-    model.set_attn_implementation("other")
+    model.set_attn_implementation("flex_other")
     evopatch.apply(model)
     torch.testing.assert_close(model(x).logits, expected, atol=2e-5, rtol=2e-5)
     assert calls == [26, 26]
@@ -100,6 +100,26 @@ def test_other_implementations_never_get_a_bias():
     calls.clear()
     model(x)
     assert calls == [26, 26, 15, 15, 15, 15]
+
+
+@torch.no_grad()
+def test_an_implementation_of_ones_own_runs_in_every_block():
+    """Its mathematics is its own: no other may take its place."""
+    calls = []
+
+    def colder(module, query, key, value, attention_mask, **kwargs):
+        calls.append(attention_mask is not None)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, 0.5 * query, key, value, attention_mask, **kwargs)
+
+    transformers.AttentionInterface.register("colder", colder)
+    transformers.AttentionMaskInterface.register("colder", lambda *args, **kwargs: None)
+    model, x = build("hf_vit"), images()
+    model.set_attn_implementation("colder")
+    evopatch.apply(model)
+    out = model(x).logits
+    assert calls == [False, False, True, True, True, True]
+    model.set_attn_implementation("sdpa")
+    assert moved(out, model(x).logits) > 1e-4
 
 
 @pytest.mark.slow  # compiles

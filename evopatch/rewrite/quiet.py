@@ -1,0 +1,89 @@
+"""Modules outside of their own run: nobody listens, nothing is remembered, and weights are as they would be in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+_MAKE_WEIGHTS = (BasePruningMethod, SpectralNorm, WeightNorm)
+"""Forward pre-hooks of torch's own that make a module's weights, whenever it is called."""
+
+
+def quietly(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a module makes of tokens that are no part of its own run."""
+    with unkept():
+        return at_rest(module).forward(*args, **kwargs)
+
+
+def unkept() -> AbstractContextManager[None]:
+    """Inside, `torch.nn.utils.parametrize.cached` keeps no weights: those made here may be without a gradient, or of a
+    copy, and it goes by a module's address."""
+    return _uncached() if parametrize._cache_enabled else nullcontext()
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = enabled
+
+
+def at_rest(module: nn.Module) -> Any:
+    """A module to run or to read outside of its own run: itself, or a quiet copy where it has something to do before
+    it is called, or would remember what it is called on."""
+    if all(map(_is_plain, module.modules())):
+        return module
+    if not torch.compiler.is_compiling():
+        return quiet_copy(module, module.training)
+    # It follows no copies.
+    for inner in module.modules():
+        _make_weights(inner, inner)
+    return module
+
+
+def quiet_copy(module: Any, training: bool = False) -> Any:
+    """A module on the same weights that nobody listens to, and that keeps nothing of what it is run on.
+
+    Args:
+        module: Left as it is.
+        training: Of the copy. False: no dropout, statistics of batches or observers of quantisation.
+    """
+    quiet = object.__new__(type(module))
+    quiet.__dict__.update(
+        module.__dict__,
+        training=training,
+        _buffers={name: None if b is None else b.clone() for name, b in module._buffers.items()},
+        _modules={name: child and quiet_copy(child, training) for name, child in module._modules.items()},
+        _forward_hooks={},
+        _forward_pre_hooks={},
+    )
+    _make_weights(module, quiet)
+    return quiet
+
+
+def _is_plain(module: nn.Module) -> bool:
+    remembers = module.training and len(module._buffers) > 0
+    return not remembers and not (module._forward_pre_hooks and any(map(_makes_weights, _hooks(module))))
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return list(module._forward_pre_hooks.values())
+
+
+def _makes_weights(hook: object) -> bool:
+    return isinstance(hook, _MAKE_WEIGHTS)
+
+
+def _make_weights(module: nn.Module, target: nn.Module) -> None:
+    for hook in filter(_makes_weights, _hooks(module)):
+        hook(target, ())
