@@ -489,7 +489,7 @@ def test_fully_sharded_equals_whole(name):
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("name", ["vit", "hf_vit"])
+@pytest.mark.parametrize("name", ["vit", "hf_vit", "eva", "beit"])
 @torch.no_grad()
 def test_fully_sharded_as_torch_did_it_first(name):
     from torch.distributed.fsdp import FullyShardedDataParallel

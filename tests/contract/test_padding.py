@@ -52,6 +52,8 @@ def mask_for(name: str, kind: str = "key") -> dict[str, torch.Tensor]:
     mask = there[:, None, None]
     if kind == "pairs":
         mask = mask & there[:, None, :, None]
+    if kind == "pairs, infinite":
+        mask = torch.zeros(2, 1, prefix + 25, prefix + 25).masked_fill(~mask, -torch.inf)
     if kind == "added":
         mask = torch.zeros(mask.shape).masked_fill(~mask, -1e9)
     return {"attn_mask": mask}
@@ -133,8 +135,8 @@ class _Masked(torch.nn.Module):
         return self.model.forward_intermediates(x, **self.mask, **options)
 
 
-@pytest.mark.parametrize("kind", ["pairs", "added"])
-@pytest.mark.parametrize("name", ["vit", "rope"])
+@pytest.mark.parametrize("kind", ["pairs", "added", "pairs, infinite"])
+@pytest.mark.parametrize("name", ["vit", "rope", "gap", "diff"])
 @torch.no_grad()
 def test_masks_of_every_form_say_the_same(name, kind):
     model, x = evopatch.apply(build(name)), images_for(name)

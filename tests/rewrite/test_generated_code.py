@@ -1,6 +1,7 @@
 """Blocks written anew from their graphs: shared code, unfused attention, replaced layers, unknown attention cores."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ from comparing import Snapshot, moved
 from internals import forward_code, generated_functions, states
 from matrix import every
 from timm.layers import Attention, set_fused_attn
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
-from variants import FLAT, TIMM, build, images
+from variants import FLAT, TIMM, build, call, images, images_for
 
 import evopatch
 
@@ -126,3 +127,78 @@ def test_position_biases_without_fused_attention_are_refused(name):
     with pytest.raises(evopatch.AttentionNotFoundError, match="Create the model with fused attention"):
         evopatch.apply(model)
     assert not evopatch.supported(model)
+
+
+class Keeping(Attention):
+    """Keeps its attention map for whoever wants to look at it."""
+
+    def forward(self, x, **kwargs):
+        batch, tokens, channels = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        self.attention_map = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1)
+        return self.proj((self.attention_map @ v).transpose(1, 2).reshape(batch, tokens, channels))
+
+
+@torch.no_grad()
+def test_an_attention_that_keeps_its_map_is_refused_and_left_as_it_was():
+    """It would be that of the compact set, or an old one."""
+    model, x = build("vit"), images()
+    for block in model.blocks:
+        block.attn.__class__ = Keeping
+    expected = model(x)
+    before = Snapshot(model)
+    maps = [block.attn.attention_map for block in model.blocks]
+    with pytest.raises(evopatch.AttentionNotFoundError, match=r"blocks\.0.*sets attn\.attention_map on itself"):
+        evopatch.apply(model)
+    before.assert_untouched(model)
+    assert all(block.attn.attention_map is kept for block, kept in zip(model.blocks, maps, strict=True))
+    assert torch.equal(model(x), expected)
+
+
+@torch.no_grad()
+def test_nor_can_it_become_one_after_apply(monkeypatch):
+    model, x = evopatch.apply(build("vit")), images()
+    model(x)
+    monkeypatch.setattr(Attention, "forward", Keeping.forward)
+    with pytest.raises(evopatch.AttentionNotFoundError, match="sets attention_map on itself"):
+        model(x)
+    monkeypatch.undo()
+    model(x)
+
+
+class Counting(Block):
+    calls = 0
+
+    def forward(self, x, **kwargs):
+        self.calls += 1
+        return super().forward(x, **kwargs)
+
+
+@torch.no_grad()
+def test_a_block_that_counts_its_calls_counts_them_and_is_traced_once(monkeypatch):
+    model, x = build("vit"), images()
+    for block in model.blocks:
+        block.__class__ = Counting
+    evopatch.apply(model)
+    assert [block.calls for block in model.blocks] == [0] * 6
+    made = []
+    monkeypatch.setattr(type(model.blocks[0]), "_evo_generate", lambda self: made.append(self))
+    model(x)
+    model(x)
+    assert [block.calls for block in model.blocks] == [2] * 6
+    assert not made
+    model.blocks[0].anything_else = 3
+    assert made == [model.blocks[0]]
+
+
+@pytest.mark.parametrize("name", ["vit", "beit", "eva", "cait", "torchvision", "swin", "hf_vit"])
+@torch.no_grad()
+def test_copies_get_their_tensors_one_by_one(name, monkeypatch):
+    """As torch's `replicate` makes copies of a model for `nn.DataParallel`: at no time has one all of them."""
+    model, x = evopatch.apply(build(name)), images_for(name)
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", lambda tensors, *_, **__: [tensors, tensors])
+    for copied in replicate.replicate(model, [0, 1]):
+        assert copied is not model
+        assert torch.equal(call(copied, x), call(model, x))
