@@ -139,8 +139,8 @@ class _Run:
         self._matched = base.representative == "matched"
         original = unpatch(copy.copy())
         self._search_on, self._report_on = images[::2].split(batch_size), images[1::2].split(batch_size)
-        self._judge = Judge(original, self._search_on, spec.prefix, spec.behind)
-        self._reporter = Judge(original, self._report_on, spec.prefix, spec.behind)
+        self._judge = Judge(original, self._search_on, spec.prefix + spec.later, spec.behind)
+        self._reporter = Judge(original, self._report_on, spec.prefix + spec.later, spec.behind)
         if target.kind == "agreement" and not self._judge.is_classifier:
             raise ConfigError("target_agreement was given, and the model predicts no class: give target_kl, a distance")
         self.trials = Trials(copy, base, images[:batch_size])
