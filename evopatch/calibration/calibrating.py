@@ -72,7 +72,7 @@ def calibrate(
         batch_size: Of the forwards, also of those that are timed.
         budget: Seconds of search; learning and the report come on top.
         output: A folder for what was tried: an interrupted search that is begun again there goes on, one with another
-            model, other weights, images, target or `config` begins anew.
+            model, other weights, images, target, `batch_size`, `config` or version of evopatch begins anew.
         progress: Show a progress bar.
 
     Returns:
@@ -161,6 +161,7 @@ class _Run:
                     "weights": fingerprint(original.state_dict()),
                     "images": fingerprint({"images": images}),
                     "target": str(target),
+                    "batch size": str(batch_size),
                     "config": base.to_json(),
                 },
             )
