@@ -22,7 +22,7 @@ class CaitAdapter(Adapter):
         return (Cait,)
 
     def inspect(self, host: Any, name: str) -> HostSpec:
-        return HostSpec(blocks="blocks", prefix=0, readout=0, trace=TraceSpec(mixing=("proj_l", "proj_w")))
+        return HostSpec(blocks="blocks", prefix=0, readout=0, later=1, trace=TraceSpec(mixing=("proj_l", "proj_w")))
 
     def grid(self, host: Any, image_size: tuple[int, int]) -> tuple[int, int]:
         return grid_of(host, image_size)

@@ -53,6 +53,8 @@ class Family(NamedTuple):
     biases: Callable[[Any], tuple[str, ...]] = _nothing
     """What layers take to add position biases to the attention logits, by the same: one made by their host, and the
     image size that they make their own of."""
+    pooled: bool = False
+    """See `HostSpec.pooled`."""
     pads: bool = False
     """Its model masks the tokens that fill up smaller images."""
     behind: Callable[[Any], int] = _none
@@ -86,7 +88,9 @@ def _registers(config: Any) -> int:
 _JOINED_BY_QUERIES = Family("layers", _registers, joined=lambda config: int(config.num_blocks))
 _IN_WINDOWS = "has its tokens in windows, each of which is a grid of its own"
 _NO_IMAGE = "takes video or sound, whose patches aren't a grid of an image's"
-_CLIP_LIKE = Family("encoder.layers", _one)
+_CLIP_LIKE = Family("encoder.layers", _one, pooled=True)
+# Their tokens are normed already.
+_BLIP_LIKE = _CLIP_LIKE._replace(pooled=False)
 _PADDED = Family("encoder.layers", _none, readout=_none, pads=True)
 
 # By module, below transformers.models, and class.
@@ -103,18 +107,21 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("dinov3_vit.modeling_dinov3_vit", "DINOv3ViTEncoder"): Family("layer", _registers, rotary=True),
     ("sapiens2.modeling_sapiens2", "Sapiens2Encoder"): Family("layer", _registers, rotary=True),
     ("clip.modeling_clip", "CLIPVisionModel"): _CLIP_LIKE,
-    ("siglip.modeling_siglip", "SiglipVisionModel"): Family("encoder.layers", _none, readout=_none),
+    ("siglip.modeling_siglip", "SiglipVisionModel"): Family("encoder.layers", _none, readout=_none, pooled=True),
     ("siglip2.modeling_siglip2", "Siglip2VisionModel"): Family(
         "encoder.layers",
         _none,
         readout=_none,
+        pooled=True,
         pads=True,
         no_grid="takes patches of images, not images: ask its processor",
     ),
     ("idefics2.modeling_idefics2", "Idefics2VisionTransformer"): _PADDED,
     ("idefics3.modeling_idefics3", "Idefics3Encoder"): _PADDED._replace(blocks="layers"),
     ("smolvlm.modeling_smolvlm", "SmolVLMEncoder"): _PADDED._replace(blocks="layers"),
-    ("beit.modeling_beit", "BeitModel"): Family("layers", _one, biases=lambda config: ("attention_mask", "resolution")),
+    ("beit.modeling_beit", "BeitModel"): Family(
+        "layers", _one, biases=lambda config: ("attention_mask", "resolution"), pooled=True
+    ),
     ("data2vec.modeling_data2vec_vision", "Data2VecVisionEncoder"): Family(
         "layer",
         _one,
@@ -122,6 +129,7 @@ FAMILIES: dict[tuple[str, str], Family] = {
             *(("relative_position_bias",) if config.use_shared_relative_position_bias else ()),
             "resolution",
         ),
+        pooled=True,
         own_attention=True,
     ),
     ("eomt.modeling_eomt", "EomtForUniversalSegmentation"): _JOINED_BY_QUERIES,
@@ -137,7 +145,12 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ),
     # Behind the first stage there are segments, not patches.
     ("groupvit.modeling_groupvit", "GroupViTVisionEncoder"): Family(
-        "stages.0.layers", _none, behind=lambda config: int(config.num_group_tokens[0]), mean=True, own_attention=True
+        "stages.0.layers",
+        _none,
+        behind=lambda config: int(config.num_group_tokens[0]),
+        mean=True,
+        pooled=True,
+        own_attention=True,
     ),
     ("internvl.modeling_internvl", "InternVLVisionEncoder"): Family("layer", _one),
     ("qianfan_ocr.modeling_qianfan_ocr", "QianfanOCRVisionModel"): Family("layers", _one),
@@ -153,7 +166,7 @@ FAMILIES: dict[tuple[str, str], Family] = {
         readout=lambda config: int(config.num_cls_tokens),
     ),
     ("mlcd.modeling_mlcd", "MLCDVisionModel"): Family(
-        "encoder.layers", _one, rotary=True, rotation="apply_rotary_pos_emb_vision"
+        "encoder.layers", _one, rotary=True, rotation="apply_rotary_pos_emb_vision", pooled=True
     ),
     ("altclip.modeling_altclip", "AltCLIPVisionModel"): _CLIP_LIKE,
     ("chinese_clip.modeling_chinese_clip", "ChineseCLIPVisionModel"): _CLIP_LIKE,
@@ -161,13 +174,13 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("clipseg.modeling_clipseg", "CLIPSegVisionModel"): _CLIP_LIKE,
     ("owlvit.modeling_owlvit", "OwlViTVisionTransformer"): _CLIP_LIKE,
     ("owlv2.modeling_owlv2", "Owlv2VisionTransformer"): _CLIP_LIKE,
-    ("blip.modeling_blip", "BlipVisionModel"): _CLIP_LIKE._replace(own_attention=True),
-    ("blip_2.modeling_blip_2", "Blip2VisionModel"): _CLIP_LIKE,
-    ("instructblip.modeling_instructblip", "InstructBlipVisionModel"): _CLIP_LIKE,
-    ("instructblipvideo.modeling_instructblipvideo", "InstructBlipVideoVisionModel"): _CLIP_LIKE,
+    ("blip.modeling_blip", "BlipVisionModel"): _BLIP_LIKE._replace(own_attention=True),
+    ("blip_2.modeling_blip_2", "Blip2VisionModel"): _BLIP_LIKE,
+    ("instructblip.modeling_instructblip", "InstructBlipVisionModel"): _BLIP_LIKE,
+    ("instructblipvideo.modeling_instructblipvideo", "InstructBlipVideoVisionModel"): _BLIP_LIKE,
     ("kosmos2.modeling_kosmos2", "Kosmos2VisionTransformer"): _CLIP_LIKE,
-    ("git.modeling_git", "GitVisionTransformer"): _CLIP_LIKE,
-    ("aimv2.modeling_aimv2", "Aimv2VisionModel"): Family("encoder.layers", _none, readout=_none),
+    ("git.modeling_git", "GitVisionTransformer"): _BLIP_LIKE,
+    ("aimv2.modeling_aimv2", "Aimv2VisionModel"): Family("encoder.layers", _none, readout=_none, pooled=True),
     ("janus.modeling_janus", "JanusVisionModel"): Family("encoder.layers", _none, readout=_none),
     ("vitpose_backbone.modeling_vitpose_backbone", "VitPoseBackboneEncoder"): Family("layer", _none, readout=_none),
     ("videomae.modeling_videomae", "VideoMAEEncoder"): Family("layer", _none, readout=_none, no_grid=_NO_IMAGE),
@@ -181,7 +194,7 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ),
     ("vivit.modeling_vivit", "VivitModel"): Family("layers", _one, no_grid=_NO_IMAGE),
     ("x_clip.modeling_x_clip", "XCLIPVisionEncoder"): Family(
-        "layers", _one, appended=AppendedInterface, aside=("message_attn",)
+        "layers", _one, pooled=True, appended=AppendedInterface, aside=("message_attn",)
     ),
     ("yolos.modeling_yolos", "YolosEncoder"): Family(
         "layer",

@@ -130,7 +130,16 @@ class PvtAdapter(Adapter):
                 "before, without a rest. Leave the model unpatched"
             )
         start = first_selecting(depths[:-1])
-        return HostSpec(blocks=blocks, prefix=0, readout=0, taper=0.0, start=start, windowed=True)
+        return HostSpec(
+            blocks=blocks,
+            prefix=0,
+            readout=0,
+            later=1,
+            coarser=sides[-1],
+            taper=0.0,
+            start=start,
+            windowed=True,
+        )
 
     def plan(self, host: Any, state: HostState) -> list[Change]:
         changes = [Change(host, self.mixin, {"_evo_state": state}), *passages(host, state.index_of)]

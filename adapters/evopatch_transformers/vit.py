@@ -49,6 +49,7 @@ class ViTAdapter(Adapter):
             readout,
             head_reads=0 if joined or behind or family.appended else readout,
             behind=behind,
+            pooled=family.pooled,
             appended=family.appended.rows if family.appended else 0,
             joined=family.windows.windows(host.config) if family.windows else 1,
             trace=trace,

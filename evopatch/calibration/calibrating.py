@@ -72,7 +72,7 @@ def calibrate(
         batch_size: Of the forwards, also of those that are timed.
         budget: Seconds of search; learning and the report come on top.
         output: A folder for what was tried: an interrupted search that is begun again there goes on, one with another
-            model, other weights, images, target or `config` begins anew.
+            model, other weights, images, target, `batch_size`, `config` or version of evopatch begins anew.
         progress: Show a progress bar.
 
     Returns:
@@ -139,8 +139,8 @@ class _Run:
         self._matched = base.representative == "matched"
         original = unpatch(copy.copy())
         self._search_on, self._report_on = images[::2].split(batch_size), images[1::2].split(batch_size)
-        self._judge = Judge(original, self._search_on, spec.prefix, spec.behind)
-        self._reporter = Judge(original, self._report_on, spec.prefix, spec.behind)
+        self._judge = Judge(original, self._search_on, spec.prefix + spec.later, spec.behind)
+        self._reporter = Judge(original, self._report_on, spec.prefix + spec.later, spec.behind)
         if target.kind == "agreement" and not self._judge.is_classifier:
             raise ConfigError("target_agreement was given, and the model predicts no class: give target_kl, a distance")
         self.trials = Trials(copy, base, images[:batch_size])
@@ -161,6 +161,7 @@ class _Run:
                     "weights": fingerprint(original.state_dict()),
                     "images": fingerprint({"images": images}),
                     "target": str(target),
+                    "batch size": str(batch_size),
                     "config": base.to_json(),
                 },
             )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..progress import errors as messages
+from ..version import VERSION
 from .judge import Judge
 from .schedule import Schedule
 from .trials import Trials
@@ -34,10 +35,11 @@ class Record:
     Args:
         file: JSON, written after every trial; None: nowhere.
         what: Tells searches apart, by name: one that differs in any starts anew, and says so.
+            So does one of another version of evopatch, whose errors may be others.
     """
 
     def __init__(self, file: Path | None, what: Mapping[str, str] = MappingProxyType({})) -> None:
-        self._file, self._what = file, dict(what)
+        self._file, self._what = file, {**what, "version of evopatch": VERSION}
         self._errors: dict[str, list[float]] = {}
         if file is not None and file.exists():
             try:

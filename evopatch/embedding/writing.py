@@ -22,6 +22,7 @@ from ..progress import errors, progress_bar
 from ..sources.dataset import Images
 from ..training import processes
 from ..training.items import Batch, Items, collate
+from ..version import VERSION
 from .features import FeatureExtractor, Features
 from .shards import Shards
 
@@ -53,7 +54,8 @@ def embed(
     """Write the features of every image to a parquet file, one row each, in the order of the images.
 
     Its columns are `image` (the name), `features` and maybe `patch_features`, lists of fixed lengths `C` and `N` times
-    `C`; float16 of models in float16, else float32. Images that can't be read have no row; the file's metadata name
+    `C`; float16 of models in float16, else float32. What a feature is says
+    `evopatch.embedding.features.FeatureExtractor`. Images that can't be read have no row; the file's metadata name
     them, under `evopatch`, beside the settings.
 
     Several processes share the work where accelerate or torchrun started them; on several machines the file has to be
@@ -75,10 +77,13 @@ def embed(
         None in all processes but the main one.
 
     Raises:
-        ConfigError: If there are shards that were made with other weights, settings or images, or the file is there.
+        ConfigError: If there are shards that were made with other weights, settings or images, or by another version of
+            evopatch, or the file is there.
         DataError: If a shard is damaged.
         NotPatchedError: If nothing in the model is patched.
-        UnsupportedModelError: If the model has no features that are known.
+        UnsupportedModelError: If the model has no features that are known, or other tokens than those of the image's
+            patches.
+        UnsupportedInputError: If its patch tokens aren't a grid of one image.
     """
     for name, value in (("batch_size", batch_size), ("shard_rows", shard_rows)):
         if value < 1:
@@ -91,6 +96,7 @@ def embed(
         resumed = shards.begin(
             {
                 **(settings or {}),
+                "evopatch": VERSION,
                 "configs": {name: config.to_dict() for name, config in Patched(model).configs.items()},
                 "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
                 "weights": _digest_of_weights(model),

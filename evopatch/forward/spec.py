@@ -64,6 +64,14 @@ class HostSpec:
     behind: int = 0
     """How many of the prefix tokens stand behind the patch tokens in the host, such as YOLOS's detection tokens: the
     first ones by `prefix` and `readout`, in all that isn't the host's own code."""
+    later: int = 0
+    """So many prefix tokens come in behind the blocks, before all others, such as CaiT's class token; the head reads
+    these."""
+    coarser: int = 1
+    """Behind the blocks the grid gets so many times coarser a side, as in PVT's last stage."""
+    pooled: bool = False
+    """What a model of transformers gives as `pooler_output` is what is read of an image: pooled or normed as its
+    tokens aren't. False: there is none, or it is one of the tokens, or a layer for another task made it."""
     appended: int = 0
     """So many more tokens does a block put behind its own for its attention alone, such as X-CLIP's message."""
     joined: int = 1

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from .maps import channels_first
+
+_NAMES = ("feature_maps", "last_hidden_state", "image_embeds", "reconstruction", "predicted_depth", "logits")
 
 
 class Outputs(NamedTuple):
@@ -29,13 +32,10 @@ def compared(output: Any, model: nn.Module) -> Outputs:
     logits = output if isinstance(output, Tensor) and output.dim() == 2 else getattr(output, "logits", None)
     if isinstance(logits, Tensor) and logits.dim() == 2 and _classifies(output, model):
         return Outputs(True, (logits.float(),))
-    found: Any = output
-    for name in ("feature_maps", "last_hidden_state", "image_embeds", "reconstruction", "predicted_depth", "logits"):
-        if getattr(output, name, None) is not None:
-            found = getattr(output, name)
-            if name == "predicted_depth":  # (B, height, width): one number per place
-                found = found.flatten(1)
-            break
+    name = next((name for name in _NAMES if getattr(output, name, None) is not None), "")
+    found: Any = getattr(output, name) if name else output
+    if name == "predicted_depth":  # (B, height, width): one number per place
+        found = found.flatten(1)
     values = (found,) if isinstance(found, Tensor) else found
     kinds = isinstance(values, (tuple, list)) and all(isinstance(value, Tensor) for value in values)
     if not kinds or not values or any(value.dim() not in (2, 3, 4) for value in values):
@@ -43,7 +43,9 @@ def compared(output: Any, model: nn.Module) -> Outputs:
             f"{type(model).__name__} returns a {type(output).__name__}: expected logits, or features (B, C), "
             "(B, T, C) or (B, C, height, width). Give the part of the model that makes them"
         )
-    return Outputs(False, tuple(value.float() for value in values))
+    # What heads make has channels first, however the encoder's maps lie.
+    lie_alike = name in ("", "feature_maps", "last_hidden_state")
+    return Outputs(False, tuple((channels_first(value, model) if lie_alike else value).float() for value in values))
 
 
 def _classifies(output: Any, model: nn.Module) -> bool:

@@ -57,6 +57,11 @@ class Host:
         # Between two stages windowed pyramids merge two by two tokens, padded at odd sizes.
         return [(-(-height // 2**stage), -(-width // 2**stage)) for stage in stage_of]
 
+    def last_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the patch tokens that the model gives."""
+        rows, columns = self.grids(image_size)[-1]
+        return rows // self.state.spec.coarser, columns // self.state.spec.coarser
+
 
 def _has(module: nn.Module, path: str) -> bool:
     try:

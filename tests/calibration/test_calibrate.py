@@ -128,6 +128,20 @@ def test_a_search_of_another_model_begins_anew(tmp_path, capsys):
         evopatch.remove(model)
 
 
+def test_a_search_of_another_version_or_batch_size_begins_anew(tmp_path, capsys, monkeypatch):
+    images = images_for("vit", 16)
+    given = {"target_flops": 0.7, "output": tmp_path, **QUICK, "budget": 1e-9}
+    evopatch.calibrate(build("vit"), images, **given)
+    evopatch.calibrate(build("vit"), images, **given)
+    assert "anew" not in capsys.readouterr().err
+    evopatch.calibrate(build("vit"), images, **given | {"batch_size": 4})
+    assert "is of a search with another batch size: it begins anew" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr("evopatch.calibration.search.VERSION", "0.0.0")
+    evopatch.calibrate(build("vit"), images, **given | {"batch_size": 4})
+    text = "is of a search with another version of evopatch: it begins anew"
+    assert text in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.slow
 def test_losses_as_targets():
     images = images_for("vit", 32)

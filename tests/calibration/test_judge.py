@@ -1,15 +1,20 @@
 """What of a model's outputs is compared, and how."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from variants import build, images_for
 
+import evopatch
 from evopatch import DataError, UnsupportedModelError
 from evopatch.calibration.judge import Judge
 from evopatch.measure.outputs import compared
+from evopatch.patching.handle import Patched
 
 BATCHES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)).split(4)
 
@@ -74,6 +79,72 @@ def test_maps_depth_and_embeddings(output):
     assert judge.all_errors(Says(output)).error.max() < 1e-6
     opposite = judge.all_errors(Says(lambda x: output(-x))).error
     torch.testing.assert_close(opposite, torch.full((6,), 2.0, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def one_cosine(own, whole):
+    """Each place's channels apart: of maps with channels last, whatever shape they are compared in."""
+    return (1 - F.cosine_similarity(own, whole, dim=3)).mean((1, 2))
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return SimpleNamespace(last_hidden_state=self.model(x))
+
+
+@pytest.mark.parametrize("name", ["swin", "swinv2", "swinv2_cr", "wrapped"])
+@torch.no_grad()
+def test_maps_of_timm_lie_as_it_says(name):
+    """SwinV2-CR's maps have channels first, Swin's last; on the patched model, too."""
+    model = build("swin" if name == "wrapped" else name, num_classes=0, global_pool="")
+    x = images_for("swin", 4)
+    whole = model(x)
+    judge = Judge(Wrapper(model) if name == "wrapped" else model, [x], 0)
+    patched = evopatch.apply(copy.deepcopy(model), keep_ratio=0.5)
+    own = patched(x)
+    if name == "swinv2_cr":
+        own, whole = own.permute(0, 2, 3, 1), whole.permute(0, 2, 3, 1)
+    assert own.shape == (4, 4, 4, 96)
+    found = judge.all_errors(Wrapper(patched) if name == "wrapped" else patched).error
+    torch.testing.assert_close(found.float(), one_cosine(own, whole), atol=1e-6, rtol=1e-4)
+    rows = (1 - F.cosine_similarity(own, whole, dim=1)).mean((1, 2))
+    assert ((found.float() - rows).abs() > 1e-3).any()  # what the wrong axis would give
+
+
+@torch.no_grad()
+def test_feature_maps_of_timm_lie_as_it_says():
+    settings = {"img_size": 64, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4}
+    torch.manual_seed(0)
+    model = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, out_indices=(0, 1), **settings).eval()
+    x = images_for("swin", 4)
+    whole = model(x)
+    own = [maps + 0.3 * torch.randn_like(maps) for maps in whole]
+    judge = Judge(model, [x], 0)
+    expected = torch.stack([one_cosine(*pair) for pair in zip(own, whole, strict=True)]).mean(0)
+    found = judge.all_errors(Says(lambda x: own, feature_info=None, output_fmt=model.output_fmt)).error
+    torch.testing.assert_close(found.float(), expected, atol=1e-6, rtol=1e-4)
+    # What isn't timm's has channels first, and so have logits of places whatever the encoder's maps are.
+    first = [maps.permute(0, 3, 1, 2) for maps in own]
+    torch.testing.assert_close(judge.all_errors(Says(lambda x: first)).error.float(), expected, atol=1e-6, rtol=1e-4)
+    logits = SimpleNamespace(logits=first[0])
+    assert compared(logits, Says(None, feature_info=None, output_fmt="NHWC")).values[0] is first[0]
+
+
+@torch.no_grad()
+def test_a_class_token_that_comes_in_late_counts_as_one():
+    x = images_for("hf_pvt", 16)
+    model = build("hf_pvt").pvt
+    evopatch.apply(model, keep_ratio=0.5)
+    given = {"target_flops": 0.9, "budget": 1e-9, "batch_size": 4, "progress": False}
+    result = evopatch.calibrate(model, x, **given)
+    whole, own = Patched(model).original()(x)[0], model(x)[0]
+    far = 1 - F.cosine_similarity(own, whole, dim=-1)
+    expected = (far[:, 0] + far[:, 1:].mean(1))[1::2].mean() / 2
+    assert result.after.error == pytest.approx(float(expected), rel=1e-3)
+    assert float(far[1::2].mean()) != pytest.approx(float(expected), rel=0.02)  # what all tokens alike would give
 
 
 def test_pooled_features_of_a_model_without_a_head_are_no_classes():

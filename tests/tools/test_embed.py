@@ -209,7 +209,7 @@ def test_two_processes_write_the_same_file(photos, uninterrupted, tmp_path):
     assert written == [[0, 2], [1, 3]]
 
 
-def test_other_settings_are_refused(photos, tmp_path):
+def test_other_settings_are_refused(photos, tmp_path, monkeypatch):
     out = tmp_path / "features.parquet"
     assert killed_at(6, photos, out)
     others = {
@@ -220,6 +220,10 @@ def test_other_settings_are_refused(photos, tmp_path):
     for name, changed in others.items():
         with pytest.raises(evopatch.ConfigError, match=name):
             embed(photos, out, **{"patch_features": True, **changed})
+    with monkeypatch.context() as patch:
+        patch.setattr("evopatch.embedding.writing.VERSION", "0.0.0")
+        with pytest.raises(evopatch.ConfigError, match="evopatch was '.*' and is '0.0.0' now"):
+            embed(photos, out, patch_features=True)
     images = open_every(photos, as_tensor)
     for settings in (evopatch.EvoConfig(keep_ratio=0.4), evopatch.EvoConfig()):
         model = patched("vit", settings)
