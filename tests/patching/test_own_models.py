@@ -495,3 +495,28 @@ def test_inspect():
 def test_a_refusal_says_what_would_do():
     with pytest.raises(UnsupportedModelError, match=r"evopatch\.inspect\(model\).*Likely: blocks='encoder\.layers'"):
         evopatch.apply(tower())
+
+
+class DropsImages(Block):
+    """DINOv2's drop path: in training some images of a batch don't go through a block's parts."""
+
+    def forward(self, x):
+        if not self.training:
+            x = x + self.attn(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+        there = torch.arange(len(x) - 1)
+        x = x.index_add(0, there, self.attn(self.norm1(x[there])))
+        return x.index_add(0, there, self.mlp(self.norm2(x[there])))
+
+
+@pytest.mark.parametrize("representative", ["matched", "single"])
+def test_a_part_of_the_batch_in_attention_is_refused(representative):
+    torch.manual_seed(0)
+    model, x = OwnViT(), images()
+    for block in model.blocks:
+        block.__class__ = DropsImages
+    config = evopatch.EvoConfig(representative=representative)
+    evopatch.apply(model.eval(), blocks="blocks", prefix_tokens=1, config=config)
+    assert moved(model(x), evopatch.remove(copy.deepcopy(model))(x)) > 1e-5
+    with pytest.raises(UnsupportedInputError, match=r"attention over 1 images in blocks\.\d.*where 2 go through it"):
+        model.train()(x)
