@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from .kinds import Kind, kind_of
 
 
 class Outputs(NamedTuple):
     """What of a model's outputs is compared."""
 
-    classes: bool
+    kind: Kind
     values: tuple[Tensor, ...]
-    """Logits `(B, classes)`; or features `(B, C)`, `(B, T, C)` or `(B, C, h, w)`; float32."""
+    """Of a head `(B, columns)`; or features `(B, C)`, `(B, T, C)` or `(B, C, h, w)`; float32."""
 
 
 def compared(output: Any, model: nn.Module) -> Outputs:
@@ -27,8 +28,10 @@ def compared(output: Any, model: nn.Module) -> Outputs:
         UnsupportedModelError: If there is nothing known in it to compare.
     """
     logits = output if isinstance(output, Tensor) and output.dim() == 2 else getattr(output, "logits", None)
-    if isinstance(logits, Tensor) and logits.dim() == 2 and _classifies(output, model):
-        return Outputs(True, (logits.float(),))
+    if isinstance(logits, Tensor) and logits.dim() == 2:
+        kind = kind_of(model, logits.shape[1])
+        if kind != "features":
+            return Outputs(kind, (logits.float(),))
     found: Any = output
     for name in ("feature_maps", "last_hidden_state", "image_embeds", "reconstruction", "predicted_depth", "logits"):
         if getattr(output, name, None) is not None:
@@ -43,9 +46,4 @@ def compared(output: Any, model: nn.Module) -> Outputs:
             f"{type(model).__name__} returns a {type(output).__name__}: expected logits, or features (B, C), "
             "(B, T, C) or (B, C, height, width). Give the part of the model that makes them"
         )
-    return Outputs(False, tuple(value.float() for value in values))
-
-
-def _classifies(output: Any, model: nn.Module) -> bool:
-    # timm's models without a head return pooled features of the same shape.
-    return not isinstance(output, Tensor) or getattr(model, "num_classes", 1) != 0
+    return Outputs("features", tuple(value.float() for value in values))
