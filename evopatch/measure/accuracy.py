@@ -93,7 +93,7 @@ def evaluate(
         if images and labelled != (labels is not None):
             raise DataError(
                 f"images 0 to {images - 1} {_have(labelled)} and the next {len(batch)} {_have(not labelled)}: expected "
-                "labels of all images or of none. Evaluate them one after the other"
+                "labels of all images or of none. Evaluate the two kinds apart"
             )
         labelled = labels is not None
         if labels is not None:
@@ -133,7 +133,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def _have(labelled: bool) -> str:
-    return "have labels" if labelled else "have none"
+    return "have labels" if labelled else "have no labels"
 
 
 def _check_labels(labels: Tensor, classes: int, before: int) -> None:

@@ -121,9 +121,8 @@ def test_evaluated_by_a_distance_of_their_own(name):
 def test_labels_of_some_images_only(first):
     model, x, y = evopatch.apply(build("vit")), images(8), torch.arange(8) % 7
     parts = [(x[:5], y[:5] if first else None), (x[5:], None if first else y[5:])]
-    message = (
-        "images 0 to 4 have labels and the next 3 have none" if first else "0 to 4 have none and the next 3 have l"
-    )
+    have = ("labels", "no labels") if first else ("no labels", "labels")
+    message = f"images 0 to 4 have {have[0]} and the next 3 have {have[1]}: expected"
     with pytest.raises(DataError, match=message):
         evaluate(model, parts, [], (3, 40, 40))
     (whole,) = evaluate(model, [(x[:5], y[:5]), (x[5:], y[5:])], [], (3, 40, 40))
