@@ -57,8 +57,11 @@ def calibrate(
 ) -> Calibration:
     """Find where runs of blocks begin and what they keep, learn foresight and corrections, and leave the model so.
 
-    Half of the images (the even ones) are searched on, the other half is reported on. What is compared is what comes
-    out: KL to the unpatched model where there are logits, else one minus the cosine of class and patch features.
+    Half of the images (the even ones) are searched on: foresight and corrections are fitted on them, schedules are
+    compared, and the FLOPs found at which a `target_kl` or `target_agreement` is met. The other half decides whether
+    foresight and each correction stay, and whether what was found does, or what the search began with where that loses
+    clearly less; the result's figures, and whether a loss is at its target, are of that half, too. What is compared is
+    what comes out, by `Point.error`: KL to the unpatched model where there are classes.
 
     Args:
         model: A supported model, patched or not, with one host. In eval mode afterwards as before, or in train mode.
@@ -66,7 +69,8 @@ def calibrate(
             loader. Labels are ignored.
         target_flops: Share of the unpatched model's FLOPs; exactly one target is given.
         target_speedup: Times as fast as unpatched, measured at `batch_size` on the model's device, in its type.
-        target_kl: Mean KL(unpatched || patched) in nats of a classifier; of other models one minus the cosine.
+        target_kl: Mean `Point.error`: KL(unpatched || patched) in nats of classes, and of labels summed over them; of a
+            regression the squared difference relative to the variance between images; of features one minus the cosine.
         target_agreement: Share of the images whose predicted class stays.
         config: Settings that the search begins with. None: those of a patched model, else the default.
         batch_size: Of the forwards, also of those that are timed.
@@ -82,7 +86,8 @@ def calibrate(
         ConfigError: If not exactly one target is given, or a value is outside its range.
         UnsupportedModelError: If nothing in the model can be patched, several parts of it can, or its output is of no
             known kind.
-        DataError: If the images are fewer than 8, of different sizes, or outputs aren't finite.
+        DataError: If the images are fewer than 8, of different sizes, or outputs aren't finite, or a regression's are
+            the same for all images.
         CheckpointError: If the output folder's record is damaged, or it is a file.
 
     After an error, or Ctrl-C, the model is as it was before.
@@ -141,7 +146,7 @@ class _Run:
         self._search_on, self._report_on = images[::2].split(batch_size), images[1::2].split(batch_size)
         self._judge = Judge(original, self._search_on, spec.prefix + spec.later, spec.behind)
         self._reporter = Judge(original, self._report_on, spec.prefix + spec.later, spec.behind)
-        if target.kind == "agreement" and not self._judge.is_classifier:
+        if target.kind == "agreement" and self._judge.kind != "classes":
             raise ConfigError("target_agreement was given, and the model predicts no class: give target_kl, a distance")
         self.trials = Trials(copy, base, images[:batch_size])
         # For the settings to begin with, which know nothing of what is learned.
@@ -154,17 +159,10 @@ class _Run:
         self._depth = state.depth
         self._record = Record(None)
         if folder is not None:
-            self._record = Record(
-                folder / SEARCH_FILE,
-                {
-                    "model": type(copy.model).__name__,
-                    "weights": fingerprint(original.state_dict()),
-                    "images": fingerprint({"images": images}),
-                    "target": str(target),
-                    "batch size": str(batch_size),
-                    "config": base.to_json(),
-                },
-            )
+            what = {"model": type(copy.model).__name__, "weights": fingerprint(original.state_dict())}
+            what |= {"images": fingerprint({"images": images}), "batch size": str(batch_size)}
+            what |= {"target": str(target), "config": base.to_json()}
+            self._record = Record(folder / SEARCH_FILE, what)
         self._search = Search(self.trials, self._judge, self._record, budget, self._tell)
 
     def result(self) -> tuple[Calibration, Schedule]:
@@ -195,7 +193,7 @@ class _Run:
             curve=tuple(curve),
             foresight=learns and self._flat,
             corrected=corrected,
-            classifier=self._judge.is_classifier,
+            outputs=self._judge.kind,
             searched=sum(map(len, self._search_on)),
             reported=sum(map(len, self._report_on)),
             tried=len(self._record),

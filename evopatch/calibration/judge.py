@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..measure.kinds import Kind, divergence, spread
 from ..measure.outputs import Outputs, compared
 
 
@@ -17,9 +18,10 @@ class Errors(NamedTuple):
     """Of some images."""
 
     error: Tensor
-    """`(B,)` float64: KL(unpatched || patched) of classifiers in nats; else one minus the cosine of features."""
+    """`(B,)` float64: KL(unpatched || patched) in nats of classes, and summed over labels; of numbers the squared
+    difference relative to the variance of the unpatched ones between the images; one minus the cosine of features."""
     agrees: Tensor | None
-    """`(B,)` bool: the predicted class is the same; None of features."""
+    """`(B,)` bool: the predicted class is the same; None of other outputs than classes."""
 
 
 class Judge:
@@ -37,11 +39,13 @@ class Judge:
         self._prefix, self._behind = prefix, behind
         with torch.no_grad():
             self._outputs = [compared(unpatched(batch), unpatched) for batch in batches]
+        numbers = self.kind == "numbers"
+        self._unit = spread(torch.cat([whole.values[0] for whole in self._outputs])) if numbers else torch.ones(())
 
     @property
-    def is_classifier(self) -> bool:
-        """Whether classes are compared."""
-        return self._outputs[0].classes
+    def kind(self) -> Kind:
+        """Of the outputs that are compared."""
+        return self._outputs[0].kind
 
     @property
     def compares_patches(self) -> bool:
@@ -68,10 +72,10 @@ class Judge:
         return Errors(torch.cat([batch.error for batch in found]), torch.cat(agrees) if agrees else None)
 
     def _errors(self, own: Outputs, whole: Outputs) -> Errors:
-        if whole.classes:
-            logits, expected = own.values[0].log_softmax(1), whole.values[0].log_softmax(1)
-            kl = F.kl_div(logits, expected, reduction="none", log_target=True).sum(1)
-            return Errors(kl.double().clamp_min(0.0).cpu(), (logits.argmax(1) == expected.argmax(1)).cpu())
+        if self.kind != "features":
+            found, expected = (outputs.values[0] / self._unit for outputs in (own, whole))
+            agrees = (found.argmax(1) == expected.argmax(1)).cpu() if self.kind == "classes" else None
+            return Errors(divergence(self.kind, found, expected).double().clamp_min(0.0).cpu(), agrees)
         distances = []
         for features, expected in zip(own.values, whole.values, strict=True):
             if features.dim() == 4:  # (B, C, h, w)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import EvoConfig
 from ..durable import make_folder
+from ..measure.kinds import Kind
 from .target import Target
 
 FILE_NAME, PICTURE = "calibration.json", "calibration.png"
@@ -17,7 +18,8 @@ FILE_NAME, PICTURE = "calibration.json", "calibration.png"
 
 @dataclass(frozen=True)
 class Point:
-    """One setting on the images to report on, which the search never saw."""
+    """One setting on the images to report on: the search never saw them, but what was kept of what it found was decided
+    on them."""
 
     name: str
     """`"default"` for the settings that the search began with, `"calibrated"` for those that it found, and what of
@@ -28,9 +30,11 @@ class Point:
     speed_up: float
     """Times as fast as unpatched, measured."""
     error: float
-    """Mean: KL(unpatched || patched) in nats of classifiers, else one minus the cosine of features."""
+    """Mean over the images: of classes KL(unpatched || patched) in nats, of labels the same summed over them; of a
+    regression's numbers the squared difference to the unpatched ones relative to their variance between images, mean
+    over the numbers (0 is none, 1 is as much as the same answer for all); of features one minus the cosine."""
     agreement: float | None
-    """Share of the images whose predicted class is the unpatched model's; None of features."""
+    """Share of the images whose predicted class is the unpatched model's; None of other outputs than classes."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Calibration:
     """Whether tokens are ranked by foresight."""
     corrected: tuple[tuple[int, int], ...]
     """First and last block of the runs whose restored change is corrected."""
-    classifier: bool
-    """Whether `error` is a KL divergence."""
+    outputs: Kind
+    """What is compared: `"classes"`, `"labels"` (several an image), `"numbers"` (regression), `"features"`."""
     searched: int
     """Images that were searched on."""
     reported: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..measure.kinds import MEASURES
 from .outcome import Calibration, Point
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ def draw(result: Calibration) -> Figure:
         axis.plot(of(result.after), result.after.error, "*", color="tab:red", markersize=14, label="chosen")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    what = "KL to unpatched, nats" if result.classifier else "1 - cosine to unpatched"
-    axes[0].set_ylabel(f"{what}, {result.reported} images")
+    axes[0].set_ylabel(f"{MEASURES[result.outputs].text},\n{result.reported} images")
     axes[0].set_ylim(bottom=0)
     axes[0].legend()
     return figure

@@ -39,7 +39,11 @@ def calibrate(
         float | None, typer.Option(help="Times as fast as unpatched, measured.", rich_help_panel=_TARGET)
     ] = None,
     target_kl: Annotated[
-        float | None, typer.Option(help="Mean KL to unpatched, in nats.", rich_help_panel=_TARGET)
+        float | None,
+        typer.Option(
+            help="Mean KL to unpatched, in nats; of a regression squared error / variance, of features 1 - cosine.",
+            rich_help_panel=_TARGET,
+        ),
     ] = None,
     target_agreement: Annotated[
         float | None, typer.Option(help="Share of images whose class stays.", rich_help_panel=_TARGET)
@@ -58,7 +62,8 @@ def calibrate(
 ) -> None:
     """The best settings for this model under a target, found on a few images without labels.
 
-    Half of the images are searched on, half are reported on. Ctrl-C keeps what was tried: the same command goes on.
+    Half of the images are searched on; the others decide what of it is kept, and are reported on. Ctrl-C keeps what was
+    tried: the same command goes on.
 
         evopatch calibrate --model deit_tiny_patch16_224 --data photos/ --target-flops 0.65 --output tuned
     """
@@ -108,7 +113,9 @@ def calibrate(
 
 
 def _table(model: str, result: Calibration) -> Table:
-    loss = "KL" if result.classifier else "1 - cosine"
+    from ..measure.kinds import MEASURES
+
+    loss = MEASURES[result.outputs].short
     table = table_of(f"{model}, {result.target}", ("", "runs"), ("keeping", "FLOPs", "speed\n-up", loss, "agree\n%"))
     for point in (result.before, result.after):
         table.add_row(point.name, *_settings(point), f"{point.flops:.3f}", f"{point.speed_up:.2f}", *_loss(point))

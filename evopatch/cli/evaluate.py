@@ -13,7 +13,7 @@ from . import options
 from .options import Precision
 from .patch_options import Asked, patch, several_configs
 from .preprocessing_options import with_preprocessing
-from .tables import QUALITY, print_table, quality, table_of, write_json
+from .tables import print_table, quality, quality_columns, table_of, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,8 @@ def evaluate(
 ) -> None:
     """Top-1, top-5, agreement with and KL to the unpatched model, and FLOPs, without training.
 
-    The model's own preprocessing is used unless overridden.
+    The model's own preprocessing is used unless overridden. Of models of something else than classes labels are left
+    aside, and of a regression the mean squared difference is shown, relative to the variance between images.
 
         evopatch evaluate --model deit_tiny_patch16_224 --data val/ --keep-ratio 0.7 --keep-ratio 0.5
     """
@@ -55,6 +56,7 @@ def evaluate(
 
     from ..measure.accuracy import evaluate as run
     from ..measure.comparison import ratio_text
+    from ..measure.kinds import kind_of
     from ..sources.heads import count_classes
     from ..sources.images import open_evaluation
     from ..sources.models import open_classifier
@@ -70,6 +72,10 @@ def evaluate(
         dataset = Subset(images, options.parse_rows(rows, len(images), "--rows"))
     items = Items(dataset)
     items.classes = count_classes(network) or None
+    outputs = kind_of(network, count_classes(network))
+    if images.labels is not None and outputs != "classes":
+        images.labels = items.classes = None
+        errors.print(f"{model} gives {outputs}, no classes: the labels are left aside", highlight=False, markup=False)
     if images.labels is not None and images.classes not in (None, items.classes):
         errors.print(
             f"{data} names {images.classes} classes and {model} has {items.classes}: top-1 and top-5 mean something "
@@ -89,7 +95,7 @@ def evaluate(
     if unreadable:
         errors.print(f"{len(unreadable)} unreadable image(s) left out: {', '.join(unreadable[:5])}", highlight=False)
     title = f"{model}, {results[0].images} images, {dtype.value}, no training"
-    table = table_of(title, ("representative",), ("keep\nratio", *QUALITY))
+    table = table_of(title, ("representative",), ("keep\nratio", *quality_columns(results[0])))
     for result in results:
         kind = ("unpatched", "") if result is results[0] else (result.config.representative, ratio_text(result.config))
         table.add_row(*kind, *quality(result))

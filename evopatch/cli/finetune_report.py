@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from .tables import console, percent, print_table, table_of
+from .tables import console, distance, distance_column, percent, print_table, table_of
 
 if TYPE_CHECKING:
     from ..training.result import FinetuneResult
@@ -32,7 +32,8 @@ def _table(model: str, result: FinetuneResult, from_random: bool) -> Table:
     title = f"{model}, batch {TIMED_BATCH} for images/s"
     if result.after is not None:
         title = f"{model}, {result.after.images} images, batch {TIMED_BATCH} for images/s"
-    table = table_of(title, ("",), ("top-1 %", "agree %", "KL", "FLOPs", "images/s"))
+    apart = "KL" if result.after is None else distance_column(result.after)
+    table = table_of(title, ("",), ("top-1 %", "agree %", apart, "FLOPs", "images/s"))
     rows = (
         ("unpatched", result.unpatched, result.speed.unpatched),
         ("patched, before", result.before, result.speed.patched),
@@ -42,7 +43,7 @@ def _table(model: str, result: FinetuneResult, from_random: bool) -> Table:
         cells = ("-",) * 4
         if found is not None:
             # Beside random weights, being like the model before training says nothing.
-            alike = ("-", "-") if from_random else (percent(found.agreement), f"{found.kl:.4f}")
+            alike = ("-", "-") if from_random else (percent(found.agreement), distance(found))
             cells = (percent(found.top1), *alike, f"{found.flops:.3f}")
         table.add_row(name, *cells, f"{speed:.1f}")
     return table

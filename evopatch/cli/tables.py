@@ -48,13 +48,26 @@ def megabytes(size: int) -> float:
 
 
 def quality(result: Evaluation) -> tuple[str, ...]:
-    """FLOPs, FLOPs of the blocks, top-1, top-5, agreement, KL."""
+    """FLOPs, FLOPs of the blocks, top-1, top-5, agreement, distance."""
     flops = (f"{result.flops:.3f}", f"{result.blocks_flops:.3f}")
-    return (*flops, percent(result.top1), percent(result.top5), percent(result.agreement), f"{result.kl:.4f}")
+    return (*flops, percent(result.top1), percent(result.top5), percent(result.agreement), distance(result))
 
 
-QUALITY = ("FLOPs", "FLOPs of\nblocks", "top-1\n%", "top-5\n%", "agree\n%", "KL")
-"""The columns of `quality`."""
+def quality_columns(result: Evaluation) -> tuple[str, ...]:
+    """The columns of `quality`."""
+    return "FLOPs", "FLOPs of\nblocks", "top-1\n%", "top-5\n%", "agree\n%", distance_column(result)
+
+
+def distance(result: Evaluation) -> str:
+    """To the unpatched model."""
+    return f"{result.difference if result.kl is None else result.kl:.4f}"
+
+
+def distance_column(result: Evaluation) -> str:
+    """What `distance` is of this model."""
+    from ..measure.kinds import MEASURES  # which imports torch
+
+    return MEASURES[result.outputs].short
 
 
 def write_json(file: Path | None, values: object) -> None:

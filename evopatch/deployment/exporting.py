@@ -92,13 +92,13 @@ def export(
     own, images = patched.copy().eval().cpu().float(), images.cpu().float()
     other_size = _other_size(patched, ImageModel(own, any_size), images) if any_size else None
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".evopatch-") as folder:
-        written = target.write(own, images, Path(folder) / path.name)
+        written = target.write(own, images, Path(folder, "patched"), path.name)
         verification = speed = None
         if (run := target.open(written)) is not None:
             verification = target.verify(run, own, batches_of(images, batch_size, other_size), path.name)
         if run is not None and benchmark:
             original = patched.original().eval().cpu().float()
-            unpatched = target.open(target.write(original, images, Path(folder) / f"unpatched{path.suffix}"))
+            unpatched = target.open(target.write(original, images, Path(folder, "unpatched"), path.name))
             assert unpatched is not None
             batch = images[:batch_size]
             speed = compare(partial(run, batch), partial(unpatched, batch), batch, ROUNDS, warm_up=3)
@@ -130,9 +130,8 @@ class _Target:
                 "whole batch"
             )
 
-    def write(self, model: nn.Module, images: Tensor, path: Path) -> Path:
-        """Into a folder of its own, as a format may make several files."""
-        folder = path.parent / path.stem
+    def write(self, model: nn.Module, images: Tensor, folder: Path, file_name: str) -> Path:
+        """Into a new folder of its own, as a format may make several files."""
         folder.mkdir()
         # Two images, or the exporter takes the batch's 1 for a constant.
         example = images[: self.batch_size or 2]
@@ -141,7 +140,7 @@ class _Target:
         if self.half and not self.form.own_half:
             module, example = copy.deepcopy(module).half(), example.half()
         free = self.batch_size is None, self.any_size
-        written = folder / path.name
+        written = folder / file_name
         try:
             self.form.write(Conversion(module, example, names, *free, self.half, self.int8), written)
         except Exception as error:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from .kinds import Kind, kind_of
 from .maps import channels_first
 
 _NAMES = ("feature_maps", "last_hidden_state", "image_embeds", "reconstruction", "predicted_depth", "logits")
@@ -15,9 +16,9 @@ _NAMES = ("feature_maps", "last_hidden_state", "image_embeds", "reconstruction",
 class Outputs(NamedTuple):
     """What of a model's outputs is compared."""
 
-    classes: bool
+    kind: Kind
     values: tuple[Tensor, ...]
-    """Logits `(B, classes)`; or features `(B, C)`, `(B, T, C)` or `(B, C, h, w)`; float32."""
+    """Of a head `(B, columns)`; or features `(B, C)`, `(B, T, C)` or `(B, C, h, w)`; float32."""
 
 
 def compared(output: Any, model: nn.Module) -> Outputs:
@@ -30,8 +31,10 @@ def compared(output: Any, model: nn.Module) -> Outputs:
         UnsupportedModelError: If there is nothing known in it to compare.
     """
     logits = output if isinstance(output, Tensor) and output.dim() == 2 else getattr(output, "logits", None)
-    if isinstance(logits, Tensor) and logits.dim() == 2 and _classifies(output, model):
-        return Outputs(True, (logits.float(),))
+    if isinstance(logits, Tensor) and logits.dim() == 2:
+        kind = kind_of(model, logits.shape[1])
+        if kind != "features":
+            return Outputs(kind, (logits.float(),))
     name = next((name for name in _NAMES if getattr(output, name, None) is not None), "")
     found: Any = getattr(output, name) if name else output
     if name == "predicted_depth":  # (B, height, width): one number per place
@@ -45,9 +48,5 @@ def compared(output: Any, model: nn.Module) -> Outputs:
         )
     # What heads make has channels first, however the encoder's maps lie.
     lie_alike = name in ("", "feature_maps", "last_hidden_state")
-    return Outputs(False, tuple((channels_first(value, model) if lie_alike else value).float() for value in values))
-
-
-def _classifies(output: Any, model: nn.Module) -> bool:
-    # timm's models without a head return pooled features of the same shape.
-    return not isinstance(output, Tensor) or getattr(model, "num_classes", 1) != 0
+    features = tuple((channels_first(value, model) if lie_alike else value).float() for value in values)
+    return Outputs("features", features)

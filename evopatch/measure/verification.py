@@ -136,8 +136,10 @@ class _Sides:
         return self._repeat(self.own, self.expected), self._repeat(self.stock, self.stock_expected)
 
     def _repeat(self, model: nn.Module, first: tuple[Tensor, ...]) -> float:
-        between = (self.images, self.others, self.images)
-        return max(_difference(_run(model, x), first).max().item() for x in between if x is not self.others)
+        differences = [_difference(_run(model, self.images), first).max().item()]
+        _run(model, self.others)  # what these leave in the model would show in the run after them
+        differences.append(_difference(_run(model, self.images), first).max().item())
+        return max(differences)
 
     @cached_property
     def moves(self) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,8 @@ class EvaluationData:
     """
 
     def __init__(self, data: Dataset[Any], batch_size: int) -> None:
-        self._items, self._batch_size = Items(data), batch_size
+        self._data, self._batch_size = data, batch_size
+        self._items = Items(data, labelled=False)
         self.unreadable: dict[str, None] = {}
         """Names of images that could not be read, in the order in which they were met."""
         images = (item.image for item in map(self._items.__getitem__, range(len(self._items))))
@@ -35,8 +36,10 @@ class EvaluationData:
             raise DataError("no images to evaluate on")
         self._size = cast(tuple[int, int, int], tuple(first.shape))
 
-    def set_classes(self, number: int) -> None:
-        """How many the model has: labels outside are an error then, which names the image."""
+    def set_classes(self, number: int | None) -> None:
+        """How many the model has: labels are looked at then, and those outside are an error, which names the image.
+        None where it has other outputs than classes."""
+        self._items = Items(self._data, labelled=number is not None)
         self._items.classes = number
 
     def run(self, patched: Patched[nn.Module], original: nn.Module | None = None) -> tuple[Evaluation, Evaluation]:

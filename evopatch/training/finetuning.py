@@ -42,7 +42,8 @@ def finetune(
 ) -> FinetuneResult:
     """Train a patched classifier in place, on the devices that accelerate is configured for.
 
-    The objective and its equations are in `evopatch.training.objective.Objective`.
+    The objective and its equations are in `evopatch.training.objective.Objective`. A model with other outputs than
+    classes, such as a regression, is trained without labels only: by a teacher.
 
     Args:
         model: A patched classifier of timm or transformers.

@@ -66,10 +66,11 @@ class Run:
         image = items[0].image
         assert image is not None
         student = Student(model, image, config.assisted_weight > 0, objective.distils and config.label_weight > 0)
+        objective.learn(student.kind, type(model).__name__)
         if teacher is not None:
             preparation.check_teacher(teacher, student.classes, image, self.accelerator.device)
-        self.classes = student.classes
-        """Of the model."""
+        self.classes = student.classes if student.kind == "classes" else None
+        """Of the model, where its outputs are classes."""
         items.classes = student.classes if objective.uses_labels else None
         mixup = preparation.make_mixup(config, len(items), student.classes)
         preparation.freeze(patched, config)
@@ -82,7 +83,7 @@ class Run:
         self._average = None if config.ema_decay is None else Average(model, config.ema_decay)
         for stateful in (self.progress, *([] if self._average is None else [self._average.state])):
             self.accelerator.register_for_checkpointing(stateful)
-        accuracy = "accuracy" if objective.uses_labels else "agreement"
+        accuracy = "accuracy" if objective.uses_labels else "agreement" if student.kind == "classes" else None
         self._report = Report(journal, self.accelerator, self.progress, output, len(items), accuracy)
         self._scheduler = scheduler
         self._optimization = Optimization(

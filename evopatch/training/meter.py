@@ -9,10 +9,11 @@ class Meter:
     """Sums over the steps since the last line of the log.
 
     Args:
-        accuracy: What a hit is called: `"accuracy"` by labels, `"agreement"` with a teacher.
+        accuracy: What a hit is called: `"accuracy"` by labels, `"agreement"` with a teacher; None where outputs are no
+            classes, which nothing hits.
     """
 
-    def __init__(self, accuracy: str) -> None:
+    def __init__(self, accuracy: str | None) -> None:
         self._accuracy = accuracy
         self._live = ""
         self._begin()
@@ -34,7 +35,9 @@ class Meter:
         """Means for the log, in which they begin anew. Accuracy in percent, speed in images per second."""
         losses = {name.replace(" ", "_"): value / self._steps for name, value in self._losses.items()}
         line = {"loss": sum(losses.values())} | losses
-        line |= {self._accuracy: 100 * self._hits / self._images, "images_per_second": self._speed()}
+        if self._accuracy is not None:
+            line[self._accuracy] = 100 * self._hits / self._images
+        line["images_per_second"] = self._speed()
         self._begin()
         return line
 
@@ -49,4 +52,5 @@ class Meter:
 
     def _text(self) -> str:
         loss, share = sum(self._losses.values()) / self._steps, 100 * self._hits / self._images
-        return f"loss {loss:.4f}, {self._accuracy} {share:.1f} %, {self._speed():.1f} images/s"
+        hit = "" if self._accuracy is None else f"{self._accuracy} {share:.1f} %, "
+        return f"loss {loss:.4f}, {hit}{self._speed():.1f} images/s"

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ConfigError
+from ..measure.kinds import Kind, divergence
 from .settings import FinetuneConfig
 from .student import Outputs
 
@@ -18,7 +20,9 @@ class Objective:
 
     - label loss: `CE(s, y)` with label smoothing, or with the mixed targets of Mixup and CutMix.
     - distillation loss, soft: `T^2 KL(softmax(t / T) || softmax(d / T))` (Hinton et al., arXiv 1503.02531; DeiT,
-      arXiv 2012.12877, equation 2); hard: `CE(d, argmax t)` (DeiT, equation 3).
+      arXiv 2012.12877, equation 2); hard: `CE(d, argmax t)` (DeiT, equation 3). Of models with other outputs than
+      classes: of labels, several an image, the same KL of each one's sigmoid, summed over them; of a regression's
+      numbers the mean squared difference; of features one minus the cosine.
     - both: `w * label loss + (1 - w) * distillation loss`, `w` the configuration's `label_weight`.
     - assisted loss: the same with the logits of the second head on the class token; the sum is
       `(1 - a) * loss + a * assisted loss`, `a` the configuration's `assisted_weight` (Evo-ViT, arXiv 2108.01390,
@@ -33,6 +37,28 @@ class Objective:
         self._config = config
         self.uses_labels = not distils or config.label_weight > 0
         self.distils = distils
+        self._kind: Kind = "classes"
+
+    def learn(self, kind: Kind, name: str) -> None:
+        """Say what the student's outputs are.
+
+        Args:
+            kind: Theirs, and the teacher's.
+            name: The student's, for messages.
+
+        Raises:
+            ConfigError: If they are no classes, and the settings ask for some.
+        """
+        self._kind = kind
+        if kind == "classes":
+            return
+        if self.uses_labels:
+            raise ConfigError(
+                f"{name} gives {kind}, no classes, and labels are learned as classes here: expected "
+                "objective='distillation' with label_weight=0. Train with labels in your own loop"
+            )
+        if self._config.distillation == "hard":
+            raise ConfigError(f"distillation='hard': {name} gives {kind}, and decides for no class; use 'soft'")
 
     def terms(self, outputs: Outputs, targets: Tensor | None, teacher: Tensor | None) -> dict[str, Tensor]:
         """By name, each times its weight: their sum is the loss.
@@ -68,9 +94,8 @@ class Objective:
     def _distil(self, logits: Tensor, teacher: Tensor) -> Tensor:
         if self._config.distillation == "hard":
             return F.cross_entropy(logits, teacher.argmax(1))
-        t = self._config.temperature
-        own, wanted = (logits / t).log_softmax(1), (teacher.float() / t).log_softmax(1)
-        return t * t * F.kl_div(own, wanted, reduction="batchmean", log_target=True)
+        t = self._config.temperature if self._kind in ("classes", "labels") else 1.0
+        return t * t * divergence(self._kind, logits / t, teacher.float() / t).mean()
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ class Report:
         progress: Progress,
         output: Path | None,
         images: int,
-        accuracy: str,
+        accuracy: str | None,
     ) -> None:
         self._journal, self._accelerator, self._progress = journal, accelerator, progress
         self._output, self._images, self._accuracy = output, images, accuracy

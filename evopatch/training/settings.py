@@ -49,7 +49,8 @@ class FinetuneConfig:
         gradient_clip: Largest norm of the gradient.
         objective: `"labels"`: cross-entropy. `"distillation"`: a teacher's predictions, needs no labels. `"auto"`:
             distillation for data without labels or where a teacher is given, else labels.
-        distillation: `"soft"`: `T^2 KL(teacher || student)` at temperature `T` (Hinton et al., arXiv 1503.02531).
+        distillation: `"soft"`: `T^2 KL(teacher || student)` at temperature `T` (Hinton et al., arXiv 1503.02531); of
+            a regression the mean squared difference.
             `"hard"`: cross-entropy with the teacher's decision (DeiT, arXiv 2012.12877, equation 3).
         temperature: `T` of the soft distillation.
         label_weight: `w` in `w * label loss + (1 - w) * distillation loss` (DeiT, equations 2 and 3; there 0.5 for

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError
 from ..measure.accuracy import logits_of
+from ..measure.kinds import kind_of
 from ..patching.handle import Patched
 
 
@@ -47,6 +48,7 @@ class Student(nn.Module):
         self._last_block = patched.host.blocks()[-1][-1]
         logits, width = _probe(patched, self._last_block, image)
         self.classes = logits.shape[1]
+        self.kind = kind_of(model, self.classes)
         self.assistant: nn.Module | None = None
         if assisted:
             # In float32 as norms and heads are best trained in, whatever the model's own type.

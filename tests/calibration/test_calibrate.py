@@ -52,8 +52,8 @@ def test_the_model_is_left_with_what_was_found(name, tmp_path):
     assert result.before.flops <= target
     assert evopatch.config_of(model) == result.after.config
     assert result.searched == result.reported == 12
-    assert result.classifier == ("dinov2" not in name)
-    assert result.classifier or not result.foresight  # these give features of patches
+    assert result.outputs == ("features" if "dinov2" in name else "classes")
+    assert result.outputs == "classes" or not result.foresight  # these give features of patches
     assert result.foresight == bool([path for path in learned(model) if "|" not in path])
     patched = Patched(model)
     state, blocks = patched.host.state, blocks_of(patched, patched.host)
@@ -152,6 +152,24 @@ def test_losses_as_targets():
     result = evopatch.calibrate(build("vit"), images, target_agreement=0.9, **QUICK)
     assert result.after.agreement >= 0.7
     assert result.reached == (result.after.agreement >= 0.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "outputs"),
+    [("vit", {"num_classes": 1}, "numbers"), ("hf_vit", {"problem_type": "multi_label_classification"}, "labels")],
+)
+def test_outputs_that_are_no_classes(name, settings, outputs):
+    """A softmax over one logit is always 1: by KL of classes nothing would be lost at any FLOPs."""
+    x, short = images_for(name, 16), QUICK | {"budget": 0.1}
+    strict = evopatch.calibrate(build(name, **settings), x, target_kl=1e-6, **short)
+    assert strict.after.flops > 0.9
+    model = build(name, **settings)
+    result = evopatch.calibrate(model, x, target_flops=0.7, **short)
+    assert strict.outputs == result.outputs == outputs
+    assert result.after.error > 1e-4
+    assert result.after.agreement is None
+    with pytest.raises(ConfigError, match="target_agreement was given, and the model predicts no class"):
+        evopatch.calibrate(model, x, target_agreement=0.9, **QUICK)
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def features(x):
 def test_logits_by_kl():
     whole, own = Says(lambda x: x[:, :, 0, 0]), Says(lambda x: 2 * x[:, :, 0, 0])
     judge = Judge(whole, BATCHES, 1)
-    assert judge.is_classifier
+    assert judge.kind == "classes"
     found = judge.all_errors(own)
     logits = torch.cat([whole(batch) for batch in BATCHES]).double()
     p, q = logits.softmax(1), (2 * logits).softmax(1)
@@ -54,7 +54,7 @@ def test_tokens_by_cosine_class_and_patches_alike(prefix):
     whole = Says(lambda x: SimpleNamespace(last_hidden_state=features(x)))
     own = Says(lambda x: SimpleNamespace(last_hidden_state=features(x) + noise))
     judge = Judge(whole, BATCHES, prefix)
-    assert not judge.is_classifier
+    assert judge.kind == "features"
     x = torch.cat(BATCHES)
     distance = 1 - F.cosine_similarity(features(x), features(x) + noise, dim=-1)
     parts = [distance[:, :prefix].mean(1), distance[:, prefix:].mean(1)] if prefix else [distance.mean(1)]
@@ -75,7 +75,7 @@ def test_tokens_by_cosine_class_and_patches_alike(prefix):
 )
 def test_maps_depth_and_embeddings(output):
     judge = Judge(Says(output), BATCHES, 1)
-    assert not judge.is_classifier
+    assert judge.kind == "features"
     assert judge.all_errors(Says(output)).error.max() < 1e-6
     opposite = judge.all_errors(Says(lambda x: output(-x))).error
     torch.testing.assert_close(opposite, torch.full((6,), 2.0, dtype=torch.float64), atol=1e-5, rtol=0)
@@ -148,8 +148,46 @@ def test_a_class_token_that_comes_in_late_counts_as_one():
 
 
 def test_pooled_features_of_a_model_without_a_head_are_no_classes():
-    assert compared(torch.ones(2, 5), Says(None)).classes
-    assert not compared(torch.ones(2, 5), Says(None, num_classes=0)).classes
+    assert compared(torch.ones(2, 5), Says(None)).kind == "classes"
+    assert compared(torch.ones(2, 5), Says(None, num_classes=0)).kind == "features"
+
+
+def of_problem(function, problem):
+    return Says(function, config=SimpleNamespace(problem_type=problem))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_numbers_by_their_spread_between_images(columns, scale):
+    """In whatever unit each of them is."""
+
+    def numbers(x):
+        return x[:, :columns, 0, 0] * torch.tensor([1.0, scale, 1.0][:columns]) + 7.0
+
+    judge = Judge(of_problem(numbers, "regression" if columns > 1 else None), BATCHES, 1)
+    assert judge.kind == "numbers"
+    whole = torch.cat([numbers(batch) for batch in BATCHES]).double()
+    found = judge.all_errors(of_problem(lambda x: numbers(x) + scale, "regression"))
+    torch.testing.assert_close(found.error, (scale**2 / whole.var(0, correction=0)).mean().expand(6), rtol=1e-3, atol=0)
+    assert found.agrees is None
+    same = judge.all_errors(of_problem(lambda x: whole.mean(0).float().expand(len(x), -1), "regression")).error
+    assert same.mean().item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_labels_by_the_kl_of_each():
+    judge = Judge(of_problem(lambda x: x[:, :, 0, 0], "multi_label_classification"), BATCHES, 1)
+    assert judge.kind == "labels"
+    found = judge.all_errors(of_problem(lambda x: x[:, :, 0, 0] + 1, "multi_label_classification"))
+    logits = torch.cat([batch[:, :, 0, 0] for batch in BATCHES]).double()
+    whole, own = (torch.distributions.Bernoulli(logits=values) for values in (logits, logits + 1))
+    expected = torch.distributions.kl_divergence(whole, own).sum(1)
+    torch.testing.assert_close(found.error, expected, atol=1e-5, rtol=1e-4)
+    assert found.agrees is None
+
+
+def test_numbers_that_are_the_same_for_all_images():
+    with pytest.raises(DataError, match="output 0 of the unpatched model is the same for all 6 images"):
+        Judge(Says(lambda x: torch.ones(len(x), 1)), BATCHES, 1)
 
 
 @pytest.mark.parametrize("output", [None, "text", torch.ones(3), {"boxes": 1}, []])

@@ -83,6 +83,22 @@ def test_evaluate_parquet_and_folder_agree(command, files, tmp_path):
         assert a["top1"] == b["top1"]
 
 
+def test_one_logit_is_no_class(command, files, tmp_path):
+    torch.manual_seed(0)
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=1).state_dict(), tmp_path / "one.pth")
+    run = command(
+        "evaluate", "--model", "vit_tiny_patch16_224", "--image-size", "64", "--num-classes", "1", "--checkpoint",
+        tmp_path / "one.pth", "--data", files / "images.parquet", "--json", tmp_path / "out.json",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "vit_tiny_patch16_224 gives numbers, no classes: the labels are left aside" in " ".join(run.stderr.split())
+    assert "var" in run.stdout
+    assert "KL" not in run.stdout
+    found = json.loads((tmp_path / "out.json").read_text())[1]
+    assert found["difference"] > 0
+    assert {found[name] for name in ("top1", "top5", "agreement", "kl")} == {None}
+
+
 @pytest.mark.slow
 def test_overridden_preprocessing_changes_the_result(command, files, tmp_path):
     kl = []

@@ -92,6 +92,18 @@ def test_without_labels_the_model_teaches_itself(run_in, photos, tmp_path):
     assert "nothing was evaluated: give --eval-data" in unboxed(run.stdout)
 
 
+def test_a_regression_teaches_itself(run_in, photos, tmp_path):
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=1).state_dict(), tmp_path / "one.pth")
+    run = run_in(
+        "--model", "vit_tiny_patch16_224", "--checkpoint", tmp_path / "one.pth", "--num-classes", "1", "--image-size",
+        "64", "--data", photos / "photos", "--eval-data", photos / "photos", "--epochs", "1", "--batch-size", "4",
+    )  # fmt: skip
+    assert "var" in run.stdout
+    assert "KL" not in run.stdout
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert json.loads((folder / "result.json").read_text())["after"]["difference"] > 0
+
+
 def test_a_teacher_sees_pixels_as_it_was_trained_to():
     from evopatch.sources.models import Renormalised, open_classifier
 

@@ -117,12 +117,13 @@ def test_a_wrong_file_is_removed(tmp_path, monkeypatch):
     assert path.stat().st_size > 10_000
 
 
-def test_timed_against_unpatched(tmp_path):
+@pytest.mark.parametrize("name", ["m.pt", "unpatched.pt", "patched.pt"])
+def test_timed_against_unpatched(name, tmp_path):
     x = variants.images_for("vit", batch=2)
-    result = evopatch.export(small(), tmp_path / "m.pt", "torchscript", images=x, benchmark=True)
+    result = evopatch.export(small(), tmp_path / name, "torchscript", images=x, benchmark=True)
     assert result.speed.ratio > 0
     assert result.speed.patched > 0
-    assert [file.name for file in tmp_path.iterdir()] == ["m.pt"]
+    assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize(
