@@ -75,6 +75,21 @@ class Benchmark:
             entry |= {"config": side.config and side.config.to_dict(), "efficiency": side.efficiency}
         return values
 
+    def __str__(self) -> str:
+        width = max(len(side.name) for side in self.sides)
+        rows = [f"{'':{width}}{'images/s':>10}{'FLOPs':>8}{'speed-up':>10}{'efficiency':>12}{'peak MB':>9}"]
+        for side in self.sides:
+            figures = f"{side.images_per_second:10.1f}{side.flops:8.3f}{side.speed_up:10.3f}{side.efficiency:12.3f}"
+            rows.append(f"{side.name:{width}}{figures}{side.memory / 1e6:9.1f}")
+        how = f"{'compiled' if self.compiled else 'eager'}, {'forward and backward' if self.train else 'forward'}"
+        return "\n".join(
+            (
+                *rows,
+                f"{self.device}, {self.threads} threads, {self.dtype}, {how}, batch {self.batch_size}, "
+                f"{self.rounds} rounds, torch {self.torch}",
+            )
+        )
+
 
 def benchmark(
     model: nn.Module,

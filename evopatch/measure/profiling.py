@@ -64,6 +64,15 @@ class Profile:
         """Plain values, for JSON."""
         return dataclasses.asdict(self) | {"ratio": self.ratio, "blocks_ratio": self.blocks_ratio}
 
+    def __str__(self) -> str:
+        rows = [f"{'block':>5}{'tokens':>8}{'of':>6}{'GFLOPs':>9}{'of':>9}"]
+        for index, block in enumerate(self.blocks):
+            flops = f"{block.flops / 1e9:9.3f}{block.flops_unpatched / 1e9:9.3f}"
+            rows.append(f"{index:5}{block.tokens:8}{block.tokens_unpatched:6}{flops}")
+        rows.append(f"{'model':>5}{'':14}{self.flops / 1e9:9.3f}{self.flops_unpatched / 1e9:9.3f}, {self.ratio:.3f}")
+        kept = f"kept for backward {self.activations / 1e6:.2f} of {self.activations_unpatched / 1e6:.2f} MB"
+        return "\n".join((*rows, f"{kept}, peak {self.memory / 1e6:.2f} of {self.memory_unpatched / 1e6:.2f} MB"))
+
 
 def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     """Measure one image, patched and unpatched, in eval mode.

@@ -62,6 +62,12 @@ def test_dense():
     assert plan.importance < EvoConfig().importance
 
 
+def test_more_runs_than_blocks_are_refused():
+    assert marks(EvoConfig(stages=8), "selects") == [4, 5, 6, 7, 8, 9, 10, 11]
+    with pytest.raises(ConfigError, match="stages=9: expected at most 8, as many as there are blocks from 4 on"):
+        plan_blocks(EvoConfig(stages=9), 12)
+
+
 @pytest.mark.parametrize(("start", "first"), [(0.25, 3), (0.01, 1), (0.5, 6), (2, 2), (None, 4)])
 def test_start_as_a_block_or_a_share_of_the_depth(start, first):
     assert marks(EvoConfig(start=start), "selects")[0] == first

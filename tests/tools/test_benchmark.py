@@ -57,6 +57,21 @@ def test_activations_are_what_autograd_keeps():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_what_is_printed_is_a_table():
+    model = evopatch.apply(build("vit"))
+    found = evopatch.profile(model, (3, 40, 40))
+    lines = str(found).splitlines()
+    assert lines[1].split() == ["0", "25", "25", *[f"{found.blocks[0].flops / 1e9:.3f}"] * 2]
+    assert lines[4].split()[:3] == ["3", str(found.blocks[3].tokens), "25"]
+    assert lines[7].endswith(f", {found.ratio:.3f}")
+    timed = evopatch.benchmark(model, images(), rounds=2, warm_up=0)
+    head, unpatched, patched, how = str(timed).splitlines()
+    assert head.split() == ["images/s", "FLOPs", "speed-up", "efficiency", "peak", "MB"]
+    assert unpatched.split()[:3] == ["unpatched", f"{timed.sides[0].images_per_second:.1f}", "1.000"]
+    assert f"{timed.sides[1].speed_up:.3f}" in patched
+    assert "batch 2, 2 rounds" in how
+
+
 @pytest.mark.parametrize("size", [1024, 4096])
 def test_a_selection_does_not_set_the_peak(size):
     side = 8 * math.isqrt(size)
