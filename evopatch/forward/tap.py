@@ -106,6 +106,7 @@ class AttentionTap:
         """
         if is_causal:
             raise UnsupportedInputError(f"causal attention in {self.block}: slow and fast tokens have no order")
+        self._check_images(query.shape[0])
         bias = self.prepare(query, key, attn_mask, scale)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout_p, scale=scale, **kwargs
@@ -129,7 +130,6 @@ class AttentionTap:
             What to add to the logits of the compact set, broadcastable to `(B, H, M, M)`, or None.
         """
         self.used = True
-        self._check_images(query.shape[0])
         if bias is not None and bias.dtype == torch.bool:
             raise UnsupportedInputError(
                 f"a boolean attention mask inside {self.block}: slow and fast tokens are chosen among all tokens, so "
