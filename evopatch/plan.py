@@ -60,8 +60,8 @@ def plan_blocks(
             keeps what `tapered_swin` says.
 
     Raises:
-        ConfigError: If a run starts beyond the depth or goes from one stage into the next, there are fewer blocks than
-            runs are asked for, or the number of keep ratios or tradeoffs doesn't fit.
+        ConfigError: If a run starts beyond the depth or goes from one stage into the next, or the number of keep
+            ratios or tradeoffs doesn't fit.
     """
     depth = sum(depths)
     firsts, ratios = runs_of(config, *depths, taper=taper, start=start, swin=swin)
@@ -122,13 +122,10 @@ def _first_blocks(config: EvoConfig, depths: tuple[int, ...], default: int | Non
         start = _start(config, depths, default)
         runs = cast(int, config.stages or (_default_runs(config) if len(depths) == 1 else 1))
         growth = 1 if config.schedule == "taper" else 0
-        most = max(begin + length - max(begin, start) for begin, length in zip(begins, depths, strict=True))
-        if config.stages is not None and runs > max(most, 1):
-            raise ConfigError(f"stages={runs}: expected at most {most}, as many as there are blocks from {start} on")
         firsts = []
         for begin, length in zip(begins, depths, strict=True):
             first, end = max(begin, start), begin + length
-            # A shallow model has fewer blocks left than the default number of runs asks for.
+            # A shallow model has fewer blocks left than runs are asked for, as by a preset.
             firsts += _run_starts(first, end, max(0, min(runs, end - first)), growth)
         firsts = firsts or [start]
     if firsts[-1] >= depth:

@@ -62,10 +62,9 @@ def test_dense():
     assert plan.importance < EvoConfig().importance
 
 
-def test_more_runs_than_blocks_are_refused():
-    assert marks(EvoConfig(stages=8), "selects") == [4, 5, 6, 7, 8, 9, 10, 11]
-    with pytest.raises(ConfigError, match="stages=9: expected at most 8, as many as there are blocks from 4 on"):
-        plan_blocks(EvoConfig(stages=9), 12)
+def test_there_are_no_more_runs_than_blocks():
+    assert marks(EvoConfig(stages=8), "selects") == marks(EvoConfig(stages=9), "selects") == list(range(4, 12))
+    assert marks(EvoConfig.dense(0.5), "selects", depth=6) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(("start", "first"), [(0.25, 3), (0.01, 1), (0.5, 6), (2, 2), (None, 4)])
