@@ -21,6 +21,7 @@ from ..algorithm.partition import Partition, distances, distribute
 from ..algorithm.selection import num_slow
 from ..algorithm.window_selection import WindowPartition, match_tokens, merge_windows, select_windows, window_novelty
 from ..algorithm.windows import Windows, window_means
+from ..rewrite.quiet import unkept
 from ..rewrite.view import View
 from .forward_pass import ForwardPass
 from .hooks import FullGrid
@@ -81,7 +82,7 @@ class WindowedPass(ForwardPass):
         if self.representative != "matched":
             cut = cut._replace(windows=blocks.units(cut.windows))
         tokens = x.flatten(1, 2) if x.dim() == 4 else x
-        with torch.no_grad():
+        with torch.no_grad(), unkept():
             selected = None if keeps_all else self._selection(index, block, tokens, cut)
             if observes and index not in self.g:
                 self.g[index] = self._observe(index, block, tokens, cut.windows)

@@ -24,18 +24,25 @@ def quietly(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def unkept() -> AbstractContextManager[None]:
-    """Inside, `torch.nn.utils.parametrize.cached` keeps no weights: those made here may be without a gradient, or of a
-    copy, and it goes by a module's address."""
-    return _uncached() if parametrize._cache_enabled else nullcontext()
+    """Inside, nobody keeps weights that are made here for a later call: they may be without a gradient, or of a copy.
+
+    `torch.nn.utils.parametrize.cached` does, and goes by a module's address; so does autocast in older torch (2.6), for
+    weights that it casts.
+    """
+    kept = parametrize._cache_enabled or not torch.is_grad_enabled()
+    return _unkept() if kept and not torch.compiler.is_compiling() else nullcontext()
 
 
 @contextmanager
-def _uncached() -> Iterator[None]:
-    enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
+def _unkept() -> Iterator[None]:
+    parametrized, cast = parametrize._cache_enabled, torch.is_autocast_cache_enabled()
+    parametrize._cache_enabled = 0
+    torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
-        parametrize._cache_enabled = enabled
+        parametrize._cache_enabled = parametrized
+        torch.set_autocast_cache_enabled(cast)
 
 
 def at_rest(module: nn.Module) -> Any:

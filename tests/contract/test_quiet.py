@@ -162,3 +162,31 @@ def test_derivatives_in_forward_mode_are_those_of_backward(representative):
         asked = x.requires_grad_()
         (gradient,) = torch.autograd.grad(model(asked).square().sum(), asked)
     torch.testing.assert_close((gradient * along).sum(), forward)
+
+
+class LowRank(nn.Linear):
+    """As peft puts in the place of a linear layer."""
+
+    def __init__(self, layer):
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
+        self.load_state_dict(layer.state_dict())
+        self.down, self.up = nn.Linear(self.in_features, 4, bias=False), nn.Linear(4, self.out_features, bias=False)
+
+    def forward(self, x):
+        return super().forward(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "representative"), [("vit", "matched"), ("swin", "single"), ("torchvision_swin", "single")]
+)
+def test_weights_that_autocast_keeps_have_their_gradients(name, representative):
+    """In older torch (2.6) also those that it cast where no gradient was wanted."""
+    torch.manual_seed(0)
+    model, x = build(name), images_for(name)
+    if name == "vit":
+        for block in model.blocks:
+            block.attn.qkv = LowRank(block.attn.qkv)
+    evopatch.apply(model, config=EvoConfig(representative=representative)).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        call(model, x).float().square().sum().backward()
+    assert [path for path, parameter in model.named_parameters() if parameter.grad is None] == []
