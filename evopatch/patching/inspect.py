@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithm.partition import Partition
-from ..errors import UnsupportedInputError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..forward.host_state import HostState
 from .handle import Patched
 
@@ -72,7 +72,6 @@ def token_selection(model: nn.Module, images: Tensor, **model_inputs: Any) -> Te
 
     Raises:
         NotPatchedError: If nothing in the model is patched.
-        UnsupportedInputError: If the images have no batch axis.
         UnsupportedModelError: If several hosts in it are patched, or the one runs several times in a forward; give the
             part that holds one, or runs it once.
     """
@@ -98,10 +97,6 @@ def block_maps(model: nn.Module, images: Tensor, **model_inputs: Any) -> list[tu
         `(B, h, w)` bool and `(B, h, w)` int64 for each block.
     """
     patched = Patched(model)
-    if images.dim() < 4:
-        raise UnsupportedInputError(
-            f"images of shape {tuple(images.shape)}: expected (B, 3, height, width). Give one image as image[None]"
-        )
     partitions = _partitions(patched, images, model_inputs)
     maps = []
     for partition, (height, width) in zip(

@@ -8,7 +8,7 @@ from torch import nn
 from variants import build, images
 
 import evopatch
-from evopatch import EvoConfig, UnsupportedInputError
+from evopatch import EvoConfig
 
 
 @pytest.mark.parametrize(
@@ -108,12 +108,6 @@ def test_already_patched():
 def test_not_patched(call):
     with pytest.raises(evopatch.NotPatchedError, match="VisionTransformer is not .*patched"):
         call(build("vit"))
-
-
-@pytest.mark.parametrize("look", [evopatch.token_selection, evopatch.token_groups, evopatch.visualize])
-def test_one_image_without_a_batch_axis(look):
-    with pytest.raises(UnsupportedInputError, match=r"shape \(3, 40, 40\): expected \(B, 3, height, width\)"):
-        look(evopatch.apply(build("vit")), images()[0])
 
 
 def test_a_bad_change_keeps_the_old_setting():
