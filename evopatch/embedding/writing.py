@@ -100,7 +100,7 @@ def embed(
                 "configs": {name: config.to_dict() for name, config in Patched(model).configs.items()},
                 "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
                 "weights": _digest_of_weights(model),
-                "images": _digest_of_names(images),
+                "images": _digest_of_images(images),
                 "patch_features": patch_features,
                 "batch_size": batch_size,
                 "shard_rows": shard_rows,
@@ -199,10 +199,11 @@ def _digest_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _digest_of_names(images: Images) -> str:
+def _digest_of_images(images: Images) -> str:
+    # Not of their contents: a data set may be too large to be read twice.
     digest = hashlib.sha256()
     for index in range(len(images)):
-        digest.update(images.name(index).encode() + b"\0")
+        digest.update(f"{images.name(index)}\0{images.stamp(index)}\0".encode())
     return f"{len(images)}, {digest.hexdigest()[:16]}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -46,6 +47,10 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """What a message calls the image."""
+
+    def stamp(self, index: int) -> str:
+        """What tells, without reading it, that the image isn't the one that had this name before; `""` if nothing does."""
+        return ""
 
     @property
     def classes(self) -> int | None:
@@ -137,6 +142,9 @@ class Files(Images):
     def name(self, index: int) -> str:
         return self._paths[index]
 
+    def stamp(self, index: int) -> str:
+        return stamp_of_file(self._paths[index])
+
 
 class Tree(Files):
     """Image files without labels, named by their paths in a folder."""
@@ -150,11 +158,21 @@ class Tree(Files):
 
 
 class Table(Images):
-    """Rows of a table: a column of encoded images, bytes or structs with `bytes` and `path`."""
+    """Rows of a table: a column of encoded images, bytes or structs with `bytes` and `path`.
 
-    def __init__(self, column: Any, labels: Sequence[int] | None, classes: Sequence[str] | None, where: str) -> None:
+    Args:
+        column: One image a row.
+        labels: As for `Images`.
+        classes: As for `Images`.
+        where: What a message calls the table.
+        stamp: Of the whole table.
+    """
+
+    def __init__(
+        self, column: Any, labels: Sequence[int] | None, classes: Sequence[str] | None, where: str, stamp: str
+    ) -> None:
         super().__init__(len(column), labels, classes)
-        self._column, self._where = column, where
+        self._column, self._where, self._stamp = column, where, stamp
 
     def encoded(self, index: int) -> str | bytes | Image | None:
         value = self._value(index)
@@ -167,6 +185,20 @@ class Table(Images):
         path = value.get("path") if isinstance(value, dict) else None
         return f"{self._where} row {index}" + (f" ({path})" if path else "")
 
+    def stamp(self, index: int) -> str:
+        value = self._value(index)
+        elsewhere = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else None
+        return self._stamp + (f" {stamp_of_file(elsewhere)}" if elsewhere else "")
+
     def _value(self, index: int) -> Any:
         value = self._column[index]
         return value.as_py() if hasattr(value, "as_py") else value  # pyarrow's, or datasets'
+
+
+def stamp_of_file(path: str) -> str:
+    """Its size and when it was changed; `""` where it can't be told."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"

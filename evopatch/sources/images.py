@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .dataset import Digits, Files, Images, Split, Table, Transform, Tree
+from .dataset import Digits, Files, Images, Split, Table, Transform, Tree, stamp_of_file
 from .image_files import SUFFIXES, Sieve, image_files
 
 DIGITS = "digits"
@@ -129,7 +129,7 @@ def _file(path: Path) -> Images:
     feature = metadata.get("info", {}).get("features", {}).get(label, {})
     classes = feature.get("names") if isinstance(feature, dict) else None
     labels = None if label is None else table.column(label).to_pylist()
-    return Table(table.column(image), labels, classes, str(path))
+    return Table(table.column(image), labels, classes, str(path), stamp_of_file(str(path)))
 
 
 def _columns(names: Sequence[str], where: str) -> tuple[str, str | None]:
@@ -174,9 +174,10 @@ def _part(found: Any, name: str, split: Split) -> Images | None:
     if part is None:
         return None
     image, label = _columns(part.column_names, name)
+    stamp = part._fingerprint  # before the cast
     if isinstance(part.features[image], datasets.Image):
         part = part.cast_column(image, datasets.Image(decode=False))
     feature = None if label is None else part.features[label]
     classes = feature.names if isinstance(feature, datasets.ClassLabel) else None
     labels = None if label is None else list(part[label])
-    return Table(part[image], labels, classes, name)
+    return Table(part[image], labels, classes, name, stamp)
