@@ -49,7 +49,7 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
         """What a message calls the image."""
 
     def stamp(self, index: int) -> str:
-        """What tells, without reading it, that the image isn't the one that had this name before; `""` if nothing does."""
+        """What tells, without reading it, that an image isn't the one of that name from before; `""` if nothing."""
         return ""
 
     @property

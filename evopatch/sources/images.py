@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .dataset import Digits, Files, Images, Split, Table, Transform, Tree, stamp_of_file
-from .image_files import SUFFIXES, Sieve, image_files
+from .dataset import Digits, Images, Split, Table, Transform, Tree, stamp_of_file
+from .folders import check_parts, open_folder
+from .image_files import SUFFIXES, image_files
 
 DIGITS = "digits"
 _KINDS = (
@@ -89,25 +90,10 @@ def _folder(path: Path, split: Split) -> Images | None:
 
         return _part(datasets.load_from_disk(str(path)), str(path), split)
     if (path / "train").is_dir():
+        check_parts(path, _SPLITS["eval"])
         parts = [path / name for name in _SPLITS[split] if (path / name).is_dir()]
-        return _class_folders(parts[0]) if parts else None
-    return _class_folders(path) if split == "train" else None
-
-
-def _class_folders(path: Path) -> Images:
-    from torchvision.datasets import ImageFolder
-
-    if files := image_files(path, at_any_depth=False):
-        return Files(sorted(map(str, files)), None)
-    is_image = Sieve()
-    try:
-        folders = ImageFolder(str(path), is_valid_file=is_image)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path}: expected images, or one subfolder with images per class in class order: {error}"
-        ) from error
-    is_image.report(path)
-    return Files([file for file, _ in folders.samples], folders.targets, folders.classes)
+        return open_folder(parts[0]) if parts else None
+    return open_folder(path) if split == "train" else None
 
 
 def _file(path: Path) -> Images:

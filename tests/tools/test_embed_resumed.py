@@ -38,9 +38,10 @@ def begun(data, out, monkeypatch):
             raise Killed
         write(self, shard, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(Shards, "write", one)
-        embed(data, out)
+        with pytest.raises(Killed):
+            embed(data, out)
 
 
 def folder(path, first):
