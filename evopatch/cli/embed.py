@@ -13,7 +13,7 @@ from . import options
 from .options import Precision
 from .patch_options import Asked, one_config, patch
 from .preprocessing_options import with_preprocessing
-from .tables import console
+from .tables import console, counted
 
 
 @one_config
@@ -67,7 +67,7 @@ def embed(
         errors.print(text, highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(130) from None
     if found is not None:
-        console.print(f"{found.rows} images in {out}", highlight=False, soft_wrap=True)
+        console.print(f"{counted(found.rows, 'image', 'images')} in {out}", highlight=False, soft_wrap=True)
         if found.unreadable:
             some = ", ".join(found.unreadable[:5]) + (", ..." if len(found.unreadable) > 5 else "")
             text = f"{len(found.unreadable)} unreadable image(s) left out, all named in the file's metadata: {some}"

@@ -12,7 +12,7 @@ from ..errors import ConfigError, DataError
 from ..sources.preprocessing import Preprocessing
 from . import options
 from .patch_options import Asked, one_config, patch
-from .tables import console, megabytes
+from .tables import console, counted, megabytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +105,8 @@ def _images(classifier: Classifier, data: str | None, number: int, calibration: 
     wanted = min(number + calibration, len(dataset))
     if len(dataset) < number + min(calibration, 1):
         more = " and others to quantise by" if calibration else ""
-        raise DataError(f"{data} has {len(dataset)} images: expected {number} to verify with{more}")
+        found = counted(len(dataset), "image", "images")
+        raise DataError(f"{data} has {found}: expected {number} to verify with{more}")
     rows = [round(place * (len(dataset) - 1) / max(1, wanted - 1)) for place in range(wanted)]
     # Neighbours may be of one class, so both kinds are spread.
     every = wanted / number

@@ -74,8 +74,19 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
                 f"{where} has classes that the training data don't have: {', '.join(unknown[:5])}; expected some of "
                 f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
             )
-        numbers = [list(names).index(name) for name in self.class_names]
-        self.labels = [numbers[label] for label in self.labels]
+        places = {name: number for number, name in enumerate(names)}
+        self.number([places[name] for name in self.class_names], names)
+
+    def number(self, numbers: Sequence[int], names: Sequence[str]) -> None:
+        """Give classes other numbers. Labels that are those of no class stay as they are, to be refused by name.
+
+        Args:
+            numbers: By those that they have now.
+            names: Of all classes, in the order of the new numbers.
+        """
+        if self.labels is not None:
+            places = dict(enumerate(numbers))
+            self.labels = [places.get(label, label) for label in self.labels]
         self.class_names = tuple(names)
 
     def __len__(self) -> int:
