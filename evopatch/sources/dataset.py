@@ -39,6 +39,8 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
         self.class_names = None if classes is None else tuple(classes)
         self.transform: Transform | None = None
         """What makes a tensor `(3, height, width)` of a PIL image."""
+        self.part: str | None = None
+        """The name of the source's part that they are; None where it has no parts."""
 
     @abstractmethod
     def encoded(self, index: int) -> str | bytes | Image | None:
@@ -130,6 +132,7 @@ class Digits(Images):
         self._rows = train if split == "train" else test
         self._pixels = (digits.images * (255 / 16)).round().astype("uint8")
         super().__init__(len(self._rows), digits.target[self._rows], [str(number) for number in range(10)])
+        self.part = split
 
     def encoded(self, index: int) -> str | bytes | Image | None:
         import PIL.Image

@@ -91,8 +91,12 @@ def _folder(path: Path, split: Split) -> Images | None:
         return _part(datasets.load_from_disk(str(path)), str(path), split)
     if (path / "train").is_dir():
         check_parts(path, _SPLITS["eval"])
-        parts = [path / name for name in _SPLITS[split] if (path / name).is_dir()]
-        return open_folder(parts[0]) if parts else None
+        name = next((name for name in _SPLITS[split] if (path / name).is_dir()), None)
+        if name is None:
+            return None
+        images = open_folder(path / name)
+        images.part = name
+        return images
     return open_folder(path) if split == "train" else None
 
 
@@ -151,8 +155,10 @@ def _hub(name: str, split: Split) -> Images | None:
 def _part(found: Any, name: str, split: Split) -> Images | None:
     import datasets
 
+    key = None
     if isinstance(found, datasets.DatasetDict):
-        part = next((found[key] for key in _SPLITS[split] if key in found), None)
+        key = next((key for key in _SPLITS[split] if key in found), None)
+        part = None if key is None else found[key]
         if part is None and split == "train":
             raise DataError(f"{name} has the parts {sorted(found)}: expected 'train'")
     else:
@@ -166,4 +172,6 @@ def _part(found: Any, name: str, split: Split) -> Images | None:
     feature = None if label is None else part.features[label]
     classes = feature.names if isinstance(feature, datasets.ClassLabel) else None
     labels = None if label is None else list(part[label])
-    return Table(part[image], labels, classes, name, stamp)
+    images = Table(part[image], labels, classes, name, stamp)
+    images.part = key
+    return images

@@ -88,6 +88,9 @@ def test_the_part_for_evaluation(sources):
     assert len(open_evaluation(sources / "table.parquet")) == 6
     for name in ("classes", "flat", "table.parquet", "saved"):
         assert open_part(sources / name, "eval") is None
+        assert open_images(sources / name).part is open_evaluation(sources / name).part is None
+    for source, part in ((sources / "parts", "val"), (sources / "dictionary", "test"), ("digits", "eval")):
+        assert (open_images(source).part, open_evaluation(source).part) == ("train", part)
 
 
 def test_the_transform_is_applied(sources):
