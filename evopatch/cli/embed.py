@@ -45,13 +45,14 @@ def embed(
 
         evopatch embed --model deit_small_patch16_224 --data photos/ --out features.parquet
     """
+    from ..embedding.writing import check_ending, process_state
     from ..embedding.writing import embed as run
-    from ..embedding.writing import process_state
     from ..sources.encoders import open_encoder
     from ..sources.images import open_every
     from ..training import processes
 
     options.check_folder_of(out, "--out")
+    check_ending(out)
     encoder = open_encoder(model, checkpoint, num_classes, preprocessing)
     network = options.place(encoder.model, str(process_state().device), dtype)
     patch(network, model, asked)

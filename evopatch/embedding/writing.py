@@ -78,8 +78,8 @@ def embed(
 
     Raises:
         ConfigError: If there are shards that were made with other weights, settings or images, or by another version of
-            evopatch, or the file is there.
-        DataError: If a shard is damaged.
+            evopatch, or the file is there, or named as if it were of another format.
+        DataError: If a shard is damaged, or no image can be read.
         NotPatchedError: If nothing in the model is patched.
         UnsupportedModelError: If the model has no features that are known, or other tokens than those of the image's
             patches.
@@ -88,8 +88,9 @@ def embed(
     for name, value in (("batch_size", batch_size), ("shard_rows", shard_rows)):
         if value < 1:
             raise ConfigError(f"{name}={value}: expected at least 1")
-    extract = FeatureExtractor(model, patch_features)
     file = Path(output)
+    check_ending(file)
+    extract = FeatureExtractor(model, patch_features)
     shards = Shards(file, len(images), shard_rows)
     state = process_state()
     if state.is_main_process:
@@ -119,6 +120,15 @@ def embed(
         return None
     unreadable = shards.merge()
     return Embedding(file, len(images) - len(unreadable), tuple(unreadable))
+
+
+def check_ending(file: Path) -> None:
+    """
+    Raises:
+        ConfigError: If a file for features isn't named as the parquet that it will be.
+    """
+    if file.suffix != ".parquet":
+        raise ConfigError(f"{file}: features are written as parquet, expected the ending .parquet")
 
 
 def process_state() -> PartialState:

@@ -111,6 +111,8 @@ def _file(path: Path) -> Images:
         else:
             table = pq.read_table(path)
     except (OSError, ValueError) as error:
+        if path.suffix not in (".parquet", ".arrow"):
+            raise DataError(f"{path} is a file, and no parquet: expected {_KINDS}") from error
         kind = "arrow (stream)" if path.suffix == ".arrow" else "parquet"
         raise DataError(f"{path} can't be read as {'an' if kind[0] == 'a' else 'a'} {kind} file: {error}") from error
     image, label = _columns(table.column_names, str(path))

@@ -111,3 +111,27 @@ def test_images_that_a_table_names_by_their_paths(tmp_path):
     assert open_every(tmp_path / "images.parquet").stamp(0) == before
     (images / "0.jpg").write_bytes(encoded(1) + b"more")
     assert open_every(tmp_path / "images.parquet").stamp(0) != before
+
+
+def test_without_any_readable_image_nothing_is_written(tmp_path):
+    data, out = tmp_path / "photos", tmp_path / "features.parquet"
+    data.mkdir()
+    for i in range(3):
+        (data / f"{i}.jpg").write_bytes(b"damaged")
+    for _ in range(2):
+        with pytest.raises(evopatch.DataError, match=r"none of 3 image\(s\) can be read, such as 0.jpg: expected at"):
+            embed(data, out)
+        assert not out.exists()
+    (data / "1.jpg").write_bytes(encoded(1))
+    shutil.rmtree(out.with_name("features.parquet.shards"))
+    assert embed(data, out).rows == 1
+
+
+def test_a_file_of_another_ending_is_refused(command, tmp_path):
+    data = folder(tmp_path / "photos", 0)
+    for name in ("features.csv", "features"):
+        with pytest.raises(evopatch.ConfigError, match=f"{name}: features are written as parquet, expected the ending"):
+            embed(data, tmp_path / name)
+        run = command("embed", "--model", "none_such", "--data", data, "--out", tmp_path / name)
+        run.assert_refused(2, f"{name}: features are written as parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
