@@ -28,7 +28,7 @@ def number_as_model(images: Images, network: Any, data: str, model: str) -> str:
     from ..sources.labels import whole_numbers
 
     names, classes = images.class_names, count_classes(network)
-    if images.labels is None or names is None or kind_of(network, classes) != "classes":
+    if images.labels is None or not names or kind_of(network, classes) != "classes":
         return ""
     own = class_names(network)
     if own is not None and set(names) <= set(own):
