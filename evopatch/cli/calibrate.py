@@ -27,7 +27,7 @@ _TARGET = "Target: exactly one"
 @with_preprocessing
 def calibrate(
     model: options.Model,
-    data: Annotated[str, typer.Option(help="Images, as for evaluate; labels are ignored.")],
+    data: Annotated[str, typer.Option(help="Images, as for finetune: the training part. Labels are ignored.")],
     *,
     config: options.ConfigFile = None,
     checkpoint: options.Checkpoint = None,
@@ -72,7 +72,7 @@ def calibrate(
     from ..calibration.calibrating import SEARCH_FILE
     from ..calibration.calibrating import calibrate as run
     from ..calibration.target import Target
-    from ..sources.images import open_evaluation
+    from ..sources.images import open_images
     from ..sources.models import open_classifier
     from ..sources.saving import save_pretrained
 
@@ -80,8 +80,10 @@ def calibrate(
     Target.of(flops=target_flops, speedup=target_speedup, kl=target_kl, agreement=target_agreement)
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing)
     network = options.place(classifier.model, device, dtype)
-    dataset = open_evaluation(data, classifier.transform)
+    dataset = open_images(data, classifier.transform)
     dataset.labels = None
+    if dataset.part is not None:
+        errors.print(f"{data}: its part '{dataset.part}'", highlight=False, markup=False, soft_wrap=True)
     chosen = range(len(dataset)) if rows is None else options.parse_rows(rows, len(dataset), "--rows")
     number = min(images, len(chosen))
     few = sorted({round(place * (len(chosen) - 1) / max(1, number - 1)) for place in range(number)})

@@ -13,7 +13,7 @@ from . import options
 from .options import Precision
 from .patch_options import Asked, one_config, patch
 from .preprocessing_options import with_preprocessing
-from .tables import console
+from .tables import console, counted
 
 
 @one_config
@@ -45,13 +45,14 @@ def embed(
 
         evopatch embed --model deit_small_patch16_224 --data photos/ --out features.parquet
     """
+    from ..embedding.writing import check_ending, process_state
     from ..embedding.writing import embed as run
-    from ..embedding.writing import process_state
     from ..sources.encoders import open_encoder
     from ..sources.images import open_every
     from ..training import processes
 
     options.check_folder_of(out, "--out")
+    check_ending(out)
     encoder = open_encoder(model, checkpoint, num_classes, preprocessing)
     network = options.place(encoder.model, str(process_state().device), dtype)
     patch(network, model, asked)
@@ -67,7 +68,7 @@ def embed(
         errors.print(text, highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(130) from None
     if found is not None:
-        console.print(f"{found.rows} images in {out}", highlight=False, soft_wrap=True)
+        console.print(f"{counted(found.rows, 'image', 'images')} in {out}", highlight=False, soft_wrap=True)
         if found.unreadable:
             some = ", ".join(found.unreadable[:5]) + (", ..." if len(found.unreadable) > 5 else "")
             text = f"{len(found.unreadable)} unreadable image(s) left out, all named in the file's metadata: {some}"

@@ -10,10 +10,11 @@ import typer
 from ..progress import errors, progress_bar
 from ..sources.preprocessing import Preprocessing
 from . import options
+from .class_numbers import number_as_model
 from .options import Precision
 from .patch_options import Asked, patch, several_configs
 from .preprocessing_options import with_preprocessing
-from .tables import print_table, quality, quality_columns, table_of, write_json
+from .tables import counted, print_table, quality, quality_columns, table_of, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,12 +77,8 @@ def evaluate(
     if images.labels is not None and outputs != "classes":
         images.labels = items.classes = None
         errors.print(f"{model} gives {outputs}, no classes: the labels are left aside", highlight=False, markup=False)
-    if images.labels is not None and images.classes not in (None, items.classes):
-        errors.print(
-            f"{data} names {images.classes} classes and {model} has {items.classes}: top-1 and top-5 mean something "
-            "only where labels are the model's own numbers of classes",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
+    if said := number_as_model(images, network, data, model):
+        errors.print(said, highlight=False, markup=False, soft_wrap=True)
     loader = DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=collate)
     unreadable: list[str] = []
 
@@ -94,7 +91,7 @@ def evaluate(
         results = run(network, batches(), configs, classifier.input_size, on_batch=advance)
     if unreadable:
         errors.print(f"{len(unreadable)} unreadable image(s) left out: {', '.join(unreadable[:5])}", highlight=False)
-    title = f"{model}, {results[0].images} images, {dtype.value}, no training"
+    title = f"{model}, {counted(results[0].images, 'image', 'images')}, {dtype.value}, no training"
     table = table_of(title, ("representative",), ("keep\nratio", *quality_columns(results[0])))
     for result in results:
         kind = ("unpatched", "") if result is results[0] else (result.config.representative, ratio_text(result.config))

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError, DataError
+from ..progress import errors
 from ..sources.preprocessing import Preprocessing
 from . import options
 from .patch_options import Asked, one_config, patch
-from .tables import console, megabytes
+from .tables import console, counted, megabytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,9 @@ def export(
     batch: Annotated[str | None, typer.Option(help="dynamic or a number. Default: dynamic if the format can.")] = None,
     image_size: Annotated[str | None, typer.Option(help="dynamic or pixels. Default: the model's.")] = None,
     half: Annotated[bool, typer.Option("--half", help="Values in float16.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantise by images of --data.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantise by images of --data, of its training part where it has parts.")
+    ] = False,
     data: Annotated[str | None, typer.Option(help="Images to verify with, as for evaluate. Default: noise.")] = None,
     images: Annotated[int, typer.Option(min=2, help="How many to verify with.")] = 16,
     benchmark: Annotated[bool, typer.Option("--benchmark", help="Time it against the unpatched model's file.")] = False,
@@ -95,24 +98,38 @@ def _images(classifier: Classifier, data: str | None, number: int, calibration: 
     """To verify with, and to quantise by: evenly spread over the data, none of them both."""
     import torch
 
-    from ..sources.images import open_evaluation
+    from ..sources.images import open_evaluation, open_images
 
     if data is None:
         noise = torch.randn(number, *classifier.input_size, generator=torch.Generator().manual_seed(0))
         return noise, noise[:0]
     dataset = open_evaluation(data, classifier.transform)
-    dataset.labels = None
-    wanted = min(number + calibration, len(dataset))
-    if len(dataset) < number + min(calibration, 1):
-        more = " and others to quantise by" if calibration else ""
-        raise DataError(f"{data} has {len(dataset)} images: expected {number} to verify with{more}")
-    rows = [round(place * (len(dataset) - 1) / max(1, wanted - 1)) for place in range(wanted)]
+    training = open_images(data, classifier.transform) if calibration else dataset
+    dataset.labels = training.labels = None
+    # Ranges taken from images that accuracy is measured on later would flatter the file.
+    apart = training.part != dataset.part
+    calibration_here = 0 if apart else calibration
+    if len(dataset) < number + min(calibration_here, 1):
+        more = " and others to quantise by" if calibration_here else ""
+        found = counted(len(dataset), "image", "images")
+        raise DataError(f"{data} has {found}: expected {number} to verify with{more}")
+    rows = _spread(len(dataset), number + calibration_here)
     # Neighbours may be of one class, so both kinds are spread.
-    every = wanted / number
+    every = len(rows) / number
     verified = {rows[int(place * every)] for place in range(number)}
-    chosen = sorted(verified), [row for row in rows if row not in verified]
-    shown, others = ([dataset[row][0] for row in part] for part in chosen)
+    quantised_by = [row for row in rows if row not in verified]
+    if apart:
+        quantised_by = _spread(len(training), calibration)
+        text = f"{data}: quantised by its part '{training.part}', verified with '{dataset.part}'"
+        errors.print(text, highlight=False, markup=False, soft_wrap=True)
+    shown = [dataset[row][0] for row in sorted(verified)]
+    others = [training[row][0] for row in quantised_by]
     return torch.stack(shown), torch.stack(others) if others else torch.zeros(0)
+
+
+def _spread(total: int, wanted: int) -> list[int]:
+    wanted = min(wanted, total)
+    return [round(place * (total - 1) / max(1, wanted - 1)) for place in range(wanted)]
 
 
 def _summary(result: Export) -> str:

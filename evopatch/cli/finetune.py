@@ -13,9 +13,11 @@ from ..progress import errors
 from ..sources.preprocessing import Preprocessing
 from ..training.settings import FinetuneConfig
 from . import options, settings_file
+from .class_numbers import number_as_model
 from .finetune_report import report
 from .patch_options import Asked, one_config, patch
 from .preprocessing_options import with_preprocessing
+from .tables import counted
 from .training_options import with_training
 
 if TYPE_CHECKING:
@@ -120,7 +122,8 @@ def finetune(
     new_head = labels and splits.classes not in (None, old_classes)
     if new_head:
         assert splits.classes is not None
-        _say(f"{data} has {splits.classes} classes: {model} gets a new head in place of the one for {old_classes}")
+        found = counted(splits.classes, "class", "classes")
+        _say(f"{data} has {found}: {model} gets a new head in place of the one for {old_classes}")
         reset_head(classifier.model, splits.classes)
     from_random = new_head or (not pretrained and checkpoint is None)
     labelled = labels and splits.train.labels is not None
@@ -133,6 +136,7 @@ def finetune(
     splits.train.transform = training_transform(classifier, augmentation)
     if not labels:
         splits.train.labels = None
+    _name_classes(splits, classifier.model, labelled, data, eval_data or data, model)
     patch(classifier.model, model, asked)
     trained_on = _subset(splits.train, rows, "--rows")
     evaluation = None if splits.evaluation is None else _evaluated(splits.evaluation, classifier, eval_rows)
@@ -157,9 +161,27 @@ def _open(data: str, eval_data: str | None) -> _Splits:
 
     train = open_images(data)
     evaluation = open_part(data, "eval") if eval_data is None else open_evaluation(eval_data)
-    if evaluation is not None and train.class_names is not None:
-        evaluation.number_as(train.class_names, eval_data or data)
     return _Splits(train, evaluation, train.classes)
+
+
+def _name_classes(splits: _Splits, network: nn.Module, labelled: bool, data: str, eval_data: str, model: str) -> None:
+    """Classes of the training data, of the evaluation data and of the model are the same ones, and have their names."""
+    from ..sources.heads import class_names, set_class_names
+
+    train, evaluation = splits.train, splits.evaluation
+    if labelled and train.class_names is not None:
+        own = class_names(network)
+        if own is not None and set(own) == set(train.class_names):
+            train.number_as(own, data)
+        set_class_names(network, train.class_names)
+        if evaluation is not None:
+            evaluation.number_as(train.class_names, eval_data)
+    elif evaluation is not None:
+        # A part for evaluation may lack classes that the other has.
+        if train.class_names is not None and set(evaluation.class_names or ()) <= set(train.class_names):
+            evaluation.number_as(train.class_names, eval_data)
+        if said := number_as_model(evaluation, network, eval_data, model):
+            _say(said)
 
 
 def _subset(images: Images, rows: str | None, option: str) -> Dataset[Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from .tables import console, distance, distance_column, percent, print_table, table_of
+from .tables import console, counted, distance, distance_column, percent, print_table, table_of
 
 if TYPE_CHECKING:
     from ..training.result import FinetuneResult
@@ -31,7 +31,7 @@ def _table(model: str, result: FinetuneResult, from_random: bool) -> Table:
 
     title = f"{model}, batch {TIMED_BATCH} for images/s"
     if result.after is not None:
-        title = f"{model}, {result.after.images} images, batch {TIMED_BATCH} for images/s"
+        title = f"{model}, {counted(result.after.images, 'image', 'images')}, batch {TIMED_BATCH} for images/s"
     apart = "KL" if result.after is None else distance_column(result.after)
     table = table_of(title, ("",), ("top-1 %", "agree %", apart, "FLOPs", "images/s"))
     rows = (

@@ -42,6 +42,11 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def counted(number: int, one: str, several: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number} {one if number == 1 else several}"
+
+
 def megabytes(size: int) -> float:
     """Of 1e6 bytes."""
     return size / 1e6

@@ -107,7 +107,7 @@ class Shards:
             Names of the images that could not be read.
 
         Raises:
-            DataError: If a shard is damaged.
+            DataError: If a shard is damaged, or there is no row.
         """
         if not self.finished():
             self._merge()
@@ -117,6 +117,11 @@ class Shards:
     def _merge(self) -> None:
         files = [self._read(shard) for shard in range(self.number)]
         unreadable = [name for file in files for name in _metadata(file.schema_arrow)["unreadable"]]
+        if len(unreadable) == self._images:
+            raise DataError(
+                f"none of {self._images} image(s) can be read, such as {unreadable[0]}: expected at least one, so "
+                f"{self.output} isn't written. Give images that PIL can open, and remove {self.folder}"
+            )
         settings = json.loads((self.folder / _SETTINGS).read_text())
         # A shard without any image that could be read doesn't know how long features are.
         schema = next((file.schema_arrow for file in files if file.metadata.num_rows), files[0].schema_arrow)

@@ -78,8 +78,8 @@ def embed(
 
     Raises:
         ConfigError: If there are shards that were made with other weights, settings or images, or by another version of
-            evopatch, or the file is there.
-        DataError: If a shard is damaged.
+            evopatch, or the file is there, or named as if it were of another format.
+        DataError: If a shard is damaged, or no image can be read.
         NotPatchedError: If nothing in the model is patched.
         UnsupportedModelError: If the model has no features that are known, or other tokens than those of the image's
             patches.
@@ -88,8 +88,9 @@ def embed(
     for name, value in (("batch_size", batch_size), ("shard_rows", shard_rows)):
         if value < 1:
             raise ConfigError(f"{name}={value}: expected at least 1")
-    extract = FeatureExtractor(model, patch_features)
     file = Path(output)
+    check_ending(file)
+    extract = FeatureExtractor(model, patch_features)
     shards = Shards(file, len(images), shard_rows)
     state = process_state()
     if state.is_main_process:
@@ -100,7 +101,7 @@ def embed(
                 "configs": {name: config.to_dict() for name, config in Patched(model).configs.items()},
                 "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
                 "weights": _digest_of_weights(model),
-                "images": _digest_of_names(images),
+                "images": _digest_of_images(images),
                 "patch_features": patch_features,
                 "batch_size": batch_size,
                 "shard_rows": shard_rows,
@@ -119,6 +120,15 @@ def embed(
         return None
     unreadable = shards.merge()
     return Embedding(file, len(images) - len(unreadable), tuple(unreadable))
+
+
+def check_ending(file: Path) -> None:
+    """
+    Raises:
+        ConfigError: If a file for features isn't named as the parquet that it will be.
+    """
+    if file.suffix != ".parquet":
+        raise ConfigError(f"{file}: features are written as parquet, expected the ending .parquet")
 
 
 def process_state() -> PartialState:
@@ -199,10 +209,11 @@ def _digest_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _digest_of_names(images: Images) -> str:
+def _digest_of_images(images: Images) -> str:
+    # Not of their contents: a data set may be too large to be read twice.
     digest = hashlib.sha256()
     for index in range(len(images)):
-        digest.update(images.name(index).encode() + b"\0")
+        digest.update(f"{images.name(index)}\0{images.stamp(index)}\0".encode())
     return f"{len(images)}, {digest.hexdigest()[:16]}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,6 +39,8 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
         self.class_names = None if classes is None else tuple(classes)
         self.transform: Transform | None = None
         """What makes a tensor `(3, height, width)` of a PIL image."""
+        self.part: str | None = None
+        """The name of the source's part that they are; None where it has no parts."""
 
     @abstractmethod
     def encoded(self, index: int) -> str | bytes | Image | None:
@@ -46,6 +49,10 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """What a message calls the image."""
+
+    def stamp(self, index: int) -> str:
+        """What tells, without reading it, that an image isn't the one of that name from before; `""` if nothing."""
+        return ""
 
     @property
     def classes(self) -> int | None:
@@ -69,8 +76,19 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
                 f"{where} has classes that the training data don't have: {', '.join(unknown[:5])}; expected some of "
                 f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
             )
-        numbers = [list(names).index(name) for name in self.class_names]
-        self.labels = [numbers[label] for label in self.labels]
+        places = {name: number for number, name in enumerate(names)}
+        self.number([places[name] for name in self.class_names], names)
+
+    def number(self, numbers: Sequence[int], names: Sequence[str]) -> None:
+        """Give classes other numbers. Labels that are those of no class stay as they are, to be refused by name.
+
+        Args:
+            numbers: By those that they have now.
+            names: Of all classes, in the order of the new numbers.
+        """
+        if self.labels is not None:
+            places = dict(enumerate(numbers))
+            self.labels = [places.get(label, label) for label in self.labels]
         self.class_names = tuple(names)
 
     def __len__(self) -> int:
@@ -114,6 +132,7 @@ class Digits(Images):
         self._rows = train if split == "train" else test
         self._pixels = (digits.images * (255 / 16)).round().astype("uint8")
         super().__init__(len(self._rows), digits.target[self._rows], [str(number) for number in range(10)])
+        self.part = split
 
     def encoded(self, index: int) -> str | bytes | Image | None:
         import PIL.Image
@@ -137,6 +156,9 @@ class Files(Images):
     def name(self, index: int) -> str:
         return self._paths[index]
 
+    def stamp(self, index: int) -> str:
+        return stamp_of_file(self._paths[index])
+
 
 class Tree(Files):
     """Image files without labels, named by their paths in a folder."""
@@ -150,11 +172,21 @@ class Tree(Files):
 
 
 class Table(Images):
-    """Rows of a table: a column of encoded images, bytes or structs with `bytes` and `path`."""
+    """Rows of a table: a column of encoded images, bytes or structs with `bytes` and `path`.
 
-    def __init__(self, column: Any, labels: Sequence[int] | None, classes: Sequence[str] | None, where: str) -> None:
+    Args:
+        column: One image a row.
+        labels: As for `Images`.
+        classes: As for `Images`.
+        where: What a message calls the table.
+        stamp: Of the whole table.
+    """
+
+    def __init__(
+        self, column: Any, labels: Sequence[int] | None, classes: Sequence[str] | None, where: str, stamp: str
+    ) -> None:
         super().__init__(len(column), labels, classes)
-        self._column, self._where = column, where
+        self._column, self._where, self._stamp = column, where, stamp
 
     def encoded(self, index: int) -> str | bytes | Image | None:
         value = self._value(index)
@@ -167,6 +199,20 @@ class Table(Images):
         path = value.get("path") if isinstance(value, dict) else None
         return f"{self._where} row {index}" + (f" ({path})" if path else "")
 
+    def stamp(self, index: int) -> str:
+        value = self._value(index)
+        elsewhere = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else None
+        return self._stamp + (f" {stamp_of_file(elsewhere)}" if elsewhere else "")
+
     def _value(self, index: int) -> Any:
         value = self._column[index]
         return value.as_py() if hasattr(value, "as_py") else value  # pyarrow's, or datasets'
+
+
+def stamp_of_file(path: str) -> str:
+    """Its size and when it was changed; `""` where it can't be told."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"

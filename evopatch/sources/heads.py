@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,32 @@ def reset_head(model: Any, classes: int) -> None:
 def count_classes(model: Any) -> int:
     """How many classes a classifier of timm or transformers has."""
     return int(model.num_classes if hasattr(model, "num_classes") else model.config.num_labels)
+
+
+def class_names(model: Any) -> tuple[str, ...] | None:
+    """Names of the classes of a classifier of timm or transformers, in their order; None unless its library's
+    configuration has a name of its own for each."""
+    classes = count_classes(model)
+    cfg = getattr(model, "pretrained_cfg", None)
+    names: Any = model.config.id2label if cfg is None else cfg.get("label_names")
+    if isinstance(names, Mapping):  # of JSON, with numbers as text
+        by_number = {int(number): name for number, name in names.items()}
+        names = [by_number[number] for number in range(classes) if number in by_number]
+    found = tuple(map(str, names or ()))
+    # What transformers calls them where nobody did.
+    unnamed = found == tuple(f"LABEL_{number}" for number in range(classes))
+    return None if unnamed or len(set(found)) != classes or len(found) != classes else found
+
+
+def set_class_names(model: Any, names: Sequence[str]) -> None:
+    """Name the classes of a classifier where its library keeps such names, and saves them."""
+    if (cfg := getattr(model, "pretrained_cfg", None)) is None:
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: number for number, name in enumerate(names)}
+        return
+    # timm drops names when it saves a model of another number of classes than this.
+    cfg |= {"label_names": list(names), "num_classes": len(names)}
+    cfg.pop("label_descriptions", None)  # of the names that were there
 
 
 def _head(model: Any, classes: int) -> dict[str, nn.Module]:

@@ -1,9 +1,10 @@
-"""Which files of a folder are images: by their names."""
+"""Which files of a folder are images: by their names. Hidden ones, and those in hidden folders, are none."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..progress import errors
@@ -15,7 +16,7 @@ SUFFIXES = (
 
 
 class Sieve:
-    """Tells images from other files, and counts the others; hidden ones don't count."""
+    """Tells images from other files, and counts the others but for hidden ones."""
 
     def __init__(self) -> None:
         self._others: Counter[str] = Counter()
@@ -23,10 +24,11 @@ class Sieve:
     def __call__(self, file: str) -> bool:
         """Whether a file is an image."""
         path = Path(file)
+        if not visible([path.name]):  # such as ._1.jpg, which macOS writes beside 1.jpg
+            return False
         if path.suffix.lower() in SUFFIXES:
             return True
-        if not path.name.startswith("."):
-            self._others[path.suffix.lower() or "no suffix"] += 1
+        self._others[path.suffix.lower() or "no suffix"] += 1
         return False
 
     def report(self, folder: Path) -> None:
@@ -37,10 +39,16 @@ class Sieve:
             errors.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def visible(names: Iterable[str]) -> list[str]:
+    """Those of files or folders that aren't hidden, as `.ipynb_checkpoints` is."""
+    return [name for name in names if not name.startswith(".")]
+
+
 def image_files(folder: Path, at_any_depth: bool) -> list[Path]:
     """The images in a folder, in no order. Where there are some, it says what else there is."""
     is_image, found = Sieve(), []
-    for place, _, names in os.walk(folder):
+    for place, folders, names in os.walk(folder):
+        folders[:] = visible(folders)
         found += [Path(place, name) for name in names if is_image(name)]
         if not at_any_depth:
             break

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .dataset import Digits, Files, Images, Split, Table, Transform, Tree
-from .image_files import SUFFIXES, Sieve, image_files
+from .dataset import Digits, Images, Split, Table, Transform, Tree, stamp_of_file
+from .folders import check_parts, open_folder
+from .image_files import SUFFIXES, image_files
 
 DIGITS = "digits"
 _KINDS = (
@@ -89,25 +90,14 @@ def _folder(path: Path, split: Split) -> Images | None:
 
         return _part(datasets.load_from_disk(str(path)), str(path), split)
     if (path / "train").is_dir():
-        parts = [path / name for name in _SPLITS[split] if (path / name).is_dir()]
-        return _class_folders(parts[0]) if parts else None
-    return _class_folders(path) if split == "train" else None
-
-
-def _class_folders(path: Path) -> Images:
-    from torchvision.datasets import ImageFolder
-
-    if files := image_files(path, at_any_depth=False):
-        return Files(sorted(map(str, files)), None)
-    is_image = Sieve()
-    try:
-        folders = ImageFolder(str(path), is_valid_file=is_image)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path}: expected images, or one subfolder with images per class in class order: {error}"
-        ) from error
-    is_image.report(path)
-    return Files([file for file, _ in folders.samples], folders.targets, folders.classes)
+        check_parts(path, _SPLITS["eval"])
+        name = next((name for name in _SPLITS[split] if (path / name).is_dir()), None)
+        if name is None:
+            return None
+        images = open_folder(path / name)
+        images.part = name
+        return images
+    return open_folder(path) if split == "train" else None
 
 
 def _file(path: Path) -> Images:
@@ -121,6 +111,8 @@ def _file(path: Path) -> Images:
         else:
             table = pq.read_table(path)
     except (OSError, ValueError) as error:
+        if path.suffix not in (".parquet", ".arrow"):
+            raise DataError(f"{path} is a file, and no parquet: expected {_KINDS}") from error
         kind = "arrow (stream)" if path.suffix == ".arrow" else "parquet"
         raise DataError(f"{path} can't be read as {'an' if kind[0] == 'a' else 'a'} {kind} file: {error}") from error
     image, label = _columns(table.column_names, str(path))
@@ -129,7 +121,7 @@ def _file(path: Path) -> Images:
     feature = metadata.get("info", {}).get("features", {}).get(label, {})
     classes = feature.get("names") if isinstance(feature, dict) else None
     labels = None if label is None else table.column(label).to_pylist()
-    return Table(table.column(image), labels, classes, str(path))
+    return Table(table.column(image), labels, classes, str(path), stamp_of_file(str(path)))
 
 
 def _columns(names: Sequence[str], where: str) -> tuple[str, str | None]:
@@ -165,8 +157,10 @@ def _hub(name: str, split: Split) -> Images | None:
 def _part(found: Any, name: str, split: Split) -> Images | None:
     import datasets
 
+    key = None
     if isinstance(found, datasets.DatasetDict):
-        part = next((found[key] for key in _SPLITS[split] if key in found), None)
+        key = next((key for key in _SPLITS[split] if key in found), None)
+        part = None if key is None else found[key]
         if part is None and split == "train":
             raise DataError(f"{name} has the parts {sorted(found)}: expected 'train'")
     else:
@@ -174,9 +168,12 @@ def _part(found: Any, name: str, split: Split) -> Images | None:
     if part is None:
         return None
     image, label = _columns(part.column_names, name)
+    stamp = part._fingerprint  # before the cast
     if isinstance(part.features[image], datasets.Image):
         part = part.cast_column(image, datasets.Image(decode=False))
     feature = None if label is None else part.features[label]
     classes = feature.names if isinstance(feature, datasets.ClassLabel) else None
     labels = None if label is None else list(part[label])
-    return Table(part[image], labels, classes, name)
+    images = Table(part[image], labels, classes, name, stamp)
+    images.part = key
+    return images

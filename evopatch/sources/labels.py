@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import DataError
@@ -25,6 +25,14 @@ def class_number(label: Any, name: Callable[[], str]) -> int:
             f"{name()} has the label {_described(label)}: expected the number of its class, a whole one. Of one-hot "
             "labels give the argmax, of names their place in a list, and leave labels out where they are no classes"
         ) from None
+
+
+def whole_numbers(names: Sequence[str]) -> list[int] | None:
+    """Names of classes as their numbers; None unless all are numbers, and different ones."""
+    if not all(name.isascii() and name.isdecimal() for name in names):
+        return None
+    numbers = [int(name) for name in names]
+    return numbers if len(set(numbers)) == len(numbers) else None
 
 
 def _described(label: Any) -> str:

@@ -132,7 +132,7 @@ def test_overridden_preprocessing_changes_the_result(command, files, tmp_path):
         (("--checkpoint", "weights.pth", "--data", "nowhere"), 1, "nowhere: no such file or folder"),
         (("--checkpoint", "weights.pth", "--data", "empty"), 1, "one subfolder with images per class"),
         (("--checkpoint", "weights.pth", "--data", "other.parquet"), 1, r"found the columns ['picture']"),
-        (("--checkpoint", "weights.pth", "--data", "weights.pth"), 1, "can't be read as a parquet file"),
+        (("--checkpoint", "weights.pth", "--data", "weights.pth"), 1, "weights.pth is a file, and no parquet"),
         (("--checkpoint", "weights.pth", "--data", "images", "--keep-ratio", "2"), 2, "keep_ratio=2.0"),
         (("--checkpoint", "weights.pth", "--data", "images", "--keep-ratio", "half"), 2, "expected a number"),
         (("--checkpoint", "weights.pth", "--data", "images", "--selection", "token"), 2, "selection='token'"),

@@ -30,3 +30,7 @@ def test_no_figure_is_cut_where_there_is_no_terminal(columns, monkeypatch):
 def test_a_terminal_has_its_width(monkeypatch):
     """The control: there figures that don't fit are cut."""
     assert "…" in printed(monkeypatch, True, 12)
+
+
+def test_one_of_a_kind_is_not_several():
+    assert [tables.counted(number, "class", "classes") for number in (0, 1, 2)] == ["0 classes", "1 class", "2 classes"]

@@ -88,6 +88,9 @@ def test_the_part_for_evaluation(sources):
     assert len(open_evaluation(sources / "table.parquet")) == 6
     for name in ("classes", "flat", "table.parquet", "saved"):
         assert open_part(sources / name, "eval") is None
+        assert open_images(sources / name).part is open_evaluation(sources / name).part is None
+    for source, part in ((sources / "parts", "val"), (sources / "dictionary", "test"), ("digits", "eval")):
+        assert (open_images(source).part, open_evaluation(source).part) == ("train", part)
 
 
 def test_the_transform_is_applied(sources):
@@ -123,11 +126,16 @@ def test_a_name_on_a_hub_that_cannot_be_reached(monkeypatch):
 def test_other_layouts(tmp_path):
     (tmp_path / "empty").mkdir()
     pq.write_table(pa.table({"picture": [1]}), tmp_path / "other.parquet")
-    (tmp_path / "bad.arrow").write_bytes(b"nothing")
+    for name in ("bad.arrow", "bad.parquet", "notes.txt"):
+        (tmp_path / name).write_bytes(b"nothing")
+    save(tmp_path / "photos" / "0.png", 1)
     for name, message in (
         ("empty", "expected images, or one subfolder"),
         ("other.parquet", r"found the columns \['picture'\]"),
         ("bad.arrow", "can't be read as an arrow"),
+        ("bad.parquet", "can't be read as a parquet file"),
+        ("notes.txt", "notes.txt is a file, and no parquet: expected a folder with one subfolder per class"),
+        ("photos/0.png", "0.png is a file, and no parquet: .* a folder of images without labels, a .parquet or .arrow"),
         ("nowhere.parquet", "no such file or folder; .* a folder of images without labels, a .parquet"),
     ):
         with pytest.raises(DataError, match=message):
