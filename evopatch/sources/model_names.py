@@ -57,10 +57,8 @@ def hint(name: str) -> str:
     asked = _spelled(name.split(".")[0])
     # The plain model of a family has a shorter name than its variants.
     longer = sorted(timm.list_models(f"{asked}*"), key=len) if asked.isidentifier() else []
-    similar = dict.fromkeys([*longer, *difflib.get_close_matches(asked, timm.list_models(), n=_HINTS, cutoff=0.6)])
-    if not similar:
-        return "`evopatch list` shows the names."
-    return f"did you mean {' or '.join(list(similar)[:_HINTS])}?"
+    similar = longer or difflib.get_close_matches(asked, timm.list_models(), n=_HINTS, cutoff=0.6)
+    return f"did you mean {' or '.join(similar[:_HINTS])}?" if similar else "`evopatch list` shows the names."
 
 
 def _spelled(name: str) -> str:

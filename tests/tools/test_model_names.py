@@ -24,6 +24,10 @@ def test_names_that_begin_so_come_first(name, first):
     assert all(timm.is_model(word) for word in hint(name).removeprefix("did you mean ")[:-1].split(" or "))
 
 
+def test_other_names_are_proposed_only_where_none_begins_so():
+    assert hint("deit-tiny") == "did you mean deit_tiny_patch16_224 or deit_tiny_distilled_patch16_224?"
+
+
 def test_where_nothing_is_like_it():
     assert hint("nothing_like_it") == hint("*") == "`evopatch list` shows the names."
 
