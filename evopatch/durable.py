@@ -25,6 +25,14 @@ def make_folder(path: str | os.PathLike[str], purpose: str) -> Path:
     return folder
 
 
+def make_readable(file: Path) -> None:
+    """Give a file the mode of any other new one: safetensors makes its own for their owner only."""
+    other = file.with_name(f".{file.name}.mode")  # asking for the umask would change it for all threads
+    other.touch()
+    file.chmod(other.stat().st_mode)
+    other.unlink()
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Give a file, or a folder whose files were flushed, its own name once it is on the disk."""
     flush(temporary)

@@ -40,6 +40,22 @@ def save(model: nn.Module, folder: Path) -> None:
     check_rebuilt(model, rebuilt, advice)
 
 
+def preprocessing(model: nn.Module) -> list[Path]:
+    """None: it is in `config.json`, from the model's `pretrained_cfg`."""
+    return []
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """
+    Raises:
+        CheckpointError: Always, as timm has none.
+    """
+    raise CheckpointError(
+        f"processor={type(processor).__name__}: only for models of transformers. Those of timm save the preprocessing "
+        "in their pretrained_cfg; change that"
+    )
+
+
 def load(folder: Path, **kwargs: Any) -> nn.Module:
     """The unpatched model, of the floating-point type it was saved in unless `dtype` says otherwise.
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
 from evopatch.errors import CheckpointError
 from evopatch.patching.library import Origin, hub_name
@@ -37,6 +38,23 @@ def save(model: Any, folder: Path) -> None:
     with torch.device("meta"):
         rebuilt = cls(AutoConfig.from_pretrained(folder))
     check_rebuilt(model, rebuilt, "Make such changes through the model's config")
+
+
+def preprocessing(model: Any) -> list[Path]:
+    """The image processor's files where the model was loaded from: a folder, or what the hub's cache has of it."""
+    found = []
+    for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME):
+        try:
+            file = cached_file(model.name_or_path, name, local_files_only=True) if model.name_or_path else None
+        except (OSError, ValueError):  # no such file there, or no such place any more
+            continue
+        found += [] if file is None else [Path(file)]
+    return found
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """As `AutoImageProcessor.from_pretrained` reads it."""
+    processor.save_pretrained(folder)
 
 
 def load(folder: Path, **kwargs: Any) -> nn.Module:

@@ -80,6 +80,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         # An optional package by evopatch's own word, or one that an import didn't find.
         _fail(f"{error}; pip install 'evopatch[all]' brings what the commands need" if error.name else error, 1)
+    except OSError as error:
+        # What a command reads has messages of its own; this is a full disk, or a place that can't be written to.
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error, 1)
 
 
 def _fail(error: object, code: int) -> None:

@@ -108,7 +108,7 @@ def calibrate(
             kept = "nothing was tried yet"
         errors.print(f"interrupted: {kept}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(130) from None
-    save_pretrained(network, output)
+    save_pretrained(network, output, classifier.processor)
     result.save(output)
     print_table(_table(model, result))
     console.print(_summary(result, output), highlight=False)

@@ -73,7 +73,7 @@ def export(
         (None if form.any_batch else 1) if batch is None else None if batch == _ANY else _number(batch, "--batch")
     )
     form.check(batch_size is None, any_size, int8, half)
-    options.check_folder_of(out, "--out")
+    options.check_folder_of(out, "--out", is_folder=format is FormatName.coreml)
     if int8 and data is None:
         raise ConfigError("--int8: expected --data too, images to find the ranges of values by")
     preprocessing = Preprocessing(None, None, None, size)
@@ -85,7 +85,7 @@ def export(
         classifier.model, out, format.value, images=shown, batch_size=batch_size, any_size=any_size, half=half,
         int8=calibration if int8 else None, benchmark=benchmark,
     )  # fmt: skip
-    console.print(_summary(result), highlight=False, soft_wrap=True)
+    console.print(_summary(result, half or int8), highlight=False, soft_wrap=True)
 
 
 def _number(text: str | None, option: str) -> int:
@@ -132,7 +132,7 @@ def _spread(total: int, wanted: int) -> list[int]:
     return [round(place * (total - 1) / max(1, wanted - 1)) for place in range(wanted)]
 
 
-def _summary(result: Export) -> str:
+def _summary(result: Export, rounded: bool) -> str:
     lines = [f"{', '.join(map(str, result.files))}: {megabytes(result.size):.1f} MB."]
     checked = result.verification
     if checked is None:
@@ -140,7 +140,8 @@ def _summary(result: Export) -> str:
     else:
         sizes = ", ".join(f"{batch} of {height}x{width}" for batch, height, width in dict.fromkeys(checked.sizes))
         share = f"{checked.equal} of {checked.images} images equal to 1e-4"
-        lines.append(f"Run by its own runtime in batches of {sizes}: {share}.")
+        # Rounded values are never that equal, however good the file is.
+        lines.append(f"Run by its own runtime in batches of {sizes}{'' if rounded else f': {share}'}.")
         if checked.turned:
             lines.append(
                 f"{checked.turned} where two nearly equal tokens turned: the model gives the same when the image is "

@@ -113,7 +113,8 @@ def finetune(
     from ..training.randomness import seed_everything
 
     seed_everything(training.seed)  # random weights and heads
-    folder = output or Path(f"evopatch-finetune-{re.sub(r'[^A-Za-z0-9_.-]+', '-', model).strip('-')}")
+    own_name = re.sub(r"[^A-Za-z0-9_.-]+", "-", model).strip("-")
+    folder = settings_file.folder_of(ctx, Path(f"evopatch-finetune-{own_name}"))
     settings_file.check(folder, ctx)
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing, pretrained, instead=_INSTEAD)
     splits = _open(data, eval_data)
@@ -152,7 +153,7 @@ def finetune(
     processes.end()
     if not processes.is_main():
         return
-    save_pretrained(classifier.model, folder / "model")
+    save_pretrained(classifier.model, folder / "model", classifier.processor)
     report(model, result, from_random, folder)
 
 

@@ -15,7 +15,10 @@ from .tables import console
 
 def list_models(
     pattern: Annotated[
-        str, typer.Argument(help="A timm wildcard. Default: every family that has models it takes.")
+        str,
+        typer.Argument(
+            help="A timm wildcard, or what names begin with. Default: every family that has models it takes."
+        ),
     ] = "",
     config: ConfigFile = None,
 ) -> None:
@@ -26,10 +29,11 @@ def list_models(
     import timm
 
     from ..patching.apply import supported
+    from ..sources.model_names import hint, named
 
-    names = timm.list_models(pattern) if pattern else _candidates()
+    names = named(pattern) if pattern else _candidates()
     if not names:
-        raise UnsupportedModelError(f"no timm model is named like '{pattern}'")
+        raise UnsupportedModelError(f"no timm model is named like '{pattern}': {hint(pattern)}")
     taken = []
     with progress_bar("checking", len(names)) as advance:
         for name in names:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -99,23 +102,52 @@ def place(model: nn.Module, device: str, precision: Precision) -> nn.Module:
         raise ConfigError(f"--device '{device}': {str(error).splitlines()[0]}") from error
 
 
-def check_folder_of(file: Path | None, option: str) -> None:
+def check_folder_of(file: Path | None, option: str, is_folder: bool = False) -> None:
     """Before the work that the file is for.
 
+    Args:
+        file: To be written.
+        option: That it is of.
+        is_folder: Whether it is one that goes by the name of a file, to be replaced if it is there.
+
     Raises:
-        DataError: If the file can't be written, as its folder isn't there.
+        DataError: If it can't be written.
     """
-    if file is not None and not file.parent.is_dir():
+    if file is None:
+        return
+    if not file.parent.is_dir():
         raise DataError(f"{file.parent}: no such folder for the results; create it or give another {option}")
+    if file.is_dir() and not is_folder:
+        raise DataError(f"{option} {file} is a folder: expected a file; give a name in it")
+    if file.exists() and not is_folder:
+        if not os.access(file, os.W_OK):
+            raise DataError(f"{option} {file} may not be written: change its permissions or give another {option}")
+        return  # it may be /dev/stdout, in whose folder nothing can be made
+    _check_writable(file.parent, f"{option} {file}")
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """
+    """Before the work whose results it is for.
+
     Raises:
-        DataError: If it is a file.
+        DataError: If it is a file, or can't be made or written to.
     """
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{option} {folder} is a file: expected a folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        of = "" if there == folder else f": {there}"
+        raise DataError(f"{option} {folder}{of} is a file: expected a folder")
+    _check_writable(there, f"{option} {folder}")
+
+
+def _check_writable(folder: Path, what: str) -> None:
+    try:
+        # Permissions don't tell: of root all are, and file systems have their own mind.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"{what} can't be written: nothing can be made in {folder} ({error.strerror}). Give another place"
+        ) from error
 
 
 def check_picture(file: Path | None, option: str) -> None:
@@ -161,16 +193,17 @@ def parse_start(text: str) -> int | float:
         raise typer.BadParameter(f"'{text}': expected a block's number, or a share of the depth") from None
 
 
-def parse_channels(text: str | None) -> tuple[float, ...] | None:
-    """One number for all channels, or three."""
+def parse_channels(text: str | None, option: str, positive: bool = False) -> tuple[float, ...] | None:
+    """One number for all channels, or three; of an option."""
     if text is None:
         return None
     value = parse_ratios(text)
-    if not isinstance(value, tuple):
-        return (value,) * 3
-    if len(value) != 3:
-        raise typer.BadParameter(f"'{text}': expected one number or three")
-    return value
+    values = value if isinstance(value, tuple) else (value,) * 3
+    if len(values) != 3:
+        raise typer.BadParameter(f"{option} '{text}': expected one number or three")
+    if not all(math.isfinite(number) and (number > 0 or not positive) for number in values):
+        raise typer.BadParameter(f"{option} '{text}': expected {'numbers above 0' if positive else 'finite numbers'}")
+    return values
 
 
 def parse_rows(text: str, total: int, option: str) -> range:

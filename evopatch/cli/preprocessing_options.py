@@ -26,7 +26,8 @@ _OPTIONS = {
 def _preprocessing(mean: str | None, std: str | None, crop_pct: float | None, image_size: int | None) -> Preprocessing:
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise typer.BadParameter(f"--crop-pct {crop_pct}: expected a share in (0, 1]")
-    return Preprocessing(options.parse_channels(mean), options.parse_channels(std), crop_pct, image_size)
+    means, stds = options.parse_channels(mean, "--mean"), options.parse_channels(std, "--std", positive=True)
+    return Preprocessing(means, stds, crop_pct, image_size)
 
 
 with_preprocessing = expanded("preprocessing", _OPTIONS, _preprocessing)

@@ -7,6 +7,7 @@ import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated
 
 import typer
@@ -42,23 +43,38 @@ def run(
     logger.setLevel(logging.INFO)
     sys.argv = [script, *ctx.args]
     with autopatch(config=asked.over(EvoConfig())[0]) as patched:
-        if module:
-            sys.path.insert(0, "")
-            _check_module(script)  # which imports the packages that it is in
+        found = True
         try:
-            if module:
-                runpy.run_module(script, run_name="__main__", alter_sys=True)
-            else:
+            if not module:
                 sys.path.insert(0, str(Path(script).resolve().parent))
                 runpy.run_path(script, run_name="__main__")
+            else:
+                sys.path.insert(0, "")
+                found = _is_module(script)  # which imports the packages that it is in
+                if found:
+                    runpy.run_module(script, run_name="__main__", alter_sys=True)
+        except Exception as error:
+            # As Python itself shows it; nobody is to take it for an error of evopatch's.
+            trace = _of_the_script(error.__traceback__)
+            sys.excepthook(type(error), error.with_traceback(trace), trace)
+            raise SystemExit(1) from None
         finally:
-            if not patched:
+            if found and not patched:
                 errors.print(
                     "evopatch: the script built no model that could be patched", highlight=False, soft_wrap=True
                 )
+    if not found:
+        raise ConfigError(f"-m {script}: no such module, or a package without __main__; expected one as for python -m")
 
 
-def _check_module(name: str) -> None:
+def _of_the_script(trace: TracebackType | None) -> TracebackType | None:
+    """A traceback without the frames that run the script."""
+    while trace is not None and trace.tb_frame.f_globals.get("__name__") in (__name__, runpy.__name__):
+        trace = trace.tb_next
+    return trace
+
+
+def _is_module(name: str) -> bool:
     try:
         spec = find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
@@ -67,8 +83,7 @@ def _check_module(name: str) -> None:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         spec = None
-    if spec is None:
-        raise ConfigError(f"-m {name}: no such module, or a package without __main__; expected one as for python -m")
+    return spec is not None
 
 
 class _Printed(logging.Handler):

@@ -15,6 +15,28 @@ from ..training.settings import MAY_DIFFER
 from . import options
 
 NAME = "config.toml"
+_PLACES = ("model", "checkpoint", "teacher", "teacher_checkpoint", "data", "eval_data", "output")
+"""Options that may name a file or a folder."""
+
+
+def folder_of(ctx: typer.Context, default: Path) -> Path:
+    """Where a command's run goes, or is: a run that is resumed by its own settings lies beside them, also where it was
+    moved.
+
+    Args:
+        ctx: Of the command, with the values of all of its options.
+        default: Where no `--output` is given.
+    """
+    from ..training import checkpoints
+
+    config, output = ctx.params["config"], ctx.params["output"]
+    source = ctx.get_parameter_source("output")
+    if source is not None and source.name == "COMMANDLINE":
+        return Path(output)
+    resumed = ctx.params["resume"] and config is not None and config.name == NAME
+    if resumed and checkpoints.steps(config.parent):
+        return Path(config.parent)
+    return default if output is None else Path(output)
 
 
 def check(folder: Path, ctx: typer.Context) -> None:
@@ -25,13 +47,13 @@ def check(folder: Path, ctx: typer.Context) -> None:
         ctx: Of the command, with the values of all of its options.
 
     Raises:
-        CheckpointError: If there is a run and it isn't to be resumed, or the other way round; or if it is a file.
+        CheckpointError: If there is a run and it isn't to be resumed, or the other way round.
+        DataError: If it is a file, or can't be made or written to.
         ConfigError: If the run is resumed with other options than it was begun with.
     """
     from ..training import checkpoints
 
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"--output {folder} is a file: expected a folder for the run")
+    options.check_folder(folder, "--output")
     there, resume = bool(checkpoints.steps(folder)), ctx.params["resume"]
     if there and not resume:
         raise CheckpointError(
@@ -75,16 +97,23 @@ def _plain(folder: Path, ctx: typer.Context) -> dict[str, Any]:
         name: value for name, value in ctx.params.items() if value is not None and name not in ("config", "resume")
     }
     values |= {"output": folder}
-    return {
+    plain = {
         name: value if isinstance(value, (bool, int, float)) else str(getattr(value, "value", value))
         for name, value in sorted(values.items())
     }
+    return _absolute(plain)
+
+
+def _absolute(values: dict[str, Any]) -> dict[str, Any]:
+    """Paths from the root, so that the settings are the same ones in another folder."""
+    places = {name: Path(values[name]) for name in _PLACES if name in values}
+    return values | {name: str(path.absolute()) for name, path in places.items() if path.exists() or name == "output"}
 
 
 def _check(file: Path, given: dict[str, Any]) -> None:
     if not file.is_file():
         return
-    if different := differences(options.read_toml(file), given, {"output"} | MAY_DIFFER):
+    if different := differences(_absolute(options.read_toml(file)), given, {"output"} | MAY_DIFFER):
         raise ConfigError(
             f"the run in {file.parent} has other options: {different}. Resume it with --config {file}, or start anew "
             "in another --output"

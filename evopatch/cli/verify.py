@@ -33,7 +33,10 @@ def verify(
             "without --checkpoint, random weights, for which no network is needed."
         ),
     ] = None,
-    checkpoint: options.Checkpoint = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Weights in timm's layout. Default: with --data timm's pretrained ones, else random ones."),
+    ] = None,
     num_classes: options.NumClasses = None,
     asked: Asked,
     preprocessing: Preprocessing,

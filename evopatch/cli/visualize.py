@@ -79,7 +79,7 @@ def visualize(
             classifier.model, batch, states, block=None if block is None else block[0], pixels=pixels
         )
     figure.savefig(out)
-    console.print(f"token selection: {out}", highlight=False, soft_wrap=True)
+    console.print(f"{'groups of tokens' if groups else 'token selection'}: {out}", highlight=False, soft_wrap=True)
 
 
 def _open(path: Path) -> Image:
@@ -94,7 +94,7 @@ def _open(path: Path) -> Image:
 
 
 def _states(folder: Path) -> dict[str, dict[str, Tensor]]:
-    from ..sources.models import read_state
+    from ..sources.weight_files import read_state
     from ..training import checkpoints
 
     if own := checkpoints.weights(folder):

@@ -29,6 +29,12 @@ class Library(Protocol):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write a checkpoint of the unpatched model."""
 
+    def preprocessing(self, model: nn.Module) -> list[Path]:
+        """Files on this machine that say how images become its input, where the library doesn't save that with it."""
+
+    def save_processor(self, processor: Any, folder: Path) -> None:
+        """Write what makes the model's input."""
+
     def load(self, folder: Path, **kwargs: Any) -> nn.Module:
         """The unpatched model."""
 

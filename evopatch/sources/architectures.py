@@ -8,8 +8,9 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError
 from .hub import no_retries
-from .models import check_timm_name, first_lines, library_and_source
+from .model_names import check_timm_name, library_and_source
 from .sizes import set_size
+from .weight_files import first_lines
 
 
 def open_architecture(name: str, image_size: int | None = None) -> tuple[nn.Module, tuple[int, int, int]]:

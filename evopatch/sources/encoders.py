@@ -7,7 +7,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from .hub import no_retries
-from .models import Classifier, library_and_source, open_classifier, transformers_model
+from .model_names import library_and_source
+from .models import Classifier, open_classifier, transformers_model
 from .preprocessing import Preprocessing
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -11,11 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ConfigError, UnsupportedModelError
-from ..patching.weights import foreign_code, weights_only
+from ..errors import CheckpointError, ConfigError
+from ..patching.weights import weights_only
+from . import weight_files
 from .hub import no_retries
+from .model_names import check_timm_name, library_and_source
 from .preprocessing import Preprocessing
 from .sizes import set_size
+from .weight_files import first_lines
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,6 +33,8 @@ class Classifier(NamedTuple):
     std: tuple[float, ...]
     interpolation: str
     """How images are resized: `"bicubic"`, `"bilinear"` ..."""
+    processor: Any = None
+    """Of transformers: what makes the input, to be saved beside the model; models of timm save their own."""
 
 
 _OWN = Preprocessing()
@@ -53,7 +56,7 @@ def open_classifier(
             `evopatch.save_pretrained`) wrote, or `owner/name` of a transformers model on the Hugging Face hub.
         checkpoint: For timm names: weights in timm's layout.
         num_classes: For a checkpoint with another head than the model's default.
-        preprocessing: Changes to the model's own.
+        preprocessing: Changes to the model's own, which is then saved with it.
         pretrained: False for random weights, of a timm model.
         any_size: Of a timm model: create it for images of any size.
         instead: What else the caller takes where pretrained weights can't be had, for the end of that message.
@@ -79,24 +82,6 @@ def open_classifier(
         return _transformers_classifier(source, preprocessing)
 
 
-def library_and_source(name: str) -> tuple[str, str]:
-    """Which library a name is for, and what that library calls it.
-
-    Raises:
-        CheckpointError: If it is a folder of neither.
-    """
-    config = Path(name) / "config.json"
-    if config.is_file():
-        try:
-            values = json.loads(config.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{config} is damaged or no JSON: {error}") from error
-        return ("timm", f"local-dir:{name}") if "architecture" in values else ("transformers", name)
-    if Path(name).is_dir():
-        raise CheckpointError(f"{name} is a folder without config.json: expected one that transformers or timm wrote")
-    return "transformers" if "/" in name and ":" not in name else "timm", name
-
-
 def _transformers_classifier(name: str, preprocessing: Preprocessing) -> Classifier:
     from transformers import AutoModelForImageClassification
 
@@ -120,23 +105,37 @@ def transformers_model(name: str, preprocessing: Preprocessing, load: Callable[[
     """
     from transformers import AutoImageProcessor
 
+    local = Path(name).is_dir()
     try:
-        # Resampling by PIL, as models are trained and evaluated with; that of tensors differs by rounding.
-        processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil")
         with weights_only():
             model, info = load()
     except Exception as error:
-        raise CheckpointError(
-            f"no {kind} could be loaded from '{name}': {first_lines(error)}. Without network give "
-            "a local folder with config.json, weights and preprocessor_config.json; with it, a name on its hub"
-        ) from error
+        advice = (
+            "Expected config.json and the weights that go with it: copy the folder, or save the model, again"
+            if local
+            else "Without network give a local folder with config.json, weights and preprocessor_config.json; with it, "
+            "a name on its hub"
+        )
+        raise CheckpointError(f"no {kind} could be loaded from '{name}': {first_lines(error)}. {advice}") from error
     if info["missing_keys"]:
         raise CheckpointError(f"'{name}' holds no trained {kind}: missing {sorted(info['missing_keys'])[:3]}")
-    own = {"image_mean": preprocessing.mean, "image_std": preprocessing.std}
-    changed = {key: list(value) for key, value in own.items() if value is not None}
+    try:
+        # Resampling by PIL, as models are trained and evaluated with; that of tensors differs by rounding.
+        processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil")
+    except Exception as error:
+        missing = local and not (Path(name) / "preprocessor_config.json").exists()
+        found = "no image processor" if missing else f"no image processor that can be read ({first_lines(error)})"
+        raise CheckpointError(
+            f"'{name}' holds a model and {found}. Expected preprocessor_config.json beside its config.json: copy it "
+            f"from where the model comes from, or write it by the processor's save_pretrained('{name}')"
+        ) from error
+    if preprocessing.mean is not None:
+        processor.image_mean = list(preprocessing.mean)
+    if preprocessing.std is not None:
+        processor.image_std = list(preprocessing.std)
 
     def transform(image: Image) -> Tensor:
-        return cast(Tensor, processor(images=image, return_tensors="pt", **changed)["pixel_values"][0])
+        return cast(Tensor, processor(images=image, return_tensors="pt")["pixel_values"][0])
 
     import PIL.Image
 
@@ -146,11 +145,12 @@ def transformers_model(name: str, preprocessing: Preprocessing, load: Callable[[
         model.eval(),
         transform,
         (channels, height, width),
-        mean=preprocessing.mean or (tuple(processor.image_mean) if normalises else (0.0,) * 3),
-        std=preprocessing.std or (tuple(processor.image_std) if normalises else (1.0,) * 3),
+        mean=tuple(processor.image_mean) if normalises else (0.0,) * 3,
+        std=tuple(processor.image_std) if normalises else (1.0,) * 3,
         interpolation=PIL.Image.Resampling(
             getattr(processor, "resample", None) or PIL.Image.Resampling.BICUBIC
         ).name.lower(),
+        processor=processor,
     )
 
 
@@ -172,10 +172,12 @@ def _timm_classifier(
         _check_any_size(name)
         options["dynamic_img_size"] = True
     if checkpoint is not None:
-        model = _from_file(name, checkpoint, options)
+        model = weight_files.from_file(name, checkpoint, options)
     else:
         model = (
-            _pretrained(name, options, instead) if pretrained else timm.create_model(name, pretrained=False, **options)
+            weight_files.pretrained(name, options, instead)
+            if pretrained
+            else timm.create_model(name, pretrained=False, **options)
         )
     override: dict[str, Any] = {k: v for k, v in preprocessing._asdict().items() if v is not None}
     if (size := override.pop("image_size", None)) is not None:
@@ -190,10 +192,20 @@ def _timm_classifier(
                 "interpolate; leave it out"
             )
         override["input_size"] = (3, size, size)
-    data = timm.data.resolve_data_config(override, model=model, use_test_size=False)
+    _set_own(model, override)
+    data = timm.data.resolve_data_config(model=model, use_test_size=False)
     transform = timm.data.create_transform(**data, is_training=False)
     size, mean, std = tuple(data["input_size"]), tuple(data["mean"]), tuple(data["std"])
     return Classifier(model.eval(), transform, size, mean, std, data["interpolation"])
+
+
+def _set_own(model: Any, changes: dict[str, Any]) -> None:
+    """Make changed preprocessing the model's own, which timm saves with it."""
+    if changes:
+        # What timm recommends for larger images at the end was for the weights' first preprocessing.
+        outdated = {f"test_{name}" for name in changes} | ({"pool_size"} if "input_size" in changes else set())
+        own = {name: value for name, value in model.pretrained_cfg.items() if name not in outdated}
+        model.pretrained_cfg = model.default_cfg = {**own, **changes}
 
 
 def _check_any_size(name: str) -> None:
@@ -204,20 +216,6 @@ def _check_any_size(name: str) -> None:
             timm.create_model(name, pretrained=False, dynamic_img_size=True)
     except TypeError as error:
         raise ConfigError(f"{name} takes images of one size only: give its pixels instead of dynamic") from error
-
-
-def check_timm_name(name: str) -> None:
-    """
-    Raises:
-        UnsupportedModelError: If timm has no such model; names similar ones.
-    """
-    import timm
-
-    if ":" not in name and not timm.is_model(name):
-        known = timm.list_models()
-        similar = difflib.get_close_matches(name.split(".")[0], known, n=3, cutoff=0.6)
-        hint = f"did you mean {' or '.join(similar)}?" if similar else "`evopatch list` shows the names."
-        raise UnsupportedModelError(f"timm has no model named '{name}': {hint}")
 
 
 class Renormalised(nn.Module):
@@ -243,55 +241,3 @@ class Renormalised(nn.Module):
     def forward(self, images: Tensor) -> Any:
         """`(B, 3, height, width)`."""
         return self.model(images * self.scale + self.shift)
-
-
-def _from_file(name: str, checkpoint: Path, options: dict[str, Any]) -> nn.Module:
-    import timm
-
-    if not checkpoint.is_file():
-        raise CheckpointError(f"{checkpoint}: no such file; expected weights for {name} in timm's layout")
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=False, **options)
-        with weights_only():
-            timm.models.load_checkpoint(model, str(checkpoint))
-    except Exception as error:
-        raise CheckpointError(
-            f"{checkpoint} doesn't fit {name}: {first_lines(error)}. Expected a state dict in timm's layout for this "
-            f"model; a head with another number of classes needs --num-classes{foreign_code(checkpoint)}"
-        ) from error
-    return model
-
-
-def _pretrained(name: str, options: dict[str, Any], instead: str) -> nn.Module:
-    import timm
-
-    try:
-        with weights_only():
-            model: nn.Module = timm.create_model(name, pretrained=True, **options)
-    except Exception as error:
-        raise CheckpointError(
-            f"no pretrained weights for {name} could be had: {first_lines(error)}. Without network give a file with "
-            f"--checkpoint{instead}"
-        ) from error
-    return model
-
-
-def first_lines(error: BaseException) -> str:
-    """What goes into a message of a library's error, without a full stop."""
-    return " ".join(str(error).split("\n")[:3])[:400].rstrip(". ")
-
-
-def read_state(file: Path) -> dict[str, Tensor]:
-    """A state dict in a file that timm reads: `.safetensors`, or one of `torch.save`.
-
-    Raises:
-        CheckpointError: If there is none in it.
-    """
-    import timm.models
-
-    try:
-        with weights_only():
-            state: dict[str, Tensor] = timm.models.load_state_dict(str(file), use_ema=False)
-    except Exception as error:
-        raise CheckpointError(f"{file} holds no weights: {first_lines(error)}{foreign_code(file)}") from error
-    return state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from ..config import EvoConfig
-from ..durable import make_folder
+from ..durable import make_folder, make_readable
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..patching.apply import apply_again
 from ..patching.handle import Patched
@@ -32,7 +33,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _LIBRARIES = {"transformers": "evopatch_transformers.checkpoint", "timm": "evopatch_timm.checkpoint"}
 
 
-def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_pretrained(model: nn.Module, path: str | os.PathLike[str], processor: Any = None) -> None:
     """Write a patched model to a folder.
 
     The folder is also a normal checkpoint of the unpatched model: `from_pretrained(path)` reads it for transformers,
@@ -43,6 +44,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
         model: A patched model of transformers, or one that `timm.create_model` made.
         path: The folder; made if missing, files of the same names are replaced. Of the other files in it, those go
             that an `evopatch.json` or a `model.safetensors.index.json` in it lists as their own.
+        processor: Of a transformers model: what makes its input, to be saved with it. None: the files of the one that
+            lies where the model was loaded from, if that is on this machine, unless the folder has others already.
 
     Raises:
         NotPatchedError: If nothing in the model is patched.
@@ -57,6 +60,10 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
     folder = make_folder(path, "to save to")
     with tempfile.TemporaryDirectory(prefix=".evopatch-", dir=folder) as temporary:
         library.save(patched.model, Path(temporary))
+        if processor is None:
+            _copy(library.preprocessing(patched.model), folder, Path(temporary))
+        else:
+            library.save_processor(processor, Path(temporary))
         tensors = learned(patched.model)
         if tensors:
             from safetensors.torch import save_file  # which both libraries bring
@@ -68,6 +75,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if not (folder / card.FILE_NAME).exists():
             Path(temporary, card.FILE_NAME).write_text(card.card(patched, name, library.origin(patched.model)))
         for file in sorted(Path(temporary).iterdir()):
+            if file.is_file():
+                make_readable(file)
             os.replace(file, folder / file.name)
         for file_name in stale:  # libraries may read them instead
             (folder / file_name).unlink()
@@ -77,6 +86,13 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> None:
             written["learned"] = sorted(tensors)
         last.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         os.replace(last, folder / FILE_NAME)
+
+
+def _copy(files: list[Path], folder: Path, temporary: Path) -> None:
+    listed = _listed(folder)
+    for file in files:
+        if file.name in listed or not (folder / file.name).exists():
+            shutil.copyfile(file, temporary / file.name)
 
 
 def _listed(folder: Path) -> set[str]:

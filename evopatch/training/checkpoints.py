@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..durable import flush, publish
+from ..durable import flush, make_readable, publish
 from ..errors import CheckpointError, ConfigError
 from ..patching.weights import foreign_code, weights_only
 
@@ -91,6 +91,8 @@ def write(output: Path, step: int, accelerator: Accelerator, settings: Mapping[s
 
 def _finish(temporary: Path, target: Path, settings: Mapping[str, Any]) -> None:
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    for path in files:
+        make_readable(path)
     digests = {str(path.relative_to(temporary)): _digest(path) for path in files}
     manifest = {"settings": dict(settings), "files": digests}
     (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

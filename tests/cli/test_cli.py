@@ -127,7 +127,7 @@ def test_overridden_preprocessing_changes_the_result(command, files, tmp_path):
             "nothing to patch in timm.models.resnet.ResNet",
         ),
         (("--checkpoint", "missing.pth", "--data", "images"), 1, "missing.pth: no such file"),
-        (("--checkpoint", "images.parquet", "--data", "images"), 1, "images.parquet doesn't fit deit_tiny_patch16_224"),
+        (("--checkpoint", "images.parquet", "--data", "images"), 1, "images.parquet is damaged, or no file of weights"),
         (("--num-classes", "5", "--checkpoint", "weights.pth", "--data", "images"), 1, "doesn't fit"),
         (("--checkpoint", "weights.pth", "--data", "nowhere"), 1, "nowhere: no such file or folder"),
         (("--checkpoint", "weights.pth", "--data", "empty"), 1, "one subfolder with images per class"),

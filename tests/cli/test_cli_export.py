@@ -14,6 +14,13 @@ def test_a_file_is_written_and_what_was_checked_is_said(command, tmp_path):
     assert "in batches of 1 of 224x224, 2 of 224x224: 3 of 3 images equal to 1e-4" in run.stdout
 
 
+def test_of_a_rounded_file_only_the_error_is_said(command, tmp_path):
+    run = command(*MODEL, "--format", "pt2", "--batch", "2", "--half", "--images", "2", "--out", tmp_path / "deit.pt2")
+    assert run.returncode == 0, run.stderr
+    assert "in batches of 2 of 224x224.\nError: " in run.stdout
+    assert "equal to" not in run.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from samples import encoded
+from terminal import unboxed
 
 from evopatch.forward import tokens
 from evopatch.forward.tokens import distribute
@@ -46,3 +47,9 @@ def test_verify_on_images(command, tmp_path):
     for i in (1, 2):
         (tmp_path / "images" / f"{i}.jpg").unlink()
     command("verify", *SMALL[:2], *options).assert_refused(1, "has 1 image(s) that can be read: expected at least 2")
+
+
+def test_its_help_says_which_weights_it_takes(command):
+    said = unboxed(command("verify", "--help").stdout)
+    assert "with --data timm's pretrained ones, else random ones" in said
+    assert "else random ones" not in unboxed(command("evaluate", "--help").stdout), "which has no random ones"

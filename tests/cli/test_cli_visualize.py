@@ -26,8 +26,10 @@ def test_command(command, pictures, monkeypatch):
     assert run.returncode == 0, run.stderr
     with Image.open("slow.png") as picture:
         assert picture.width > picture.height > 400
+    assert run.stdout == "token selection: slow.png\n"
     run = command(*MODEL, "--checkpoint", "weights.pth", "--image", "0.png", "--groups", "--out", "groups.png")
     assert run.returncode == 0, run.stderr
+    assert run.stdout == "groups of tokens: groups.png\n"
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """What save_pretrained takes away from a folder, what it leaves, and the card that it writes."""
 
 import json
+import os
 import re
+import stat
 
 import pytest
 import timm
@@ -41,6 +43,21 @@ def test_other_files_stay(tmp_path):
         evopatch.save_pretrained(evopatch.apply(build("hf_vit")), tmp_path)
         assert names(tmp_path) == sorted(OWN + others)
         assert all((tmp_path / name).read_bytes() == name.encode() for name in others)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_others_may_read_it_as_the_umask_says(library, mask, tmp_path):
+    model = build("hf_vit") if library == "transformers" else timm.create_model("test_vit")
+    seen = images(16) if library == "transformers" else torch.randn(16, 3, 160, 160)
+    before = os.umask(mask)
+    try:
+        evopatch.save_pretrained(evopatch.apply(model, images=seen), tmp_path)
+    finally:
+        os.umask(before)
+    found = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
+    assert found.keys() >= {"model.safetensors", "evopatch.safetensors", "config.json", "evopatch.json"}
+    assert set(found.values()) == {0o666 & ~mask}
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from variants import build, images
 import evopatch
 from evopatch import CheckpointError, FinetuneConfig
 from evopatch.patching.weights import foreign_code, weights_only
-from evopatch.sources.models import open_classifier, read_state
+from evopatch.sources.models import open_classifier
+from evopatch.sources.weight_files import read_state
 from evopatch.training import checkpoints
 
 NAME = "vit_tiny_patch16_224"

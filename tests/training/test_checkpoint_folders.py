@@ -17,6 +17,17 @@ class SavesItself:
         Path(folder, "model.safetensors").write_text("saved")
 
 
+def test_others_may_read_the_weights(tmp_path):
+    class AsSafetensors(SavesItself):
+        def save_state(self, folder):
+            super().save_state(folder)
+            Path(folder, "model.safetensors").chmod(0o600)
+
+    checkpoints.write(tmp_path, 1, AsSafetensors(), {}, keep=1)
+    (tmp_path / "other").touch()
+    assert checkpoints.weights(tmp_path)[1].stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_copies_of_checkpoints_are_neither_read_nor_deleted(tmp_path):
     folder = tmp_path / checkpoints.FOLDER
     for step in (1, 2, 3):
