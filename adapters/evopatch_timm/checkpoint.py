@@ -8,16 +8,23 @@ from typing import Any
 import timm
 import torch
 from safetensors import safe_open
-from timm.models import save_for_hf
 from torch import nn
 
 from evopatch.errors import CheckpointError
 from evopatch.patching.library import Origin, hub_name
 from evopatch.patching.rebuilt import check_rebuilt
+from evopatch.patching.registry import too_old
 from evopatch.patching.weights import weights_only
 from evopatch.rewrite.classes import host_class
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_LEAST = "1.0.26"
+"""Older ones can't read a folder with safetensors."""
+
+
+def _check_version() -> None:
+    if text := too_old("timm", _LEAST):
+        raise CheckpointError(f"models of timm can't be saved and loaded by it: {text}")
 
 
 def owns(model: nn.Module) -> bool:
@@ -29,9 +36,10 @@ def save(model: nn.Module, folder: Path) -> None:
     """As `timm.create_model("local-dir:<folder>", pretrained=True)` reads it.
 
     Raises:
-        CheckpointError: If timm would build another model from it.
+        CheckpointError: If timm would build another model from it, or is too old.
     """
-    save_for_hf(model, str(folder), safe_serialization=True)
+    _check_version()
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
     try:
         rebuilt: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=False, device="meta")
     except Exception as error:
@@ -60,8 +68,9 @@ def load(folder: Path, **kwargs: Any) -> nn.Module:
     """The unpatched model, of the floating-point type it was saved in unless `dtype` says otherwise.
 
     Raises:
-        CheckpointError: If the folder holds none, or the weights don't fit.
+        CheckpointError: If the folder holds none, the weights don't fit, or timm is too old.
     """
+    _check_version()
     try:
         with safe_open(folder / "model.safetensors", "pt") as tensors:
             names = tensors.keys()

@@ -63,14 +63,16 @@ def _targets() -> list[tuple[str, str]]:
     return [(library, target) for library, target in (*registered, *built_in) if library in sys.modules]
 
 
-def _too_old(library: str) -> str | None:
+def too_old(library: str, least: str) -> str | None:
+    """What to say of an imported library that is older than a version; None if it isn't."""
     found = str(getattr(sys.modules[library], "__version__", ""))
-    numbers = [[int(number) for number in re.findall(r"\d+", version)[:3]] for version in (found, _LEAST[library])]
-    return f"{library} {found} is older than {_LEAST[library]}: update it" if numbers[0] < numbers[1] else None
+    numbers = [[int(number) for number in re.findall(r"\d+", version)[:3]] for version in (found, least)]
+    return f"{library} {found} is older than {least}: update it" if numbers[0] < numbers[1] else None
 
 
 def _attempt(library: str, target: str) -> Adapter | Exception:
-    if target in _BUILT_IN.get(library, ()) and library in _LEAST and (text := _too_old(library)) is not None:
+    own = target in _BUILT_IN.get(library, ()) and library in _LEAST
+    if own and (text := too_old(library, _LEAST[library])):
         return ImportError(text)
     try:
         return _load(target)

@@ -71,6 +71,15 @@ def test_a_library_that_is_too_old(monkeypatch):
         assert evopatch.is_patched(evopatch.apply(build("vit")))
 
 
+def test_a_library_that_is_too_old_to_save(monkeypatch, tmp_path):
+    model = evopatch.apply(timm.create_model("test_vit"))
+    evopatch.save_pretrained(model, tmp_path)
+    monkeypatch.setattr(timm, "__version__", "1.0.25")
+    for call in (lambda: evopatch.save_pretrained(model, tmp_path), lambda: evopatch.load_pretrained(tmp_path)):
+        with pytest.raises(evopatch.CheckpointError, match=r"timm 1\.0\.25 is older than 1\.0\.26: update"):
+            call()
+
+
 def test_a_class_changed_after_apply_is_not_undone():
     from torch.nn.utils import parametrize
 
