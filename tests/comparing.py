@@ -79,7 +79,7 @@ def _rounding(name: str, parameter: str) -> float:
         return 5e-2
     if name == "hf_x_clip":  # whose gradients are forty times as large as those of others
         return 2e-1
-    return 1e-2 if parameter.endswith(("k_proj.bias", "key.bias", "rel_pos.mlp.fc2.bias")) else 1e-3
+    return 1e-2 if parameter.endswith(("k_proj.bias", "k_norm.bias", "key.bias", "rel_pos.mlp.fc2.bias")) else 1e-3
 
 
 def checkpoint(model: nn.Module, reentrant: bool = False) -> None:
