@@ -85,8 +85,7 @@ def calibrate(
     if dataset.part is not None:
         errors.print(f"{data}: its part '{dataset.part}'", highlight=False, markup=False, soft_wrap=True)
     chosen = range(len(dataset)) if rows is None else options.parse_rows(rows, len(dataset), "--rows")
-    number = min(images, len(chosen))
-    few = sorted({round(place * (len(chosen) - 1) / max(1, number - 1)) for place in range(number)})
+    few = options.spread_rows(len(chosen), images)
     from torch.utils.data import Subset
 
     patch(network, model, asked)

@@ -113,23 +113,18 @@ def _images(classifier: Classifier, data: str | None, number: int, calibration: 
         more = " and others to quantise by" if calibration_here else ""
         found = counted(len(dataset), "image", "images")
         raise DataError(f"{data} has {found}: expected {number} to verify with{more}")
-    rows = _spread(len(dataset), number + calibration_here)
+    rows = options.spread_rows(len(dataset), number + calibration_here)
     # Neighbours may be of one class, so both kinds are spread.
     every = len(rows) / number
     verified = {rows[int(place * every)] for place in range(number)}
     quantised_by = [row for row in rows if row not in verified]
     if apart:
-        quantised_by = _spread(len(training), calibration)
+        quantised_by = options.spread_rows(len(training), calibration)
         text = f"{data}: quantised by its part '{training.part}', verified with '{dataset.part}'"
         errors.print(text, highlight=False, markup=False, soft_wrap=True)
     shown = [dataset[row][0] for row in sorted(verified)]
     others = [training[row][0] for row in quantised_by]
     return torch.stack(shown), torch.stack(others) if others else torch.zeros(0)
-
-
-def _spread(total: int, wanted: int) -> list[int]:
-    wanted = min(wanted, total)
-    return [round(place * (total - 1) / max(1, wanted - 1)) for place in range(wanted)]
 
 
 def _summary(result: Export, rounded: bool) -> str:

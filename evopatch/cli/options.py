@@ -206,6 +206,12 @@ def parse_channels(text: str | None, option: str, positive: bool = False) -> tup
     return values
 
 
+def spread_rows(total: int, wanted: int) -> list[int]:
+    """So many of the numbers below `total`, all of them at most, evenly spread: neighbours may be of one class."""
+    number = min(wanted, total)
+    return [round(place * (total - 1) / max(1, number - 1)) for place in range(number)]
+
+
 def parse_rows(text: str, total: int, option: str) -> range:
     """`FIRST:LAST`, either of them may be left out; of an option.
 

@@ -76,12 +76,12 @@ def _normalises(norm: nn.Module) -> bool:
     """Whether a module does what `nn.LayerNorm` does, with its own weights: a subclass may add one to them."""
     if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
         return False
-    # On weights of its own, as the module's may be elsewhere.
+    # On weights of its own, as the module's, and tensors by default, may be elsewhere.
     tried, generator = quiet_copy(norm), torch.Generator().manual_seed(0)
-    weight, bias = (torch.rand(norm.normalized_shape, generator=generator) for _ in range(2))
-    tried.__dict__["_parameters"] = {"weight": nn.Parameter(weight), "bias": nn.Parameter(bias)}
-    x = torch.randn(2, *norm.normalized_shape, generator=generator)
-    with torch.no_grad():
+    with torch.device("cpu"), torch.no_grad():
+        weight, bias, *rows = torch.rand(4, *norm.normalized_shape, generator=generator, dtype=torch.float32)
+        x = torch.stack(rows)
+        tried.__dict__["_parameters"] = {"weight": nn.Parameter(weight), "bias": nn.Parameter(bias)}
         try:
             out = tried.forward(x)
         except Exception:  # whatever else it may need

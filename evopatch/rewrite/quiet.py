@@ -29,7 +29,7 @@ def unkept() -> AbstractContextManager[None]:
     `torch.nn.utils.parametrize.cached` does, and goes by a module's address; so does autocast in older torch (2.6), for
     weights that it casts.
     """
-    kept = parametrize._cache_enabled or not torch.is_grad_enabled()
+    kept = parametrize._cache_enabled or (torch.is_autocast_cache_enabled() and not torch.is_grad_enabled())
     return _unkept() if kept and not torch.compiler.is_compiling() else nullcontext()
 
 
@@ -70,7 +70,7 @@ def quiet_copy(module: Any, training: bool = False) -> Any:
         module.__dict__,
         training=training,
         _buffers={name: None if b is None else b.clone() for name, b in module._buffers.items()},
-        _modules={name: child and quiet_copy(child, training) for name, child in module._modules.items()},
+        _modules={n: None if m is None else quiet_copy(m, training) for n, m in module._modules.items()},
         _forward_hooks={},
         _forward_pre_hooks={},
     )

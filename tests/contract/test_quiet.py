@@ -190,3 +190,17 @@ def test_weights_that_autocast_keeps_have_their_gradients(name, representative):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         call(model, x).float().square().sum().backward()
     assert [path for path, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@torch.no_grad()
+def test_a_norm_is_one_wherever_tensors_are_made_by_default():
+    """As models are built on the meta device, to be filled later, or in half precision."""
+    with torch.device("meta"):
+        model = evopatch.apply(build("vit").to("meta"))
+    assert layer_norm_of(model.blocks[3]) is not None
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        half = evopatch.apply(build("vit").bfloat16())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer_norm_of(half.blocks[3]) is not None

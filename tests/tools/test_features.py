@@ -170,12 +170,15 @@ def vision_model(make):
     return evopatch.apply(model, keep_ratio=0.5)
 
 
+def output_and_features(make):
+    model, x = vision_model(make), images()
+    return model(x), FeatureExtractor(model, patches=True)(x)
+
+
 @cases("name", POOLED, fast=["clip", "beit"])
 @torch.no_grad()
 def test_pooled_outputs_that_a_head_reads(name):
-    model, x = vision_model(POOLED[name]), images()
-    output = model(x)
-    found = FeatureExtractor(model, patches=True)(x)
+    output, found = output_and_features(POOLED[name])
     assert torch.equal(found.image, output.pooler_output)
     for other in (output.last_hidden_state[:, 0], output.last_hidden_state[:, 1:].mean(1)):
         assert (found.image - other).abs().max() > 1e-2
@@ -185,9 +188,7 @@ def test_pooled_outputs_that_a_head_reads(name):
 @cases("name", ITS_TOKEN, fast=["vit", "dinov3"])
 @torch.no_grad()
 def test_poolers_for_another_task_are_left_alone(name):
-    model, x = vision_model(ITS_TOKEN[name]), images()
-    output = model(x)
-    found = FeatureExtractor(model, patches=True)(x)
+    output, found = output_and_features(ITS_TOKEN[name])
     assert torch.equal(found.image, output.last_hidden_state[:, 0])
     assert found.patches.shape == (2, 25, 48)
 
