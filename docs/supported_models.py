@@ -1,4 +1,5 @@
-"""Makes supported-models.md, beside this file, by trying every model: so it can't say what isn't so.
+"""Makes supported-models.md, beside this file, and the names that `evopatch list` knows, by trying every model: so they
+can't say what isn't so.
 
     python docs/supported_models.py
 
@@ -26,6 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import evopatch
 from evopatch.patching.registry import unserved
 from evopatch.progress import progress_bar
+from evopatch.sources import patched_names
 
 PAGE = Path(__file__).with_name("supported-models.md")
 
@@ -263,6 +265,9 @@ def main() -> None:
             found.append(try_transformers(family, name))
             advance()
     PAGE.write_text(render(found))
+    patched_names.write(
+        entry.name for entry in found if entry.library == "timm" and entry.outcome in (PATCHED, APPLIED)
+    )
     print(f"{PAGE.name}: {(time.process_time() - start) / 60:.1f} minutes of CPU time")
 
 

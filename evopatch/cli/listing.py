@@ -30,22 +30,24 @@ def list_models(
 
     from ..patching.apply import supported
     from ..sources.model_names import hint, named
+    from ..sources.patched_names import patched_names
 
     names = named(pattern) if pattern else _candidates()
     if not names:
         raise UnsupportedModelError(f"no timm model is named like '{pattern}': {hint(pattern)}")
-    taken = []
-    with progress_bar("checking", len(names)) as advance:
-        for name in names:
-            if supported(timm.create_model(name, device="meta")):
-                taken.append(name)
-            advance()
+    taken = patched_names().intersection(names)
+    if unknown := [name for name in names if name not in taken]:
+        with progress_bar("checking", len(unknown)) as advance:
+            for name in unknown:
+                if supported(timm.create_model(name, device="meta")):
+                    taken |= {name}
+                advance()
     if not taken:
         raise UnsupportedModelError(
             f"none of the {len(names)} timm model(s) named like '{pattern}' can be patched; `evopatch list` without a "
             "pattern shows those that can"
         )
-    for name in taken:
+    for name in sorted(taken):
         console.print(name, highlight=False, soft_wrap=True)
 
 

@@ -243,26 +243,6 @@ def test_help(command, name):
     assert " ".join(["evopatch", *name]) in usage
 
 
-def test_list(command):
-    run = command("list", "deit_tiny*")
-    assert run.stdout.split() == ["deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"]
-
-
-def test_list_without_a_pattern_has_every_family(command, monkeypatch):
-    monkeypatch.setattr("evopatch.patching.apply.supported", lambda model: True)
-    monkeypatch.setattr(timm, "create_model", lambda name, device: name)
-    names = command("list").stdout.split()
-    families = {timm.models.model_entrypoint(name).__module__.rpartition(".")[2] for name in names}
-    assert families >= {"beit", "deit", "eva", "levit", "naflexvit", "pit", "swin_transformer", "swin_transformer_v2"}
-    assert families >= {"vision_transformer", "vision_transformer_hybrid", "vision_transformer_sam"}
-    assert not families & {"resnet", "convnext"}
-
-
-def test_list_of_nothing_that_can_be_patched(command):
-    command("list", "resnet50").assert_refused(1, "none of the 1 timm model(s) named like 'resnet50' can be patched")
-    command("list", "nothing_like_it").assert_refused(1, "no timm model is named like 'nothing_like_it'")
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -7,6 +7,8 @@ import pytest
 import timm
 import transformers
 
+from evopatch.sources import patched_names
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "supported-models.md").read_text()
 
@@ -79,3 +81,12 @@ def test_of_the_installed_version_the_page_lists_every_patched_family(library):
         listed = {name for _, name in supported_models.transformers_names() if name.startswith(("ViTFor", "SwinFor"))}
         assert len(listed) > 3
         assert listed <= set(said.outcomes)
+
+
+def test_evopatch_list_knows_the_names_that_the_page_lists():
+    version, *names = patched_names.LIST.read_text().split()
+    assert f"## {version.replace('==', ' ')}\n" in PAGE
+    said = supported_models.read(PAGE.partition("\n## transformers")[0])
+    patched = {name for name, outcome in said.outcomes.items() if outcome.startswith(supported_models.PATCHED)}
+    assert set(names) == patched
+    assert len(names) == len(patched) > 400
