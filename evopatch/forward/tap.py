@@ -144,21 +144,22 @@ class AttentionTap:
             self._observe(query, key, default_scale(query) if scale is None else scale, seen)
         return given if bias is own else bias  # as many axes as it had choose torch's kernel
 
-    def position_bias(self, bias: Tensor) -> Tensor:
-        """Stands around the position bias that a block adds to its logits before it calls `softmax`.
+    def add_position_bias(self, logits: Tensor, bias: Tensor) -> Tensor:
+        """Stands where a block adds a position bias to its logits before it calls `softmax`: adds log sizes, too.
 
         Args:
+            logits: `(B, H, M, M)`.
             bias: For all tokens, `(H, T, T)`.
 
         Returns:
-            For those that go through the block, log sizes included: `(H, T, T)` or `(B, H, M, M)`.
+            `(B, H, M, M)`.
         """
         if self.partition is None:
-            return bias
+            return logits + bias
         merged = self._bias(bias.unsqueeze(0), bias)
         assert merged is not None
         self._sizes_added = True
-        return merged
+        return merged.add_(logits) if merged.dtype == logits.dtype else logits + merged
 
     def softmax(
         self,

@@ -165,7 +165,9 @@ class WindowedPass(ForwardPass):
         keep = num_slow(cut.windows.area, self.keep_ratio(index))
         if cut.mask is not None:
             keep = max(keep, REGIONS)
-        if keep >= cut.windows.area:
+        # Where much of the map is padding, the rows of all windows may be more than there are tokens.
+        rows = cut.windows.number * (keep + int(cut.windows.padded))
+        if keep >= cut.windows.area or rows >= tokens.shape[1]:
             return None
         places = cut.windows.places(tokens.device)
         return match_tokens(block._evo_blocks.seen(block, tokens), keep, places, cut.windows, cut.mask)

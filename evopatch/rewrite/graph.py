@@ -146,11 +146,11 @@ def _tap(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> None:
     for node in [node for node in graph.nodes if node.op == "get_attr" and node.target == ROOT]:
         node.replace_all_uses_with(module)
         graph.erase_node(node)
-    for node in graph.nodes:
-        if node.op == "call_method" and node.target in spec.position_biases:
-            with graph.inserting_after(node):
-                tapped = graph.call_method("position_bias", (evo, node))
-            node.replace_all_uses_with(tapped, delete_user_cb=lambda user, tapped=tapped: user is not tapped)
+    for node in [node for node in graph.nodes if _adds_position_bias(node, spec)]:
+        with graph.inserting_before(node):
+            tapped = graph.call_method("add_position_bias", (evo, *node.args))
+        node.replace_all_uses_with(tapped)
+        graph.erase_node(node)
     replace_calls(graph, evo, spec)
     cores = [node for node in graph.nodes if _is_core(node, spec) or _is_softmax(node)]
     for node in cores:
@@ -204,9 +204,10 @@ def _check_logits(softmax: fx.Node, block: nn.Module, name: str, spec: TraceSpec
         scaled = node.op == "call_function" and node.target in _SCALINGS and not isinstance(node.args[1], fx.Node)
         known = masked or scaled or mixes_heads(node, spec)
         replaced = not known and adds_replaced(node, spec)
-        if not known and not replaced and not _adds_position_bias(node):
+        biased = node.op == "call_method" and node.target == "add_position_bias"
+        if not known and not replaced and not biased:
             break
-        node = node.args[1] if replaced and node.op == "call_method" else node.args[0]
+        node = node.args[1] if node.op == "call_method" and (replaced or biased) else node.args[0]
     raise AttentionNotFoundError(
         f"{name} ({type(block).__name__}): the graph node '{node}' "
         f"({getattr(node, 'op', '?')} {getattr(node, 'target', '?')}) stands between the product of queries and keys "
@@ -222,10 +223,11 @@ def _dim(softmax: fx.Node, block: nn.Module) -> Any:
     return softmax.kwargs["dim"] if "dim" in softmax.kwargs else (*softmax.args, None)[1]
 
 
-def _adds_position_bias(node: fx.Node) -> bool:
-    if node.op != "call_function" or node.target not in (operator.add, torch.add):
+def _adds_position_bias(node: fx.Node, spec: TraceSpec) -> bool:
+    if node.op != "call_function" or node.target not in (operator.add, torch.add) or node.kwargs:
         return False
-    return isinstance(node.args[1], fx.Node) and node.args[1].target == "position_bias"
+    bias = node.args[1]
+    return isinstance(bias, fx.Node) and bias.op == "call_method" and bias.target in spec.position_biases
 
 
 _functions: dict[str, Callable[..., Any]] = {}

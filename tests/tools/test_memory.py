@@ -65,6 +65,19 @@ def test_nor_where_most_tokens_are_slow(name, selection):
     assert peak(model, 2, train=False) <= 1.05 * unpatched(name, 2, False)
 
 
+@cases(
+    ("name", "keep_ratio"),
+    [("levit_128s", 0.6), ("levit_256", 0.6), ("samvit_base_patch16", 0.9)],
+    fast=["levit_128s"],
+)
+@pytest.mark.filterwarnings("ignore::evopatch.errors.SpeedWarning")
+def test_nor_where_the_compact_set_needs_more_than_its_tokens(name, keep_ratio):
+    """LeViT's position biases, one table unpatched, are merged for each image; SAM's windows are padded."""
+    model = timm.create_model(name, device="meta")
+    evopatch.apply(model, keep_ratio=keep_ratio)
+    assert peak(model, 2, train=False) <= 1.05 * unpatched(name, 2, False)
+
+
 def test_one_that_keeps_more_is_noticed():
     model = timm.create_model("deit_small_patch16_224", device="meta")
     kept = []
