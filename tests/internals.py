@@ -80,7 +80,7 @@ def keep_all_in_windows(monkeypatch: pytest.MonkeyPatch, matched: bool) -> list[
     """
     match, merge = windowed.match_tokens, windowed.merge_windows
     entered: list[Tensor] = []
-    monkeypatch.setattr(windowed, "num_slow", lambda number, ratio: number - matched)
+    monkeypatch.setattr(windowed, "num_slow", lambda number, ratio: 1 if matched else number)
     monkeypatch.setattr(windowed, "match_tokens", lambda metric, keep, *a: match(metric, a[1].area, *a))
     monkeypatch.setattr(windowed, "merge_windows", lambda *a: entered.append(merge(*a)) or entered[-1])
     return entered
