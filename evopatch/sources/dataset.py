@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
@@ -53,6 +54,15 @@ class Images(Dataset[tuple[Any, int | None]], ABC):
     def stamp(self, index: int) -> str:
         """What tells, without reading it, that an image isn't the one of that name from before; `""` if nothing."""
         return ""
+
+    def listing(self) -> str:
+        """What tells these images from others without reading them: of their names the last two parts, as folders may
+        be moved, and their labels, in their order."""
+        digest = hashlib.sha256()
+        for index in range(self._count):
+            label = None if self.labels is None else self.labels[index]
+            digest.update(f"{self.name(index).split(os.sep)[-2:]} {label}\n".encode())
+        return digest.hexdigest()[:16]
 
     @property
     def classes(self) -> int | None:

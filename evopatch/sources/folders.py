@@ -42,25 +42,34 @@ def open_folder(path: Path) -> Files:
     return Files([file for found in by_class.values() for file in found], labels, list(by_class))
 
 
-def check_parts(path: Path, parts: tuple[str, ...]) -> None:
-    """That a folder named `train` is a part of a data set, and no class.
+def parts_of(path: Path, evaluation: tuple[str, ...]) -> list[str]:
+    """Of a data set with parts, the folders that are its parts; none where its folders are classes.
 
     Args:
-        path: The folder that holds it.
-        parts: The names of the others.
+        path: The folder that holds them.
+        evaluation: How parts for evaluation are named; the other one is `train`.
 
     Raises:
-        DataError: If there are other folders with images beside it, and none of these.
+        DataError: If there are a folder `train` and others with images, and none of these.
     """
-    beside = [name for name in _class_names(path) if name != "train"]
-    if set(beside) & set(parts):
-        return
-    if classes := [name for name in beside if _images_in(path / name, Sieve())]:
-        raise DataError(
-            f"{path} holds the folder train, as data sets with parts do, and others with images ({_some(classes)}): "
-            f"expected {', '.join(parts[:-1])} or {parts[-1]} beside it. If train is a class, give that folder another "
-            f"name; if it is all there is to take, give {path / 'train'}"
-        )
+    names = _class_names(path)
+    parts = [name for name in names if name in ("train", *evaluation)]
+    if not parts:
+        return []
+    if parts == ["train"] or "train" not in parts:
+        classes = [name for name in names if name not in parts and _images_in(path / name, Sieve())]
+        if classes and "train" not in parts:
+            return []  # a class may be named "test"
+        if classes:
+            raise DataError(
+                f"{path} holds the folder train, as data sets with parts do, and others with images "
+                f"({_some(classes)}): expected {', '.join(evaluation[:-1])} or {evaluation[-1]} beside it. If train is "
+                f"a class, give that folder another name; if it is all there is to take, give {path / 'train'}"
+            )
+    if beside := image_files(path, at_any_depth=False):
+        text = f"{path}: {len(beside)} image(s) beside {_some(parts)}, such as {min(beside).name}, belong to no part"
+        errors.print(text, highlight=False, markup=False, soft_wrap=True)
+    return parts
 
 
 def _class_names(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import DataError
 from .dataset import Digits, Images, Split, Table, Transform, Tree, stamp_of_file
-from .folders import check_parts, open_folder
+from .folders import open_folder, parts_of
 from .image_files import SUFFIXES, image_files
 
 DIGITS = "digits"
@@ -89,15 +89,20 @@ def _folder(path: Path, split: Split) -> Images | None:
         import datasets
 
         return _part(datasets.load_from_disk(str(path)), str(path), split)
-    if (path / "train").is_dir():
-        check_parts(path, _SPLITS["eval"])
-        name = next((name for name in _SPLITS[split] if (path / name).is_dir()), None)
-        if name is None:
-            return None
-        images = open_folder(path / name)
-        images.part = name
-        return images
-    return open_folder(path) if split == "train" else None
+    parts = parts_of(path, _SPLITS["eval"])
+    if not parts:
+        return open_folder(path) if split == "train" else None
+    name = next((name for name in _SPLITS[split] if name in parts), None)
+    if name is None and split == "train":
+        raise DataError(
+            f"{path} holds {' and '.join(parts)} and no train: expected a folder 'train' beside it, or images to take "
+            f"whatever they are for: {path / parts[0]}"
+        )
+    if name is None:
+        return None
+    images = open_folder(path / name)
+    images.part = name
+    return images
 
 
 def _file(path: Path) -> Images:

@@ -75,6 +75,10 @@ class Items(Dataset[Item]):
     def __len__(self) -> int:
         return len(self._data)
 
+    def listing(self) -> str | None:
+        """What tells these images from as many others, where the data set can say."""
+        return self._data.listing() if isinstance(self._data, Images) else None
+
     def __getitem__(self, index: int) -> Item:
         unreadable: list[str] = []
         for candidate in range(index, index + len(self)):

@@ -57,7 +57,7 @@ class Run:
         self.accelerator = preparation.make_accelerator(config, trackers, output)
         self._patch_config = patched.config
         self._settings = resuming.settings_of_run(
-            config, self._patch_config, len(items), self.accelerator, objective, taught_by
+            config, self._patch_config, items, self.accelerator, objective, taught_by
         )
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.to(self.accelerator.device)

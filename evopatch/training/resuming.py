@@ -13,6 +13,7 @@ from ..config import EvoConfig
 from ..errors import ConfigError
 from . import checkpoints
 from .differences import differences
+from .items import Items
 from .objective import Objective
 from .settings import MAY_DIFFER, FinetuneConfig
 
@@ -20,7 +21,7 @@ from .settings import MAY_DIFFER, FinetuneConfig
 def settings_of_run(
     config: FinetuneConfig,
     patch_config: EvoConfig,
-    images: int,
+    items: Items,
     accelerator: Accelerator,
     objective: Objective,
     taught_by: str | None,
@@ -29,7 +30,8 @@ def settings_of_run(
     settings = {key: value for key, value in config.to_dict().items() if key not in MAY_DIFFER}
     settings |= {
         "patch": patch_config.to_dict(),
-        "images": images,
+        "images": len(items),
+        "names and labels of the images": items.listing(),
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "objective": "distillation" if objective.distils else "labels",

@@ -83,3 +83,24 @@ def test_a_class_named_train(tmp_path):
     fill(tmp_path, "val/2.jpg")
     assert len(open_images(tmp_path)) == 1
     assert open_evaluation(tmp_path).name(0).endswith("val/2.jpg")
+
+
+def test_a_part_for_evaluation_alone_is_no_class(tmp_path):
+    """Its folders are the classes: one class named `val` would be the label of all images."""
+    fill(tmp_path, "val/bus/0.jpg", "val/cat/1.jpg", "notes/read.txt")
+    images = open_evaluation(tmp_path)
+    assert (images.part, images.class_names, labels(images)) == ("val", ("bus", "cat"), {"0.jpg": 0, "1.jpg": 1})
+    with pytest.raises(DataError, match=r"holds val and no train: expected a folder 'train' beside it"):
+        open_images(tmp_path)
+    fill(tmp_path, "dog/2.jpg")
+    assert open_images(tmp_path).class_names == ("dog", "notes", "val")
+
+
+def test_images_beside_parts_are_named(tmp_path, capsys):
+    fill(tmp_path, "train/bus/0.jpg", "val/bus/1.jpg")
+    assert len(open_images(tmp_path)) == 1
+    assert capsys.readouterr().err == ""
+    fill(tmp_path, "2.jpg", "3.jpg")
+    assert len(open_images(tmp_path)) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 image(s) beside train, val, such as 2.jpg, belong to no part" in said

@@ -7,11 +7,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from samples import FAST, Images
+from torchvision.transforms.functional import to_tensor
 from variants import build
 
 import evopatch
 from evopatch import ConfigError, DataError, EvoConfig, FinetuneConfig
+from evopatch.sources.images import open_part
 
 
 def test_a_bad_loss_leaves_the_last_checkpoint(tmp_path):
@@ -131,3 +134,21 @@ def test_a_refused_resume_leaves_the_model_untouched(changes, message, tmp_path)
         evopatch.finetune(**arguments, output=tmp_path, resume=True, progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in arguments["model"].state_dict().items())
     assert all(p.requires_grad for p in arguments["model"].parameters())
+
+
+def test_other_images_are_refused_and_a_moved_folder_is_not(tmp_path):
+    def folder(name, *images):
+        for path in images:
+            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), ord(path[2])).save(tmp_path / name / path)
+        return open_part(tmp_path / name, "train", to_tensor)
+
+    def run(data, resume):
+        model, config = evopatch.apply(build("vit")), FinetuneConfig(epochs=1, batch_size=2)
+        evopatch.finetune(model, data, config=config, output=tmp_path / "run", resume=resume, progress=False)
+
+    run(folder("images", "a/1.png", "b/2.png"), resume=False)
+    (tmp_path / "images").rename(tmp_path / "moved")
+    run(folder("moved"), resume=True)
+    with pytest.raises(ConfigError, match="names and labels of the images was"):
+        run(folder("others", "a/1.png", "b/3.png"), resume=True)
