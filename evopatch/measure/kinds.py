@@ -46,7 +46,7 @@ def kind_of(model: nn.Module, columns: int) -> Kind:
 
 
 def divergence(kind: Kind, own: Tensor, whole: Tensor) -> Tensor:
-    """`(B,)`, how far outputs `(B, columns)` are from the unpatched ones.
+    """`(B,)`, how far outputs `(B, columns)`, or numbers `(B, T, columns)` by place, are from the unpatched ones.
 
     KL(whole || own) in nats of classes, and of labels, summed over them; the squared difference of numbers, mean over
     the columns, in what units they have; one minus the cosine of features.
@@ -57,18 +57,20 @@ def divergence(kind: Kind, own: Tensor, whole: Tensor) -> Tensor:
         yes, no = (F.logsigmoid(sign * whole) - F.logsigmoid(sign * own) for sign in (1, -1))
         return (whole.sigmoid() * yes + (-whole).sigmoid() * no).sum(1)
     if kind == "numbers":
-        return (own - whole).square().mean(1)
+        return (own - whole).square().flatten(1).mean(1)
     return 1.0 - F.cosine_similarity(own, whole, dim=1)
 
 
 def spread(numbers: Tensor) -> Tensor:
-    """`(columns,)`, the standard deviation of numbers `(B, columns)` between images: divided by it, they have no unit.
+    """`(columns,)`, the standard deviation of numbers `(B, columns)` between images, or `(B, T, columns)` between their
+    places: divided by it, they have no unit.
 
     Raises:
         DataError: If a column is the same for all images.
     """
-    found: Tensor = numbers.std(0, correction=0)
-    same = (found <= 1e-6 * numbers.abs().amax(0)).nonzero().flatten().tolist()
+    every = numbers.flatten(0, -2)
+    found: Tensor = every.std(0, correction=0)
+    same = (found <= 1e-6 * every.abs().amax(0)).nonzero().flatten().tolist()
     if same:
         raise DataError(
             f"output {same[0]} of the unpatched model is the same for all {len(numbers)} images: differences are "

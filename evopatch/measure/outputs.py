@@ -18,7 +18,8 @@ class Outputs(NamedTuple):
 
     kind: Kind
     values: tuple[Tensor, ...]
-    """Of a head `(B, columns)`; or features `(B, C)`, `(B, T, C)` or `(B, C, h, w)`; float32."""
+    """Of a head `(B, columns)`, or of one number per place `(B, T, 1)`; or features `(B, C)`, `(B, T, C)` or
+    `(B, C, h, w)`; float32."""
 
 
 def compared(output: Any, model: nn.Module) -> Outputs:
@@ -37,8 +38,8 @@ def compared(output: Any, model: nn.Module) -> Outputs:
             return Outputs(kind, (logits.float(),))
     name = next((name for name in _NAMES if getattr(output, name, None) is not None), "")
     found: Any = getattr(output, name) if name else output
-    if name == "predicted_depth":  # (B, height, width): one number per place
-        found = found.flatten(1)
+    if name == "predicted_depth" and found.dim() == 3:  # (B, height, width)
+        found = found.unsqueeze(1)
     values = (found,) if isinstance(found, Tensor) else found
     kinds = isinstance(values, (tuple, list)) and all(isinstance(value, Tensor) for value in values)
     if not kinds or not values or any(value.dim() not in (2, 3, 4) for value in values):
@@ -49,4 +50,7 @@ def compared(output: Any, model: nn.Module) -> Outputs:
     # What heads make has channels first, however the encoder's maps lie.
     lie_alike = name in ("", "feature_maps", "last_hidden_state")
     features = tuple((channels_first(value, model) if lie_alike else value).float() for value in values)
+    if len(features) == 1 and features[0].dim() == 4 and features[0].shape[1] == 1:
+        # One number has no direction: its cosine is 1 whatever it is.
+        return Outputs("numbers", (features[0].flatten(1).unsqueeze(2),))
     return Outputs("features", features)

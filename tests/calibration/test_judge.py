@@ -69,16 +69,26 @@ def test_tokens_by_cosine_class_and_patches_alike(prefix):
         lambda x: [x, x[:, :, ::2]],
         lambda x: SimpleNamespace(feature_maps=(x, x[:, :, ::2])),
         lambda x: SimpleNamespace(logits=x),
-        lambda x: SimpleNamespace(predicted_depth=x[:, 0]),
         lambda x: SimpleNamespace(image_embeds=x.flatten(1)),
     ],
 )
-def test_maps_depth_and_embeddings(output):
+def test_maps_and_embeddings(output):
     judge = Judge(Says(output), BATCHES, 1)
     assert judge.kind == "features"
     assert judge.all_errors(Says(output)).error.max() < 1e-6
     opposite = judge.all_errors(Says(lambda x: output(-x))).error
     torch.testing.assert_close(opposite, torch.full((6,), 2.0, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("output", [lambda x: SimpleNamespace(predicted_depth=x[:, 0]), lambda x: x[:, :1] + 3])
+def test_one_number_per_place_by_its_spread(output):
+    """Such as depth: a map that is wrong by a factor has the same direction."""
+    judge = Judge(Says(output), BATCHES, 1)
+    assert judge.kind == "numbers"
+    assert judge.all_errors(Says(output)).error.max() == 0
+    whole = torch.cat([batch[:, 0] for batch in BATCHES]).double().flatten(1)
+    found = judge.all_errors(Says(lambda x: output(2 * x))).error
+    torch.testing.assert_close(found, whole.square().mean(1) / whole.var(correction=0), rtol=1e-3, atol=0)
 
 
 def one_cosine(own, whole):
