@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..algorithm.rows import exporting, in_forward_mode
-from .quiet import at_rest, quiet_copy, unkept
+from .quiet import at_rest, of_copy, unkept
 
 
 def at_hand(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
@@ -136,8 +136,6 @@ def _probed(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     """By what the layer makes of each channel alone."""
     channels = like.shape[-1]
     inputs = torch.eye(channels, channels, device=like.device, dtype=like.dtype)
-    # torch.compile follows no copies; it has no hooks that look at values either.
-    quiet = layer if torch.compiler.is_compiling() else quiet_copy(layer)
     with unkept():
-        out: Tensor = quiet.forward(torch.cat([inputs, inputs.new_zeros(1, channels)]).unsqueeze(0))[0]
+        out: Tensor = of_copy(layer, False, torch.cat([inputs, inputs.new_zeros(1, channels)]).unsqueeze(0))[0]
     return (out[:-1] - out[-1:]).transpose(0, 1), out[-1]

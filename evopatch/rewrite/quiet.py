@@ -20,7 +20,31 @@ _MAKE_WEIGHTS = (BasePruningMethod, SpectralNorm, WeightNorm)
 def quietly(module: Any, *args: Any, **kwargs: Any) -> Any:
     """What a module makes of tokens that are no part of its own run."""
     with unkept():
-        return at_rest(module).forward(*args, **kwargs)
+        if all(map(_is_plain, module.modules())):
+            return module.forward(*args, **kwargs)
+        return of_copy(module, module.training, *args, **kwargs)
+
+
+def of_copy(module: Any, training: bool, *args: Any, **kwargs: Any) -> Any:
+    """What a quiet copy of a module makes of something; see `quiet_copy`."""
+    if not torch.compiler.is_compiling():
+        return quiet_copy(module, training).forward(*args, **kwargs)
+    # It follows no copies, so the module is for once what a copy would be.
+    modules = list(module.modules())
+    modes = [inner.training for inner in modules]
+    buffers = [(inner, name, b) for inner in modules for name, b in inner._buffers.items() if b is not None]
+    try:
+        for inner in modules:
+            inner.training = training
+            _make_weights(inner, inner)
+        for inner, name, buffer in buffers:
+            inner._buffers[name] = buffer.clone()
+        return module.forward(*args, **kwargs)
+    finally:
+        for inner, mode in zip(modules, modes, strict=True):
+            inner.training = mode
+        for inner, name, buffer in buffers:
+            inner._buffers[name] = buffer
 
 
 def unkept() -> AbstractContextManager[None]:
@@ -46,8 +70,8 @@ def _unkept() -> Iterator[None]:
 
 
 def at_rest(module: nn.Module) -> Any:
-    """A module to run or to read outside of its own run: itself, or a quiet copy where it has something to do before
-    it is called, or would remember what it is called on."""
+    """A module to read outside of its own run: itself, or a quiet copy where it has something to do before it is
+    called."""
     if all(map(_is_plain, module.modules())):
         return module
     if not torch.compiler.is_compiling():
