@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from .host_state import HostState
 from .launches import warn_if_launches_count
 from .layout import Layout, merged_tables
 from .learned import correction_of, foresight_of
+from .lent import Lent
 from .look_ahead import Look, can_look_ahead
 from .mask import Mask
 from .protocols import PatchedBlock
@@ -42,8 +44,7 @@ class TokenPass(ForwardPass):
         super().__init__(state, compact)
         self.g: dict[int, Tensor] = {}
         self.partitions: dict[int, Partition] = {}
-        # Tokens' distances from their rows, by the run's first block, or between full grids by the block; until the run
-        # ends. They take less memory than the tokens and the rows that they were merged into.
+        # Tokens' distances from their rows until a run ends, by its first block; between full grids by the block.
         self._apart: dict[int, Tensor] = {}
         self._first: dict[int, int] = {}
         self._key_biases: dict[int, KeyBias] = {}
@@ -118,21 +119,19 @@ class TokenPass(ForwardPass):
             return self._tapped(index, block, x, named, None, run, reads_out)
         begin = self.run_begin(index)
         before = self.before(index, self.partitions, begin)
-        selected = self._select(index, block, x, named) if before is None else before.to(x.device)
-        partition = self.partitions[index] = selected
-        bias = self.before(index, self._key_biases, begin) if before is selected else key_bias_of(partition)
+        partition = self._select(index, block, x, named) if before is None else before.to(x.device)
+        self.partitions[index] = partition
+        bias = self.before(index, self._key_biases, begin) if before is partition else key_bias_of(partition)
         if bias is not None:
             self._key_biases[index] = bias
         first = self._first[index] = begin if self.compact else index
-        compact = x
-        if first == index:
-            warn_if_launches_count(x)
-            compact = merge(x, partition)
+        lent = Lent(partial(merge, x, partition)) if first == index else None
+        compact = x if lent is None else lent.tensor
         out = self._tapped(index, block, compact, named, partition, run, reads_out)
         if reads_out:
             return out
-        if first == index:  # no sooner: while the block runs, its host has `x`, and one more would be the most in use
-            self._apart[index] = distances(x, compact, partition)
+        if lent is not None:  # no sooner: while the block runs, its host has `x`, and one more would be the most in use
+            self._apart[index] = distances(x, lent.unchanged(), partition)
         if len(self.blocks[index]) == 1:
             return self.leave(index, out)
         # The modules that follow the first one of a block see what somebody's hooks on them are to see.
@@ -196,6 +195,7 @@ class TokenPass(ForwardPass):
         return coarsen(g, pyramid.grids[stage], pyramid.kernel)
 
     def _select(self, index: int, block: PatchedBlock, x: Tensor, inputs: dict[str, Any]) -> Partition:
+        warn_if_launches_count(x)
         prefix = self.spec.prefix
         keep = num_slow(x.shape[1] - prefix, self.keep_ratio(index))
         tokens_out = self.mask.left_out

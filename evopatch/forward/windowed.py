@@ -10,6 +10,7 @@ and those not, share a partition, made before the first of them. Selection `"lay
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from .hooks import FullGrid
 from .host_state import HostState
 from .launches import warn_if_launches_count
 from .learned import correction_of
+from .lent import Lent
 from .window_blocks import Cut, WindowedBlocks
 
 
@@ -91,7 +93,7 @@ class WindowedPass(ForwardPass):
             return own(block, given, *inputs, **options)
         partition = selected.partition
         warn_if_launches_count(tokens)
-        entry = merge_windows(tokens, selected, cut.windows)
+        lent = Lent(partial(merge_windows, tokens, selected, cut.windows))
         full_grid = None
         if self.hooks_see:
             # Where tokens lie in rows and columns; else a tensor of four axes is of attention.
@@ -104,7 +106,8 @@ class WindowedPass(ForwardPass):
         }
         if blocks.last is not None:
             changed[blocks.last] = _unchanged
-        out, rest = blocks.call(View(block, changed), entry, tuple(inputs), options)
+        out, rest = blocks.call(View(block, changed), lent.tensor, tuple(inputs), options)
+        entry = lent.unchanged()
         full = distribute(tokens, out - entry, partition)
         correction = correction_of(block, index) if self.representative == "matched" else None
         if correction is not None:
