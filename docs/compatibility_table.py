@@ -87,9 +87,10 @@ SECTIONS = {
             "`apply` first",
             ("test_two_processes_are_one_with_twice_the_batch",)),
         Row("FSDP, both generations", YES,
-            "`apply` first; tested in one sharded process. The older one, over several, leaves blocks"
-            " that it has put away out of look-ahead",
-            ("test_fully_sharded_equals_whole", "test_fully_sharded_as_torch_did_it_first")),
+            "`apply` first; tested in one sharded process. The older one, over several, and the newer one"
+            " compiled leave blocks that are put away out of look-ahead",
+            ("test_fully_sharded_equals_whole", "test_fully_sharded_and_compiled_looks_at_the_block_that_runs",
+             "test_fully_sharded_as_torch_did_it_first")),
         Row("parametrizations, `fully_shard` on a patched module", YES,
             "undo them before `remove`, which refuses otherwise",
             ("test_a_class_changed_after_apply_is_not_undone",)),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..algorithm.importance import default_scale, detached, fold, folded_attention
-from ..rewrite.linear_map import along, at_hand, given
+from ..rewrite.linear_map import along, at_hand, comes_here, given, is_here
 from ..rewrite.projections import Projections
 from ..rewrite.quiet import at_rest
 from .block import SlowFastBlock, attention_of, layer_norm_of, seen_tokens, unwrapped
@@ -22,10 +22,13 @@ Queries: TypeAlias = dict[float, list[Tensor]]
 
 def can_look_ahead(blocks: Iterable[nn.Module]) -> bool:
     """Whether `Look.ahead` will find something, whatever the tokens."""
-    return any(
-        projections.can_be_had(attention, list(_read(block, attention, projections)))
-        for block, attention, projections in _readable(blocks)
-    )
+    return any(_can_be_read(*each) for each in _readable(blocks))
+
+
+def _can_be_read(block: Any, attention: nn.Module, projections: Projections) -> bool:
+    norm, way = layer_norm_of(block), list(_read(block, attention, projections))
+    there = norm is None or comes_here((norm.weight, norm.bias), way)
+    return there and projections.can_be_had(attention, way)
 
 
 def _readable(blocks: Iterable[nn.Module]) -> Iterator[tuple[Any, Any, Projections]]:
@@ -97,6 +100,8 @@ class Look:
     def _at(self, block: Any, attention: nn.Module, projections: Projections) -> None:
         norm = layer_norm_of(block)
         norm = None if norm is None else at_rest(norm)
+        if norm is not None and not is_here((norm.weight, norm.bias)):
+            return
         tokens, queries = self._meeting(block, norm)
         weights = projections.weights(attention, tokens)
         if weights is None:

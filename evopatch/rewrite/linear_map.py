@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..algorithm.rows import exporting, in_forward_mode
 from .quiet import at_rest, of_copy, unkept
@@ -66,7 +65,7 @@ def linear_map(layer: Any, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
     layer = at_rest(layer)
     if not _is_here(layer) or layer.weight.is_meta != like.is_meta:
         return None
-    if is_traceable_wrapper_subclass(layer.weight):
+    if _wraps(layer.weight):
         return _probed(layer, like)
     return given(layer.weight, like), None if layer.bias is None else given(layer.bias, like)
 
@@ -94,7 +93,7 @@ def parameter_map(module: nn.Module, weight: str, bias: str, like: Tensor) -> tu
     """
     module = at_rest(module)
     matrix, offset = getattr(module, weight), getattr(module, bias) if bias else None
-    wrapped = is_traceable_wrapper_subclass(matrix)
+    wrapped = _wraps(matrix)
     if wrapped or matrix.dim() != 2 or not _is_filled(matrix) or matrix.is_meta != like.is_meta:
         return None
     return given(matrix, like), None if offset is None else given(offset, like)
@@ -103,16 +102,29 @@ def parameter_map(module: nn.Module, weight: str, bias: str, like: Tensor) -> tu
 def parameter_can_be_had(module: nn.Module, weight: str, way: Iterable[nn.Module]) -> bool:
     """Whether `parameter_map` will find a module's weights, inside `at_hand` of the modules `way`."""
     matrix = getattr(module, weight)
-    if matrix.dim() == 2 and not is_traceable_wrapper_subclass(matrix) and _is_filled(matrix):
-        return True
-    return not torch.compiler.is_compiling() and any(map(_is_kept_elsewhere, way))
+    return comes_here([matrix] if matrix.dim() == 2 else [], way)
+
+
+def is_here(parameters: Iterable[Tensor | None]) -> bool:
+    """Whether these are plain tensors with values."""
+    return all(p is None or (not _wraps(p) and _is_filled(p)) for p in parameters)
+
+
+def comes_here(parameters: Iterable[Tensor | None], way: Iterable[nn.Module]) -> bool:
+    """Whether they will be inside `at_hand` of the modules `way`."""
+    return is_here(parameters) or (not torch.compiler.is_compiling() and any(map(_is_kept_elsewhere, way)))
 
 
 def _is_here(layer: nn.Linear) -> bool:
     weight = layer.weight
-    if is_traceable_wrapper_subclass(weight):
-        return not hasattr(weight, "full_tensor")  # of a DTensor a part is here
+    if _wraps(weight):
+        return not hasattr(type(weight), "full_tensor")  # of a DTensor a part is here
     return weight.shape == (layer.out_features, layer.in_features) and _is_filled(weight)
+
+
+def _wraps(tensor: Tensor) -> bool:
+    """Whether it holds others, as quantised and sharded weights do. By its class, which torch.compile sees, too."""
+    return hasattr(type(tensor), "__tensor_flatten__")
 
 
 def _is_filled(weight: Tensor) -> bool:

@@ -22,6 +22,7 @@ from variants import FLAT, PYRAMIDS, REDUCED, SIZE, build, call, images, images_
 
 import evopatch
 from evopatch import BypassError, EvoConfig, UnsupportedInputError, UnsupportedModelError
+from evopatch.forward.tokens import TokenPass
 from evopatch.measure.memory import peak_memory
 from evopatch.patching.handle import Patched
 
@@ -486,6 +487,32 @@ def test_fully_sharded_equals_whole(name):
         torch.testing.assert_close(model.get_parameter(parameter).grad.full_tensor(), gradient, atol=1e-5, rtol=1e-4)
     evopatch.set_keep_ratio(model, 0.3)
     assert moved(call(model, x), expected) > 1e-5
+
+
+@pytest.mark.usefixtures("one_process")
+def test_fully_sharded_and_compiled_looks_at_the_block_that_runs(monkeypatch):
+    """Those that don't run are put away, and compiled code can't bring them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, x = evopatch.apply(build("vit")), images()
+    all_ahead = model(x)
+    with monkeypatch.context() as patches:
+        patches.setattr(TokenPass, "_looked_at", lambda self, index: [self.modules[index]])
+        expected = model(x)
+        expected.square().sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    result = torch.compile(model, backend="aot_eager")(x)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+    assert moved(expected, all_ahead) > 1e-4
+    result.square().sum().backward()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad.full_tensor(), gradient, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.usefixtures("one_process")
