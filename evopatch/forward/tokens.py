@@ -6,30 +6,24 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..algorithm.bias import KeyBias, key_bias_of
 from ..algorithm.correction import Correction, missed
-from ..algorithm.foresight import foreseen
 from ..algorithm.importance import accumulate, accumulate_compact, coarsen
 from ..algorithm.partition import Partition, distances, distribute, merge
-from ..algorithm.selection import num_slow, select_matched, select_top
 from ..errors import BypassError
 from ..rewrite.classes import host_class
-from ..rewrite.linear_map import given
 from .beside import Beside
-from .block import SlowFastBlock, answering_tokens, can_read_out, run_tapped, seen_tokens, unwrapped
-from .forward_pass import ForwardPass
+from .block import SlowFastBlock, answering_tokens, can_read_out, run_tapped, unwrapped
+from .chain import Chain
 from .hooks import FullGrid
 from .host_state import HostState
-from .launches import warn_if_launches_count
-from .layout import Layout, merged_tables
-from .learned import correction_of, foresight_of
+from .layout import merged_tables
+from .learned import correction_of
 from .lent import Lent
-from .look_ahead import Look, can_look_ahead
-from .mask import Mask
 from .protocols import PatchedBlock
+from .ranking import RankingPass
 from .tap import AttentionTap
 from .token_counts import check_stage, check_tokens
 
@@ -37,21 +31,17 @@ Run = Callable[[Tensor, dict[str, Any], AttentionTap | None], Tensor]
 """Runs one block on `(B, M, C)` tokens with its other inputs; without a tap as unpatched."""
 
 
-class TokenPass(ForwardPass):
+class TokenPass(RankingPass):
     """Class attention and partition by block index."""
 
     def __init__(self, state: HostState, compact: bool = True) -> None:
         super().__init__(state, compact)
-        self.g: dict[int, Tensor] = {}
         self.partitions: dict[int, Partition] = {}
         # Tokens' distances from their rows until a run ends, by its first block; between full grids by the block.
         self._apart: dict[int, Tensor] = {}
         self._first: dict[int, int] = {}
         self._key_biases: dict[int, KeyBias] = {}
-        self._foreseen: bool | None = None
-        self._layout = Layout(self.spec, self.stage_of)
-        self.mask = Mask(self.spec.mask, self.spec.prefix)
-        """Who is left out of attention."""
+        self._chain = Chain()
         self.entered: dict[int, Tensor] | None = None if state.passes is None else {}
         """Where somebody collects the passes, the tokens before each block, and after the last."""
 
@@ -73,12 +63,18 @@ class TokenPass(ForwardPass):
 
         def run(x: Tensor, inputs: dict[str, Any], tap: AttentionTap | None) -> Tensor:
             ordered = tap is None or tap.partition is None
-            x = self._layout.of_block(index, x, ordered)
+            x = self.layout.of_block(index, x, ordered)
             out = own(block, x, **inputs) if tap is None else run_tapped(block, tap, x, **inputs)
-            return self._layout.of_tokens(beside.tokens_of(out), ordered)
+            return self.layout.of_tokens(beside.tokens_of(out), ordered)
 
-        tokens = self.advance(index, block, self._layout.of_tokens(x), inputs, run)
-        return beside.again(self._layout.given_back(index, tokens), self.partitions.get(index))
+        follows = not self.compact and len(self.blocks[index]) == 1
+        if follows:
+            self._chain.given(index, x)
+        tokens = self.advance(index, block, self.layout.of_tokens(x), inputs, run)
+        out = self.layout.given_back(index, tokens)
+        if follows:
+            self._chain.returned(index, out)
+        return beside.again(out, self.partitions.get(index))
 
     def advance(self, index: int, block: PatchedBlock, x: Tensor, inputs: Mapping[str, Any], run: Run) -> Tensor:
         """One block.
@@ -114,12 +110,12 @@ class TokenPass(ForwardPass):
         if self.spec.adds:
             self.given[index] = x
         if self.keep_ratio(index) == 1.0:
-            if not reads_out and not self._accumulates(index):
+            if not reads_out and not self.accumulates(index):
                 return run(x, named, None)
             return self._tapped(index, block, x, named, None, run, reads_out)
         begin = self.run_begin(index)
-        before = self.before(index, self.partitions, begin)
-        partition = self._select(index, block, x, named) if before is None else before.to(x.device)
+        before = None if self._chain.is_broken_at(index) else self.before(index, self.partitions, begin)
+        partition = self.select(index, block, x, named) if before is None else before.to(x.device)
         self.partitions[index] = partition
         bias = self.before(index, self._key_biases, begin) if before is partition else key_bias_of(partition)
         if bias is not None:
@@ -194,59 +190,6 @@ class TokenPass(ForwardPass):
             return g
         return coarsen(g, pyramid.grids[stage], pyramid.kernel)
 
-    def _select(self, index: int, block: PatchedBlock, x: Tensor, inputs: dict[str, Any]) -> Partition:
-        warn_if_launches_count(x)
-        prefix = self.spec.prefix
-        keep = num_slow(x.shape[1] - prefix, self.keep_ratio(index))
-        tokens_out = self.mask.left_out
-        left_out = None if tokens_out is None else tokens_out[:, prefix:]
-        if self.representative != "matched":
-            g, single = self._accumulated(index, x), self.representative == "single"
-            return select_top(g, keep, prefix, single, left_out)
-        if not self.spec.looks_ahead:
-            seen = self._layout.of_tokens(seen_tokens(block, self._layout.of_block(index, x), inputs))
-            features, g = F.normalize(seen[:, prefix:], dim=-1), self._accumulated(index, x)
-        else:
-            look, running = Look(x, inputs, prefix, self.spec.readout, tokens_out), cast(Any, block)
-            features = look.features(running)
-            weights = foresight_of(running)
-            if weights is None:
-                g = self._importance(index, look.ahead(self._looked_at(index), running), x)
-            else:
-                g = foreseen(features, given(weights, features), left_out)
-        return select_matched(g, features, keep, prefix, self.importance, left_out)
-
-    def _importance(self, index: int, ahead: Tensor | None, x: Tensor) -> Tensor:
-        """What the block that selects ranks tokens by, given what later ones would attend to, where they say."""
-        if ahead is not None and self.look_ahead == 1.0:
-            return ahead
-        g = self._accumulated(index, x)
-        return g if ahead is None else accumulate(g, ahead, self.look_ahead)
-
-    def _looked_at(self, index: int) -> list[Any]:
-        return [self.modules[i] for i in self.plans[index].looks_at if i < len(self.modules)]
-
-    def _accumulates(self, index: int) -> bool:
-        """Whether a later selection reads a block's class attention."""
-        if self.plans[index].tradeoff is None:
-            return False
-        if self._foreseen is None:
-            selecting = [i for i, plan in enumerate(self.plans[: self.depth]) if plan.selects]
-            self._foreseen = bool(selecting) and all(self._needs_no_past(i) for i in selecting)
-        return not self._foreseen
-
-    def _needs_no_past(self, index: int) -> bool:
-        """Whether a selection ranks tokens by nothing that earlier blocks attended to."""
-        block = unwrapped(self.modules[index], SlowFastBlock)
-        if self.representative == "matched" and block is not None and foresight_of(block) is not None:
-            return True
-        return self.look_ahead == 1.0 and can_look_ahead(self._looked_at(index))
-
-    def _accumulated(self, index: int, x: Tensor) -> Tensor:
-        """`g` before a block that selects, for `(B, T, ...)`; the same for all where none ran before it."""
-        g = self.before(index, self.g)
-        return x.new_ones(x.shape[0], x.shape[1] - self.spec.prefix).float() if g is None else g.to(x.device)
-
     def _tapped(
         self,
         index: int,
@@ -257,7 +200,7 @@ class TokenPass(ForwardPass):
         run: Run,
         reads_out: bool,
     ) -> Tensor:
-        spec, accumulates = self.spec, self._accumulates(index)
+        spec, accumulates = self.spec, self.accumulates(index)
         if partition is not None:
             for name in spec.token_inputs:
                 inputs[name] = merged_tables(inputs[name], partition, spec.prefix, spec.tables_by_image)
@@ -291,10 +234,9 @@ class TokenPass(ForwardPass):
             tradeoff = cast(float, self.plans[index].tradeoff)
             attention = tap.class_attention()
             if partition is not None:
-                g = accumulate_compact(self._accumulated(index, partition.group), attention, tradeoff, partition)
+                g = accumulate_compact(self.accumulated(index, partition.group), attention, tradeoff, partition)
             else:
-                before = self.before(index, self.g)
                 own = attention[:, spec.prefix :]
-                g = accumulate(None if before is None else before.to(x.device), own, tradeoff)
+                g = accumulate(self.past(index, own.shape[1], x.device), own, tradeoff)
             self.g[index] = self._carried(index, g)
         return out

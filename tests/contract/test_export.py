@@ -12,7 +12,7 @@ from torch.export import Dim
 
 import evopatch
 from evopatch.algorithm.rows import rounded_share
-from evopatch.forward import tokens
+from evopatch.forward import ranking
 
 EXAMPLE = (2, (48, 56))
 OTHERS = [(1, (48, 56)), (3, (64, 40)), (1, (80, 72))]
@@ -66,7 +66,7 @@ def assert_follows_sizes(run, model, original, monkeypatch):
         torch.testing.assert_close(result, expected, **TOLERANCE)
         assert moved(result, original(x)) > 1e-3
         with monkeypatch.context() as patched:
-            patched.setattr(tokens, "num_slow", lambda _, ratio: rounded_share(6 * 7, ratio))
+            patched.setattr(ranking, "num_slow", lambda _, ratio: rounded_share(6 * 7, ratio))
             stale.append(moved(result, model(x)))
     assert stale[0] < 1e-4  # the example itself
     assert stale[2] > 1e-3

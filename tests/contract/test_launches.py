@@ -9,7 +9,7 @@ from matrix import every, patched
 from variants import call, images_for
 
 import evopatch
-from evopatch.forward import launches, tokens, windowed
+from evopatch.forward import launches, ranking, windowed
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_nothing_is_said_where_the_host_is_fast_enough(quiet, monkeypatch):
 @every(["vit", "levit", "swin", "sam", "pvt_v2"])
 def test_asked_where_a_run_begins(name, monkeypatch):
     asked = []
-    for module in (tokens, windowed):
+    for module in (ranking, windowed):
         monkeypatch.setattr(module, "warn_if_launches_count", lambda x: asked.append(x.shape))
     call(patched(name), images_for(name))
     assert asked

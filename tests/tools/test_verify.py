@@ -9,8 +9,9 @@ from matrix import cases, patched
 from variants import build, images_for
 
 import evopatch
-from evopatch.forward import host_state, tokens
-from evopatch.forward.tokens import distribute, merge, select_matched
+from evopatch.forward import host_state, ranking, tokens
+from evopatch.forward.ranking import select_matched
+from evopatch.forward.tokens import distribute, merge
 from evopatch.measure import verification
 from evopatch.patching.handle import Patched
 
@@ -83,7 +84,7 @@ def by_its_neighbours(monkeypatch):
     def of_all(g, *args):
         return select_matched(g.mean(0, keepdim=True).expand_as(g), *args)
 
-    monkeypatch.setattr(tokens, "select_matched", of_all)
+    monkeypatch.setattr(ranking, "select_matched", of_all)
 
 
 def with_the_batch_size(monkeypatch):
@@ -101,7 +102,7 @@ def when_compiled(monkeypatch):
     def other(g, *args):
         return select_matched(g.flip(1) if torch.compiler.is_compiling() else g, *args)
 
-    monkeypatch.setattr(tokens, "select_matched", other)
+    monkeypatch.setattr(ranking, "select_matched", other)
 
 
 BROKEN = {
