@@ -76,6 +76,11 @@ class Conversion:
         """The model as torch exports it."""
         return torch.export.export(self.model, (self.example,), dynamic_shapes=(self.free_axes(),))
 
+    def sizes(self) -> list[int]:
+        """Of the file's input, axis by axis; -1 for any length."""
+        free = self.free_axes() or {}
+        return [-1 if axis in free else length for axis, length in enumerate(self.example.shape)]
+
     def free_axes(self) -> dict[int, Any] | None:
         """The input's axes of any length, as `torch.export` takes them."""
         axes: tuple[int, ...] = ((0,) if self.any_batch else ()) + ((2, 3) if self.any_size else ())

@@ -15,6 +15,8 @@ def _write(conversion: Conversion, path: Path) -> None:
     import openvino
 
     model: Any = openvino.convert_model(conversion.program())
+    # By itself it leaves every axis of the input free, and a program of one size gives garbage at others.
+    model.reshape(conversion.sizes())
     if conversion.calibration is not None:
         from .openvino_int8 import quantised
 

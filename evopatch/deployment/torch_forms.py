@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .conversion import Conversion
 from .form import Form, Run
@@ -34,7 +34,8 @@ def _write_script(conversion: Conversion, path: Path) -> None:
     with warnings.catch_warnings():
         # Of every shape that becomes a constant; the file is run at the sizes that it is for.
         warnings.filterwarnings("ignore", category=cast(Any, torch.jit).TracerWarning)
-        traced: Any = torch.jit.trace(conversion.model, (conversion.example,), check_trace=False)
+        module = _OfOneSize(conversion.model, conversion.sizes()).eval()
+        traced: Any = torch.jit.trace(module, (conversion.example,), check_trace=False)
     torch.jit.save(traced, str(path))
 
 
@@ -45,6 +46,25 @@ def _open_script(path: Path) -> Run:
         return tuple(module(images))
 
     return run
+
+
+def _checked(images: Tensor, sizes: list[int]) -> Tensor:
+    for axis, length in enumerate(sizes):
+        if length != -1 and images.size(axis) != length:
+            raise ValueError(f"images of shape {images.shape}: expected {sizes}, where -1 is any; resize them")
+    return images
+
+
+class _OfOneSize(nn.Module):
+    """A model that refuses other sizes: a trace takes some that the model wouldn't, and leaves pixels out."""
+
+    def __init__(self, model: nn.Module, sizes: list[int]) -> None:
+        super().__init__()
+        self.model, self.sizes = model, sizes
+        self.checked: Any = torch.jit.script(_checked)  # or the trace wouldn't hold the condition
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model(self.checked(images, self.sizes))
 
 
 PROGRAM = Form("pt2", ".pt2", (), _write_program, _open_program, quantised_by=("torchao",))

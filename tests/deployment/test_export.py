@@ -22,6 +22,11 @@ def small(name="vit", **options):
     return patched(name, shallow_config(name), **variants.shallow(name), **options)
 
 
+def export_of(model, form, folder, images=None, **settings):
+    shown = variants.images(4) if images is None else images
+    return evopatch.export(model, folder / f"m{ENDINGS[form]}", form, images=shown, **settings)
+
+
 def needs(form):
     for package in exporting.FORMS[form].packages:
         pytest.importorskip(package)
@@ -70,6 +75,20 @@ def test_half_int8_and_any_size(form, settings, tmp_path):
     assert (result.verification.equal == result.verification.images) == ("any_size" in settings)
     sizes = {size for _, *size in map(list, result.verification.sizes) for size in [tuple(size)]}
     assert sizes == ({(40, 40), (48, 32)} if "any_size" in settings else {(40, 40)})
+
+
+@cases(
+    ("form", "name"),
+    [(form, name) for form in sorted(set(ENDINGS) - {"coreml"}) for name in ("vit", "hf_dinov2")],
+    fast=[("openvino", "vit"), ("torchscript", "vit")],
+)
+def test_a_file_refuses_batches_and_sizes_that_it_is_not_for(form, name, tmp_path):
+    needs(form)
+    run = exporting.FORMS[form].open(export_of(small(name), form, tmp_path, batch_size=2).path)
+    assert len(run(variants.images(2))[0]) == 2
+    for batch, size in ((1, 40), (4, 40), (2, 48), (2, 43), (2, 80), (2, (32, 40))):
+        with pytest.raises(Exception, match=r"."):  # each runtime has its own error
+            run(variants.images(batch, size))
 
 
 @torch.no_grad()
