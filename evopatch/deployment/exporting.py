@@ -160,11 +160,12 @@ class _Target:
 
     def verify(self, run: Run, model: nn.Module, batches: list[Tensor], where: str) -> Verification:
         eager = ImageModel(model, self.any_size)
+        names = eager.output_names(batches[0])
         if self.int8 is not None:
-            return verify_int8(run, eager, batches, where)
+            return verify_int8(run, eager, batches, where, names)
         if self.half:
-            return verify_half(run, eager, _in_half(copy.deepcopy(eager).half()), batches, where)
-        return verify(run, eager, batches, where)
+            return verify_half(run, eager, _in_half(copy.deepcopy(eager).half()), batches, where, names)
+        return verify(run, eager, batches, where, names)
 
 
 def _in_half(run: Run) -> Run:

@@ -5,7 +5,7 @@ import torch
 
 from evopatch.deployment import checking
 from evopatch.deployment.checking import batches_of, verify, verify_half, verify_int8
-from evopatch.errors import ExportError
+from evopatch.errors import DataError, ExportError
 
 TIED = 3
 """The image whose two halves are equal but for rounding."""
@@ -115,6 +115,92 @@ def test_int8_is_refused_where_it_says_nothing():
     assert 0 < result.error < 0.2
     with pytest.raises(ExportError, match="no less than the same answer for all"):
         verify_int8(otherwise(choosy, range(8), lambda row: -row), choosy, batches, "a file")
+
+
+def rounded(run):
+    return lambda x: tuple(value.half().float() for value in run(x))
+
+
+def by_precision(precision, run, model, half=None):
+    batches = batches_of(pictures(), None, None)
+    names = ("features", "logits")[: len(model(batches[0]))]
+    if precision == "half":
+        return verify_half(run, model, half or rounded(model), batches, "a file", names)
+    return {"float32": verify, "int8": verify_int8}[precision](run, model, batches, "a file", names)
+
+
+EACH_PRECISION = pytest.mark.parametrize("precision", ["float32", "half", "int8"])
+
+
+@EACH_PRECISION
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_refused_in_every_precision(precision, value):
+    run = otherwise(rounded(choosy), [5], lambda row: row.clone().fill_(value))
+    with pytest.raises(
+        ExportError, match="a file is wrong: the output of image 5, in a batch of 7 images of 8 by 8 px, h"
+    ):
+        by_precision(precision, run, choosy)
+
+
+def test_a_model_that_overflows_in_float16_measures_nothing():
+    def half(x):
+        return (choosy(x)[0] * torch.nan,)
+
+    with pytest.raises(ExportError, match="can't be verified: in float16 the outputs of the model itself hold infinit"):
+        by_precision("half", choosy, choosy, half)
+
+
+@EACH_PRECISION
+def test_a_model_that_gives_nan_is_no_measure(precision):
+    model = otherwise(choosy, [5], lambda row: row * torch.nan)
+    with pytest.raises(DataError, match="the model's output holds NaN for image 5"):
+        by_precision(precision, model, model)
+
+
+@EACH_PRECISION
+def test_equal_infinities_are_equal(precision):
+    def masked(x):
+        return (torch.where(choosy(x)[0] > 0.5, choosy(x)[0], -torch.inf),)
+
+    result = by_precision(precision, masked, masked)
+    assert (result.equal, result.difference, result.error) == (8, 0, 0)
+
+
+@EACH_PRECISION
+def test_a_small_output_that_is_wrong_beside_a_large_one_is_refused(precision):
+    def two(x):
+        return x.flatten(1) * 1000, choosy(x)[0]
+
+    def wrong(x):
+        return two(x)[0], -two(x)[1]
+
+    assert by_precision(precision, two, two).equal == 8
+    with pytest.raises(ExportError, match=r"a file is wrong: (its outputs|the output) 'logits'"):
+        by_precision(precision, wrong, two)
+
+
+@EACH_PRECISION
+@pytest.mark.parametrize("factor", [1e-5, 1, 1e3])
+def test_outputs_are_measured_by_their_own_size(precision, factor):
+    def model(x):
+        return (choosy(x)[0] * factor,)
+
+    result = by_precision(precision, lambda x: (model(x)[0] * (1 + 3e-5),), model)
+    assert (result.equal, result.output) == (8, "features")
+    assert 1e-5 < result.error < 3e-3
+    with pytest.raises(ExportError, match="a file is wrong"):
+        by_precision(precision, lambda x: (-model(x)[0],), model)
+
+
+@EACH_PRECISION
+def test_one_number_per_image_and_what_is_the_same_for_all_images_are_compared(precision):
+    def model(x):
+        same = torch.ones(len(x), 5)
+        return choosy(x)[0][:, 0], same
+
+    result = by_precision(precision, lambda x: (model(x)[0], model(x)[1] * (1 + 3e-5)), model)
+    assert (result.equal, result.output) == (8, "logits")
+    assert result.error == pytest.approx(3e-5, rel=0.1)
 
 
 def test_batches_have_the_sizes_that_a_file_is_for():

@@ -136,6 +136,53 @@ def test_a_wrong_file_is_removed(tmp_path, monkeypatch):
     assert path.stat().st_size > 10_000
 
 
+class WithTokens(nn.Module):
+    """Large values beside the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = small()
+
+    def forward(self, images):
+        tokens = self.model.forward_features(images)
+        return {"tokens": tokens * 50, "logits": self.model.forward_head(tokens)}
+
+
+class OtherLogits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        tokens, logits = self.model(images)
+        return tokens, logits.flip(1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"half": True}], ids=str)
+def test_one_wrong_output_of_several_is_found(settings, tmp_path, monkeypatch):
+    form = exporting.FORMS["torchscript"]
+
+    def write(conversion, target):
+        form.write(dataclasses.replace(conversion, model=OtherLogits(conversion.model).eval()), target)
+
+    export_of(WithTokens(), "torchscript", tmp_path, **settings).path.unlink()
+    monkeypatch.setitem(exporting.FORMS, "torchscript", dataclasses.replace(form, write=write))
+    with pytest.raises(evopatch.ExportError, match=r"m.pt is wrong: .* 'logits'"):
+        export_of(WithTokens(), "torchscript", tmp_path, **settings)
+    assert not list(tmp_path.iterdir())
+
+
+@cases("form", ["pt2", "onnx", "openvino"], fast=["pt2"])
+def test_a_model_that_overflows_in_float16_gives_no_float16_file(form, tmp_path):
+    needs(form)
+    model = small()
+    with torch.no_grad():
+        model.norm.weight.mul_(1e5)
+        model.head.weight.mul_(1e-5)
+    with pytest.raises(evopatch.ExportError, match="Leave half"):
+        export_of(model, form, tmp_path, half=True)
+
+
 @pytest.mark.parametrize("name", ["m.pt", "unpatched.pt", "patched.pt"])
 def test_timed_against_unpatched(name, tmp_path):
     x = variants.images_for("vit", batch=2)
