@@ -74,6 +74,7 @@ def export(
     )
     form.check(batch_size is None, any_size, int8, half)
     options.check_folder_of(out, "--out", is_folder=format is FormatName.coreml)
+    form.check_target(out)
     if int8 and data is None:
         raise ConfigError("--int8: expected --data too, images to find the ranges of values by")
     preprocessing = Preprocessing(None, None, None, size)

@@ -22,5 +22,13 @@ def _write(conversion: Conversion, path: Path) -> None:
 
 
 COREML = Form(
-    "coreml", ".mlpackage", ("coremltools",), _write, None, any_batch=False, any_size=False, own_half=True
-)  # fmt: skip
+    "coreml",
+    ".mlpackage",
+    ("coremltools",),
+    _write,
+    None,
+    any_batch=False,
+    any_size=False,
+    is_package=True,
+    own_half=True,
+)

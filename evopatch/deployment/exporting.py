@@ -20,7 +20,7 @@ from .checking import Verification, batches_of, verify, verify_half, verify_int8
 from .conversion import Conversion, ImageModel
 from .coreml_form import COREML
 from .executorch_form import EXECUTORCH
-from .form import Form, Run
+from .form import Form, Run, is_package
 from .onnx_form import ONNX
 from .openvino_form import OPENVINO
 from .torch_forms import PROGRAM, SCRIPT
@@ -118,10 +118,7 @@ class _Target:
 
     def check(self, path: Path, images: Tensor) -> None:
         self.form.check(self.batch_size is None, self.any_size, self.int8 is not None, self.half)
-        if path.suffix != self.form.ending:
-            raise ConfigError(f"{path}: expected the ending {self.form.ending} of format {self.form.name}")
-        if not path.parent.is_dir():
-            raise DataError(f"{path.parent}: no such folder for {path.name}; create it")
+        self.form.check_target(path)
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"batch_size={self.batch_size}: expected 1 or more, or None for any")
         if images.dim() != 4 or len(images) < max(2, self.batch_size or 0):
@@ -192,7 +189,7 @@ def _move(written: Path, path: Path) -> tuple[Path, ...]:
     files = []
     for part in sorted(written.parent.iterdir()):
         target = path.parent / part.name
-        if target.is_dir():  # a package of Core ML
+        if is_package(target):  # a folder isn't replaced by another one
             shutil.rmtree(target)
         os.replace(part, target)
         files.append(target)

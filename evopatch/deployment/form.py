@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .conversion import Conversion
 
 Run: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
@@ -35,8 +36,34 @@ class Form:
     """Whether one file can take images of any size."""
     quantised_by: tuple[str, ...] | None = None
     """What else is to be installed for a file in int8; None where evopatch writes none."""
+    quantised_by_images: bool = True
+    """Whether that library looks at images to quantise."""
+    beside: tuple[str, ...] = ()
+    """What the file may get beside it: names with its own as `{name}`, and without the ending as `{stem}`."""
+    is_package: bool = False
+    """Whether what it writes is a folder, which looks like a file where it is used."""
     own_half: bool = False
     """Whether its library makes the file's values float16 by itself and leaves the input float32."""
+
+    def check_target(self, path: Path) -> None:
+        """
+        Raises:
+            ConfigError: If the path hasn't the format's ending.
+            DataError: If it can't be written, or something of another kind is in the way of one of the files.
+        """
+        if path.suffix != self.ending:
+            raise ConfigError(f"{path}: expected the ending {self.ending} of format {self.name}")
+        if not path.parent.is_dir():
+            raise DataError(f"{path.parent}: no such folder for {path.name}; create it")
+        if self.is_package and os.path.lexists(path) and not is_package(path):
+            raise DataError(f"{path} is no package of Core ML: expected one, or nothing. Move it, or give another path")
+        beside = [path.with_name(name.format(name=path.name, stem=path.stem)) for name in self.beside]
+        for target in [*([] if self.is_package else [path]), *beside]:
+            if target.is_dir():
+                raise DataError(
+                    f"{target} is a folder: expected a file, or nothing, where format {self.name} writes one. Move it, "
+                    "or give another path"
+                )
 
     def check(self, any_batch: bool, any_size: bool, int8: bool, half: bool) -> None:
         """
@@ -59,3 +86,8 @@ class Form:
                 f"format {self.name}{' in int8' if int8 else ''} needs {', '.join(missing)}: pip install "
                 f"{' '.join(missing)}, or 'evopatch[export]' for all formats"
             )
+
+
+def is_package(path: Path) -> bool:
+    """Whether it is a folder that Core ML's tools wrote."""
+    return path.is_dir() and not path.is_symlink() and (path / "Manifest.json").is_file()

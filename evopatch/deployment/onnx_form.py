@@ -45,4 +45,6 @@ def _open(path: Path) -> Run:
     return lambda images: tuple(torch.from_numpy(value) for value in session.run(None, {INPUT: images.numpy()}))
 
 
-ONNX = Form("onnx", ".onnx", ("onnx", "onnxscript", "onnxruntime"), _write, _open, quantised_by=())
+ONNX = Form(
+    "onnx", ".onnx", ("onnx", "onnxscript", "onnxruntime"), _write, _open, quantised_by=(), beside=("{name}.data",)
+)

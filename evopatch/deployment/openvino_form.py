@@ -33,4 +33,6 @@ def _open(path: Path) -> Run:
     return lambda images: tuple(torch.from_numpy(value.copy()) for value in compiled(images.numpy()).values())
 
 
-OPENVINO = Form("openvino", ".xml", ("openvino",), _write, _open, quantised_by=("nncf",), own_half=True)
+OPENVINO = Form(
+    "openvino", ".xml", ("openvino",), _write, _open, quantised_by=("nncf",), beside=("{stem}.bin",), own_half=True
+)

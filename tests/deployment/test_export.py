@@ -214,6 +214,35 @@ def test_what_cannot_be_written_is_refused(arguments, error, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("form", "folder"), [("onnx", "m.onnx"), ("onnx", "m.onnx.data"), ("openvino", "m.bin"), ("coreml", "m.mlpackage")]
+)
+def test_a_folder_in_the_way_is_kept(form, folder, tmp_path):
+    needs(form)
+    kept = tmp_path / folder / "kept.txt"
+    kept.parent.mkdir()
+    kept.write_text("the user's")
+    with pytest.raises(evopatch.DataError, match=rf"{folder} is (a folder|no package)"):
+        export_of(small(), form, tmp_path, batch_size=1)
+    assert [path.name for path in tmp_path.rglob("*")] == [folder, "kept.txt"]
+
+
+def test_a_package_takes_the_place_of_a_package_only(tmp_path):
+    needs("coreml")
+    path = tmp_path / "m.mlpackage"
+    path.write_text("a file")
+    with pytest.raises(evopatch.DataError, match="is no package of Core ML"):
+        export_of(small(), "coreml", tmp_path, batch_size=1)
+    assert path.read_text() == "a file"
+    path.unlink()
+    path.mkdir()
+    (path / "Manifest.json").touch()
+    (path / "old").touch()
+    export_of(small(), "coreml", tmp_path, batch_size=1)
+    assert (path / "Manifest.json").stat().st_size
+    assert not (path / "old").exists()
+
+
 def test_an_unpatched_model_and_other_outputs_are_refused(tmp_path):
     x = variants.images_for("vit")
     with pytest.raises(evopatch.NotPatchedError):
