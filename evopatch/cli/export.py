@@ -75,16 +75,17 @@ def export(
     form.check(batch_size is None, any_size, int8, half)
     options.check_folder_of(out, "--out", is_folder=format is FormatName.coreml)
     form.check_target(out)
-    if int8 and data is None:
+    by_images = int8 and form.quantised_by_images
+    if by_images and data is None:
         raise ConfigError("--int8: expected --data too, images to find the ranges of values by")
     preprocessing = Preprocessing(None, None, None, size)
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing, pretrained, any_size, _INSTEAD)
     number = max(images, batch_size or 0)
-    shown, calibration = _images(classifier, data, number, _CALIBRATION if int8 else 0)
+    shown, calibration = _images(classifier, data, number, _CALIBRATION if by_images else 0)
     patch(classifier.model, model, asked)
     result = run(
         classifier.model, out, format.value, images=shown, batch_size=batch_size, any_size=any_size, half=half,
-        int8=calibration if int8 else None, benchmark=benchmark,
+        int8=calibration if by_images else int8, benchmark=benchmark,
     )  # fmt: skip
     console.print(_summary(result, half or int8), highlight=False, soft_wrap=True)
 

@@ -35,8 +35,21 @@ class ImageModel(nn.Module):
         return tuple(tensor for _, tensor in self._tensors(images))
 
     def output_names(self, images: Tensor) -> list[str]:
-        """What those are called: a mapping's keys, `output` for one that has no name, numbers in a sequence."""
-        return [name for name, _ in self._tensors(images)]
+        """What those are called: a mapping's keys, `output` for one that has no name, numbers in a sequence.
+
+        Raises:
+            UnsupportedModelError: If one hasn't one entry per image.
+        """
+        named = self._tensors(images)
+        if not named:
+            raise UnsupportedModelError("the model returns no tensors: expected one or more, with one entry per image")
+        for name, value in named:
+            if not value.dim() or len(value) != len(images):
+                raise UnsupportedModelError(
+                    f"the model's output '{name}' has the shape {tuple(value.shape)} for {len(images)} images: "
+                    "expected one entry per image. Give the part of the model that returns such"
+                )
+        return [name for name, _ in named]
 
     def _tensors(self, images: Tensor) -> list[tuple[str, Tensor]]:
         return list(_named(self.model(images, **self._options), ""))
@@ -69,12 +82,22 @@ class Conversion:
     any_batch: bool
     any_size: bool
     half: bool
+    int8: bool
     calibration: Tensor | None
-    """Images `(M, C, height, width)` to quantise by; None for a file that isn't quantised."""
+    """Images `(M, C, height, width)` to quantise by; None where the format's library takes none."""
 
     def program(self) -> torch.export.ExportedProgram:
         """The model as torch exports it."""
         return torch.export.export(self.model, (self.example,), dynamic_shapes=(self.free_axes(),))
+
+    def calibration_batches(self) -> list[Tensor]:
+        """`(B, C, height, width)` each, of images to quantise by: one where the file takes any batch, whole batches
+        otherwise, the last one filled up from the beginning."""
+        images = self.calibration
+        assert images is not None
+        batch_size = 1 if self.any_batch else len(self.example)
+        whole = -(-len(images) // batch_size) * batch_size
+        return list(images[torch.arange(whole) % len(images)].split(batch_size))
 
     def sizes(self) -> list[int]:
         """Of the file's input, axis by axis; -1 for any length."""

@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DataError, ExportError
+from ..errors import ConfigError, DataError, EvoPatchError, ExportError
 from ..measure.timing import Speed, compare
 from ..patching.handle import Patched
 from .checking import Verification, batches_of, verify, verify_half, verify_int8
@@ -55,7 +56,7 @@ def export(
     batch_size: int | None = None,
     any_size: bool = False,
     half: bool = False,
-    int8: Tensor | None = None,
+    int8: Tensor | bool | None = None,
     benchmark: bool = False,
 ) -> Export:
     """Write a patched model as a file for another runtime, run the file there, and compare it with the model.
@@ -74,33 +75,40 @@ def export(
         any_size: Take images of any size, if the model does.
         half: Values in float16.
         int8: `(M, C, height, width)`: quantise to int8 by these images. Others than `images`, or what is
-            reported is too good.
+            reported is too good. `pt2` looks at none and takes True as well; None or False for a file in float32.
         benchmark: Time it against the unpatched model's file, in turn.
 
     Raises:
         NotPatchedError: If nothing in the model is patched.
         ConfigError: If the format can't hold such a model, or a setting isn't one.
-        DataError: If there are too few images.
-        ExportError: If the format's library can't convert the model, or the file is wrong.
+        DataError: If there are too few images or they are of another shape, or there is a folder where the file goes.
+        UnsupportedModelError: If the model doesn't return tensors with one entry per image.
+        ExportError: If the model can't be run on the images or the format's library can't convert it, or the file is
+            wrong.
         ModuleNotFoundError: If that library is missing.
     """
     if format not in FORMS:
         raise ConfigError(f"format='{format}': expected one of {', '.join(FORMS)}")
-    target, path = _Target(FORMS[format], batch_size, any_size, half, int8), Path(path)
+    target, path = _Target(FORMS[format], batch_size, any_size, half, _wanted(int8)), Path(path)
     target.check(path, images)
-    patched = Patched(model)
-    own, images = patched.copy().eval().cpu().float(), images.cpu().float()
-    other_size = _other_size(patched, ImageModel(own, any_size), images) if any_size else None
+    # What the user's code computes in lower precision is neither converted nor compared.
+    with torch.autocast("cpu", enabled=False):
+        return _export(target, path, Patched(model), images.cpu().float(), benchmark)
+
+
+def _export(target: _Target, path: Path, patched: Patched[nn.Module], images: Tensor, benchmark: bool) -> Export:
+    own = patched.copy().eval().cpu().float()
+    other_size = target.other_size(patched, own, images)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".evopatch-") as folder:
-        written = target.write(own, images, Path(folder, "patched"), path.name)
+        written = target.write(own, images, other_size, Path(folder, "patched"), path.name)
         verification = speed = None
         if (run := target.open(written)) is not None:
-            verification = target.verify(run, own, batches_of(images, batch_size, other_size), path.name)
+            verification = target.verify(run, own, batches_of(images, target.batch_size, other_size), path.name)
         if run is not None and benchmark:
             original = patched.original().eval().cpu().float()
-            unpatched = target.open(target.write(original, images, Path(folder, "unpatched"), path.name))
+            unpatched = target.open(target.write(original, images, other_size, Path(folder, "unpatched"), path.name))
             assert unpatched is not None
-            batch = images[:batch_size]
+            batch = images[: target.batch_size]
             speed = compare(partial(run, batch), partial(unpatched, batch), batch, ROUNDS, warm_up=3)
         files = _move(written, path)
     return Export(path, files, sum(map(_size, files)), verification, speed)
@@ -114,32 +122,69 @@ class _Target:
     batch_size: int | None
     any_size: bool
     half: bool
-    int8: Tensor | None
+    int8: Tensor | bool
+    """Images to quantise by; True for a format that looks at none, False for a file in float32."""
 
     def check(self, path: Path, images: Tensor) -> None:
-        self.form.check(self.batch_size is None, self.any_size, self.int8 is not None, self.half)
+        self.form.check(self.batch_size is None, self.any_size, self.int8 is not False, self.half)
         self.form.check_target(path)
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"batch_size={self.batch_size}: expected 1 or more, or None for any")
-        if images.dim() != 4 or len(images) < max(2, self.batch_size or 0):
+        least = max(2, self.batch_size or 0)
+        if not isinstance(images, Tensor) or images.dim() != 4 or len(images) < least:
             raise DataError(
-                f"images of shape {tuple(images.shape)}: expected (M, C, height, width) with two images or more, and a "
-                "whole batch"
+                f"images: {_kind(images)}: expected a tensor (M, C, height, width) with {least} images or more; "
+                "torch.stack makes one of a list"
             )
+        if isinstance(self.int8, Tensor):
+            same = images.shape[1:2] if self.any_size else images.shape[1:]
+            if self.int8.dim() != 4 or not len(self.int8) or self.int8.shape[1 : 1 + len(same)] != same:
+                raise DataError(
+                    f"int8: {_kind(self.int8)}: expected (M, C, height, width) as images have, {tuple(images.shape)}, "
+                    "with one image or more; give them the same transform"
+                )
+        elif self.int8 and self.form.quantised_by_images:
+            raise ConfigError(f"int8=True: format {self.form.name} is quantised by images: give int8=images")
 
-    def write(self, model: nn.Module, images: Tensor, folder: Path, file_name: str) -> Path:
+    def other_size(self, patched: Patched[nn.Module], own: nn.Module, images: Tensor) -> tuple[int, int] | None:
+        """Height and width that the file is traced and verified with, beside those of the images: another number of
+        patches up and across, one more and one less. None for a file of one size."""
+        model = ImageModel(own, self.any_size)
+        _output_names(model, images[:2])
+        if not self.any_size:
+            return None
+        height, width = images.shape[2:]
+        rows, columns = next(iter(patched.hosts.values())).grids((height, width))[0]
+        other = height + height // rows, max(width - width // columns, width // columns)
+        try:
+            model(torch.zeros(1, images.shape[1], *other))
+        except Exception as error:
+            raise ConfigError(
+                f"any_size: {type(own).__qualname__} doesn't take an image of {other[0]} by {other[1]} px "
+                f"({' '.join(str(error).split())[:200]}): expected a model for any size, of timm with "
+                "dynamic_img_size=True"
+            ) from error
+        return other
+
+    def write(
+        self, model: nn.Module, images: Tensor, other_size: tuple[int, int] | None, folder: Path, file_name: str
+    ) -> Path:
         """Into a new folder of its own, as a format may make several files."""
         folder.mkdir()
         # Two images, or the exporter takes the batch's 1 for a constant.
         example = images[: self.batch_size or 2]
+        if other_size is not None:
+            # A height that is the width, or that the model has by itself, would be taken for a constant as well.
+            example = F.interpolate(example, other_size, mode="bilinear")
         module = ImageModel(model, self.any_size).eval()
-        names = module.output_names(example)
+        names = _output_names(module, example)
         if self.half and not self.form.own_half:
             module, example = copy.deepcopy(module).half(), example.half()
         free = self.batch_size is None, self.any_size
+        by = self.int8.cpu().float() if isinstance(self.int8, Tensor) else None
         written = folder / file_name
         try:
-            self.form.write(Conversion(module, example, names, *free, self.half, self.int8), written)
+            self.form.write(Conversion(module, example, names, *free, self.half, self.int8 is not False, by), written)
         except Exception as error:
             text = " ".join(str(error).split())[:600]
             raise ExportError(
@@ -158,7 +203,7 @@ class _Target:
     def verify(self, run: Run, model: nn.Module, batches: list[Tensor], where: str) -> Verification:
         eager = ImageModel(model, self.any_size)
         names = eager.output_names(batches[0])
-        if self.int8 is not None:
+        if self.int8 is not False:
             return verify_int8(run, eager, batches, where, names)
         if self.half:
             return verify_half(run, eager, _in_half(copy.deepcopy(eager).half()), batches, where, names)
@@ -169,19 +214,28 @@ def _in_half(run: Run) -> Run:
     return lambda images: tuple(value.float() for value in run(images.half()))
 
 
-def _other_size(patched: Patched[nn.Module], model: ImageModel, images: Tensor) -> tuple[int, int]:
-    """Another number of patches up and across than these images have: one more, and one less."""
-    height, width = images.shape[2:]
-    rows, columns = next(iter(patched.hosts.values())).grids((height, width))[0]
-    other = height + height // rows, max(width - width // columns, width // columns)
+def _wanted(int8: Tensor | bool | None) -> Tensor | bool:
+    if int8 is None or isinstance(int8, (bool, Tensor)):
+        return False if int8 is None else int8
+    raise DataError(f"int8: {_kind(int8)}: expected images as a tensor (M, C, height, width), True, or None")
+
+
+def _output_names(model: ImageModel, images: Tensor) -> list[str]:
+    """Of a model's outputs for images `(B, C, height, width)`, in its first run."""
     try:
-        model(torch.zeros(1, images.shape[1], *other))
+        return model.output_names(images)
+    except EvoPatchError:
+        raise
     except Exception as error:
-        raise ConfigError(
-            f"any_size: {type(model.model).__qualname__} doesn't take an image of {other[0]} by {other[1]} px "
-            f"({' '.join(str(error).split())[:200]}): expected a model for any size, of timm with dynamic_img_size=True"
+        raise ExportError(
+            f"{type(model.model).__qualname__} doesn't run on images of shape {tuple(images.shape)} in float32, "
+            f"without other arguments: {type(error).__name__}: {' '.join(str(error).split())[:400]}. Expected a model "
+            "that takes images only, and images of its channels and size; give those, or the part that takes images"
         ) from error
-    return other
+
+
+def _kind(value: object) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _move(written: Path, path: Path) -> tuple[Path, ...]:

@@ -23,7 +23,7 @@ def _write(conversion: Conversion, path: Path) -> None:
         output_names=conversion.output_names,
         dynamic_shapes=(axes,) if axes else None,
     )
-    if conversion.calibration is None:
+    if not conversion.int8:
         program.save(str(path))
         return
     from .onnx_int8 import quantise
@@ -31,7 +31,7 @@ def _write(conversion: Conversion, path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:  # of a large model it is several files
         whole = Path(folder) / "float32.onnx"
         program.save(str(whole))
-        quantise(whole, path, conversion.calibration)
+        quantise(whole, path, conversion.calibration_batches())
 
 
 def _open(path: Path) -> Run:

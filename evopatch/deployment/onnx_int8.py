@@ -10,24 +10,24 @@ from torch import Tensor
 from .conversion import INPUT
 
 
-def quantise(source: Path, target: Path, images: Tensor) -> None:
+def quantise(source: Path, target: Path, batches: list[Tensor]) -> None:
     """Statically: weights by output channel, activations by the range of their values on some images.
 
     Args:
         source: A float32 file.
         target: Where the other one goes.
-        images: `(M, C, height, width)`, float32, run one by one.
+        batches: Images `(B, C, height, width)` each, float32, as the file takes them.
     """
     import onnx
     from onnxruntime import quantization
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self._left = iter(images.split(1))
+            self._left = iter(batches)
 
         def get_next(self) -> dict[str, Any] | None:
-            image = next(self._left, None)
-            return None if image is None else {INPUT: image.numpy()}
+            batch = next(self._left, None)
+            return None if batch is None else {INPUT: batch.numpy()}
 
     graph: Any = onnx.load(str(source), load_external_data=False).graph
     constants = {tensor.name for tensor in graph.initializer if len(tensor.dims) > 1}

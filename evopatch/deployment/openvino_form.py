@@ -17,10 +17,10 @@ def _write(conversion: Conversion, path: Path) -> None:
     model: Any = openvino.convert_model(conversion.program())
     # By itself it leaves every axis of the input free, and a program of one size gives garbage at others.
     model.reshape(conversion.sizes())
-    if conversion.calibration is not None:
+    if conversion.int8:
         from .openvino_int8 import quantised
 
-        model = quantised(model, conversion.calibration)
+        model = quantised(model, conversion.calibration_batches())
     openvino.save_model(model, str(path), compress_to_fp16=conversion.half)
 
 

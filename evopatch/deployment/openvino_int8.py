@@ -8,20 +8,20 @@ from typing import Any
 from torch import Tensor
 
 
-def quantised(model: Any, images: Tensor) -> Any:
+def quantised(model: Any, batches: list[Tensor]) -> Any:
     """A quantised copy.
 
     Args:
         model: Of OpenVINO.
-        images: `(M, C, height, width)`, float32, run one by one.
+        batches: Images `(B, C, height, width)` each, float32, as the file takes them.
     """
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)  # or it lists every operation that is left alone
-    data = nncf.Dataset([image.numpy() for image in images.split(1)])
+    data = nncf.Dataset([batch.numpy() for batch in batches])
     ranking = nncf.IgnoredScope(names=[node.get_friendly_name() for node in model.get_ops() if not _is_layer(node)])
     return nncf.quantize(
-        model, data, subset_size=len(images), model_type=nncf.ModelType.TRANSFORMER, ignored_scope=ranking
+        model, data, subset_size=len(batches), model_type=nncf.ModelType.TRANSFORMER, ignored_scope=ranking
     )
 
 

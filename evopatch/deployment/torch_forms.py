@@ -16,7 +16,7 @@ from .form import Form, Run
 
 
 def _write_program(conversion: Conversion, path: Path) -> None:
-    if conversion.calibration is not None:
+    if conversion.int8:
         from .torch_int8 import quantise
 
         model = copy.deepcopy(conversion.model)
@@ -67,5 +67,5 @@ class _OfOneSize(nn.Module):
         return self.model(self.checked(images, self.sizes))
 
 
-PROGRAM = Form("pt2", ".pt2", (), _write_program, _open_program, quantised_by=("torchao",))
+PROGRAM = Form("pt2", ".pt2", (), _write_program, _open_program, quantised_by=("torchao",), quantised_by_images=False)
 SCRIPT = Form("torchscript", ".pt", (), _write_script, _open_script, any_size=False)
