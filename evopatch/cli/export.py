@@ -87,7 +87,7 @@ def export(
         classifier.model, out, format.value, images=shown, batch_size=batch_size, any_size=any_size, half=half,
         int8=calibration if by_images else int8, benchmark=benchmark,
     )  # fmt: skip
-    console.print(_summary(result, half or int8), highlight=False, soft_wrap=True)
+    console.print(_summary(result, half or int8, form.run_with), highlight=False, soft_wrap=True)
 
 
 def _number(text: str | None, option: str) -> int:
@@ -129,7 +129,7 @@ def _images(classifier: Classifier, data: str | None, number: int, calibration: 
     return torch.stack(shown), torch.stack(others) if others else torch.zeros(0)
 
 
-def _summary(result: Export, rounded: bool) -> str:
+def _summary(result: Export, rounded: bool, run_with: str | None) -> str:
     lines = [f"{', '.join(map(str, result.files))}: {megabytes(result.size):.1f} MB."]
     checked = result.verification
     if checked is None:
@@ -144,6 +144,8 @@ def _summary(result: Export, rounded: bool) -> str:
                 f"{checked.turned} where two nearly equal tokens turned: the model gives the same when the image is "
                 f"moved by less than rounding; they differ by up to {checked.difference:.0f} times the tolerance."
             )
+        if run_with is not None:
+            lines.append(f"That is with {run_with}; run it with the same, or expect less precision.")
         lines.append(f"Error: {checked.error:.2g} of the spread between images.")
     if result.speed is not None:
         speed = result.speed

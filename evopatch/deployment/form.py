@@ -40,6 +40,8 @@ class Form:
     """Whether that library looks at images to quantise."""
     beside: tuple[str, ...] = ()
     """What the file may get beside it: names with its own as `{name}`, and without the ending as `{stem}`."""
+    run_with: str | None = None
+    """Setting of the runtime that the file is verified with, where others give something else."""
     is_package: bool = False
     """Whether what it writes is a folder, which looks like a file where it is used."""
     own_half: bool = False

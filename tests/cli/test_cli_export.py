@@ -21,6 +21,14 @@ def test_of_a_rounded_file_only_the_error_is_said(command, tmp_path):
     assert "equal to" not in run.stdout
 
 
+@pytest.mark.slow
+def test_the_setting_that_openvino_needs_is_said(command, tmp_path):
+    pytest.importorskip("openvino")
+    run = command(*MODEL, "--format", "openvino", "--batch", "1", "--images", "2", "--out", tmp_path / "deit.xml")
+    assert run.returncode == 0, run.stderr
+    assert "That is with INFERENCE_PRECISION_HINT=f32; run it with the same" in run.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
