@@ -70,7 +70,8 @@ def finetune(
         DataError: If the training data are empty, of another kind, the objective needs labels and they have none, or
             a label is outside the model's classes,
             or more than 1 % of the images can't be read.
-        TrainingError: If loss or gradient are no longer finite; the model keeps the weights before that step.
+        TrainingError: If loss or gradient are no longer finite; the model keeps the weights before that step. Or if
+            the run came to fewer or more steps than planned.
         TrainingInterruptedError: After Ctrl-C or SIGTERM where there is an output folder; a KeyboardInterrupt.
     """
     if not isinstance(config, FinetuneConfig):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import DataError, TrainingInterruptedError
+from ..errors import DataError, TrainingError, TrainingInterruptedError
 from ..patching.handle import Patched
 from . import checkpoints, log, preparation, resuming
 from .averaging import Average
@@ -97,6 +97,7 @@ class Run:
         own = preparation.make_optimizer(student, config)
         prepared: Any = self.accelerator.prepare(student, own, preparation.make_loader(self.items, config))
         self._student, optimizer, self._loader = prepared
+        preparation.check_accumulation(self.accelerator, config)
         self.steps_per_epoch = math.ceil(len(self._loader) / config.accumulation_steps)
         if self.steps_per_epoch == 0:
             raise DataError(
@@ -124,6 +125,7 @@ class Run:
 
         Raises:
             TrainingError: If loss or gradient are no finite numbers; the model has the weights from before that step.
+                Or if it came to fewer or more steps than planned.
             TrainingInterruptedError: After Ctrl-C or SIGTERM, where there is an output folder to save to.
             DataError: If too many images can't be read.
         """
@@ -133,6 +135,7 @@ class Run:
             first, done = divmod(self.progress.step, self.steps_per_epoch)
             for epoch in range(first, self.config.epochs):
                 self._epoch(epoch, done if epoch == first else 0, request, show)
+            self._check_done()
         if self._average is not None:
             self._average.give()
         self.progress.seconds += time.perf_counter() - self._begin
@@ -190,6 +193,17 @@ class Run:
             raise TrainingInterruptedError(
                 f"stopped after step {step} of {self.steps}; everything up to there is saved in "
                 f"{self.output}. Call again with the same settings and resume=True to go on"
+            )
+
+    def _check_done(self) -> None:
+        # accelerate keeps what it accumulates once per process: whoever makes another Accelerator meanwhile changes it.
+        step, epochs = self.progress.step, len(self.progress.losses)
+        if (step, epochs) != (self.steps, self.config.epochs):
+            raise TrainingError(
+                f"the run ended after {step} optimizer steps and {epochs} whole epochs: expected {self.steps} and "
+                f"{self.config.epochs}, of {self.config.accumulation_steps} forwards a step; accelerate took "
+                f"{self.accelerator.gradient_accumulation_steps} at the end. Make no other Accelerator while it runs, "
+                "and give all processes the same data"
             )
 
     def _save(self) -> None:

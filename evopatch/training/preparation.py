@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, GradientAccumulationPlugin
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -22,6 +22,8 @@ from . import processes
 from .items import Item, Items, collate
 from .settings import FinetuneConfig
 from .student import Student
+
+_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
 def make_accelerator(config: FinetuneConfig, trackers: list[Any] | None, output: Path | None) -> Accelerator:
@@ -39,7 +41,8 @@ def make_accelerator(config: FinetuneConfig, trackers: list[Any] | None, output:
         accelerator = Accelerator(
             cpu=processes.on_cpu(),
             mixed_precision=precision,
-            gradient_accumulation_steps=config.accumulation_steps,
+            # Not as a number: the environment variable would go before it.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulation_steps),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
             # Some models have parameters that a classification doesn't use, such as mask tokens.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -51,6 +54,24 @@ def make_accelerator(config: FinetuneConfig, trackers: list[Any] | None, output:
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("mixed precision 'fp16' on the CPU: accelerate has none there, use 'bf16' or 'no'")
     return accelerator
+
+
+def check_accumulation(accelerator: Accelerator, config: FinetuneConfig) -> None:
+    """
+    Args:
+        accelerator: After it prepared the student: DeepSpeed's own number is read then.
+        config: Of the run.
+
+    Raises:
+        ConfigError: If it accumulates another number of forwards than the configuration says.
+    """
+    found, expected = accelerator.gradient_accumulation_steps, config.accumulation_steps
+    if found != expected:
+        raise ConfigError(
+            f"accumulation_steps={expected}, but accelerate takes {found} forwards a step: expected the same number in "
+            f"its own configuration (DeepSpeed's gradient_accumulation_steps, or {_ACCUMULATION}="
+            f"{os.environ.get(_ACCUMULATION, '')}). Give it there as {expected}"
+        )
 
 
 def make_loader(items: Items, config: FinetuneConfig) -> DataLoader[Item]:
