@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -16,7 +14,7 @@ from ..errors import CheckpointError, ConfigError, DataError
 from ..measure.accuracy import Evaluation
 from ..measure.timing import compare_speed, compare_training_speed
 from ..patching.handle import Patched, unpatch
-from . import checkpoints
+from . import checkpoints, teachers
 from .evaluation import EvaluationData
 from .items import Items
 from .randomness import preserved
@@ -52,7 +50,8 @@ def finetune(
         eval_data: The same: evaluated before and after.
         config: How.
         teacher: Whose predictions are learned: another classifier of the same classes and input, or its name (as for
-            `evopatch evaluate --model`). None: for distillation, the model as it is given, unpatched.
+            `evopatch evaluate --model`). It may share values with the model, but none that are trained. None: for
+            distillation, the model as it is given, unpatched.
         output: A folder for checkpoints and the log. A damaged or interrupted run can be resumed from it.
         resume: Go on from the newest checkpoint in `output`, or begin where there is none yet; call with the same
             model, data and settings as before.
@@ -97,7 +96,7 @@ def _finetune(
     progress: bool,
 ) -> FinetuneResult:
     from ..progress import progress_bar
-    from . import processes
+    from . import preparation, processes
     from .loop import Run
     from .objective import Objective
 
@@ -111,14 +110,19 @@ def _finetune(
     begun = folder is not None and resume and bool(checkpoints.steps(folder))
     if folder is not None and begun:
         checkpoints.load_initial(folder, original)
-    taught_by = _teacher(teacher, original, model) if objective.distils else None
-    identity = None if taught_by is None else "itself" if teacher is None else _digest(taught_by)
+    taught_by = teachers.find(teacher, original) if objective.distils else None
+    if taught_by is not None:
+        teachers.check_apart(taught_by, model, preparation.trained(patched, config))
+    identity = None if taught_by is None else "itself" if teacher is None else teachers.identity(taught_by)
     patch_config = patched.config
     evaluation = None if eval_data is None else EvaluationData(eval_data, config.batch_size)
     unpatched = before = after = None
-    modes = None if taught_by is None else taught_by.training
+    mode = None
+    if taught_by is not None:
+        mode = taught_by.training
+        taught_by.eval()
     try:
-        run = Run(model, patched, items, config, objective, taught_by and taught_by.eval(), folder, identity)
+        run = Run(model, patched, items, config, objective, taught_by, folder, identity)
         try:
             # After what could be wrong was looked at: a run that can't begin leaves no folder.
             if folder is not None and not begun and processes.is_main():
@@ -138,8 +142,8 @@ def _finetune(
         finally:
             run.close()
     finally:
-        if taught_by is not None and modes is not None:
-            taught_by.train(modes)
+        if taught_by is not None and mode is not None:
+            taught_by.train(mode)
     assert patched.config == patch_config
     if evaluation is not None:
         _, after = evaluation.run(patched, original)
@@ -171,26 +175,6 @@ def _distils(items: Items, config: FinetuneConfig, has_teacher: bool) -> bool:
     if has_teacher and config.objective == "labels":
         raise ConfigError("objective='labels' with a teacher: expected objective='distillation', or no teacher")
     return config.objective == "distillation" or (config.objective == "auto" and (has_teacher or not labelled))
-
-
-def _teacher(teacher: nn.Module | str | None, original: nn.Module, model: nn.Module) -> nn.Module:
-    if teacher is None:
-        return original
-    if isinstance(teacher, nn.Module):
-        if teacher is model:
-            raise ConfigError("the teacher is the model itself: leave it out, for the model as it is now, unpatched")
-        return teacher
-    from ..sources.models import open_classifier
-
-    return open_classifier(teacher).model.requires_grad_(False)
-
-
-def _digest(teacher: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(teacher.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _result(

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import DataError, TrainingError, TrainingInterruptedError
 from ..patching.handle import Patched
-from . import checkpoints, log, preparation, resuming
+from . import checkpoints, log, preparation, resuming, teachers
 from .averaging import Average
 from .interrupt import Request, deferred
 from .items import Items
@@ -68,7 +68,7 @@ class Run:
         student = Student(model, image, config.assisted_weight > 0, objective.distils and config.label_weight > 0)
         objective.learn(student.kind, type(model).__name__)
         if teacher is not None:
-            preparation.check_teacher(teacher, student.classes, image, self.accelerator.device)
+            teachers.check_classes(teacher, student.classes, image, self.accelerator.device)
         self.classes = student.classes if student.kind == "classes" else None
         """Of the model, where its outputs are classes."""
         items.classes = student.classes if objective.uses_labels else None

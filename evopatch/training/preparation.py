@@ -12,11 +12,10 @@ from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwa
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ..errors import ConfigError
-from ..measure.accuracy import logits_of
 from ..patching.handle import Patched
 from . import processes
 from .items import Item, Items, collate
@@ -157,29 +156,14 @@ def make_mixup(config: FinetuneConfig, images: int, classes: int) -> Mixup | Non
     return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
 
 
-def check_teacher(teacher: nn.Module, classes: int, image: Tensor, device: torch.device) -> None:
-    """
-    Args:
-        teacher: A classifier.
-        classes: Of the model that it teaches.
-        image: `(3, height, width)`, any of the data.
-        device: The teacher's.
-
-    Raises:
-        ConfigError: If it has other classes.
-    """
-    parameter = next(teacher.parameters())
-    with torch.no_grad():
-        found = logits_of(teacher(image.unsqueeze(0).to(device, parameter.dtype))).shape[1]
-    if found != classes:
-        raise ConfigError(f"the teacher has {found} classes and the model {classes}: expected the same ones")
-
-
-def freeze(patched: Patched[nn.Module], config: FinetuneConfig) -> None:
-    """Take the gradients from what `config.trainable` leaves out."""
-    if config.trainable == "all":
-        return
+def trained(patched: Patched[nn.Module], config: FinetuneConfig) -> list[nn.Parameter]:
+    """Parameters that `config.trainable` takes in, of those that the model has gradients of."""
     model = patched.model
+    candidates = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.trainable == "all":
+        return candidates
+    if config.trainable == "norms":
+        return [parameter for parameter in candidates if parameter.ndim <= 1]
     blocks = {
         id(parameter)
         for host in patched.hosts.values()
@@ -187,6 +171,11 @@ def freeze(patched: Patched[nn.Module], config: FinetuneConfig) -> None:
         for path in block
         for parameter in model.get_submodule(path).parameters()
     }
-    for parameter in model.parameters():
-        trained = id(parameter) in blocks if config.trainable == "blocks" else parameter.ndim <= 1
-        parameter.requires_grad_(parameter.requires_grad and trained)
+    return [parameter for parameter in candidates if id(parameter) in blocks]
+
+
+def freeze(patched: Patched[nn.Module], config: FinetuneConfig) -> None:
+    """Take the gradients from what `config.trainable` leaves out."""
+    kept = set(map(id, trained(patched, config)))
+    for parameter in patched.model.parameters():
+        parameter.requires_grad_(id(parameter) in kept)
