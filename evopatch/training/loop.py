@@ -56,9 +56,7 @@ class Run:
         trackers = None if journal is None else [journal, *log.tensorboard()]
         self.accelerator = preparation.make_accelerator(config, trackers, output)
         self._patch_config = patched.config
-        self._settings = resuming.settings_of_run(
-            config, self._patch_config, items, self.accelerator, objective, taught_by
-        )
+        self._settings = resuming.settings_of_run(config, patched, items, self.accelerator, objective, taught_by)
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.to(self.accelerator.device)
         teacher = None if teacher is None else teacher.to(self.accelerator.device)

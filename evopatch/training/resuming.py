@@ -8,28 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import nn
 
-from ..config import EvoConfig
 from ..errors import ConfigError
+from ..measure.fingerprint import fingerprint
+from ..patching.handle import Patched
+from ..patching.learning import learned
 from . import checkpoints
 from .differences import differences
 from .items import Items
 from .objective import Objective
+from .preparation import trained
 from .settings import MAY_DIFFER, FinetuneConfig
 
 
 def settings_of_run(
     config: FinetuneConfig,
-    patch_config: EvoConfig,
+    patched: Patched[nn.Module],
     items: Items,
     accelerator: Accelerator,
     objective: Objective,
     taught_by: str | None,
 ) -> dict[str, Any]:
-    """All that has to be the same when a run is resumed, as plain values."""
+    """All that has to be the same when a run is resumed, as plain values. The model's parameters are not frozen yet."""
+    from_images = learned(patched.model)
+    taken_in = set(map(id, trained(patched, config)))
     settings = {key: value for key, value in config.to_dict().items() if key not in MAY_DIFFER}
     settings |= {
-        "patch": patch_config.to_dict(),
+        "patch": patched.config.to_dict(),
+        "what the blocks learned from images": fingerprint(from_images) if from_images else None,
+        "trained parameters": [name for name, p in patched.model.named_parameters() if id(p) in taken_in],
         "images": len(items),
         "names and labels of the images": items.listing(),
         "processes": accelerator.num_processes,

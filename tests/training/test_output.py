@@ -123,6 +123,10 @@ def test_resuming_in_the_same_process_begins_with_the_same_weights(tmp_path):
         ({"train_data": Images("none")}, "objective was 'labels' and is 'distillation' now"),
         ({"teacher": build("gap")}, "teacher was None and is "),
         ({"model": evopatch.apply(build("vit", num_classes=9))}, "is of another model than this VisionTransformer"),
+        (
+            {"model": evopatch.apply(build("vit"), images=Images("none").images)},
+            "what the blocks learned from images was None and is '",
+        ),
     ],
 )
 def test_a_refused_resume_leaves_the_model_untouched(changes, message, tmp_path):
@@ -134,6 +138,24 @@ def test_a_refused_resume_leaves_the_model_untouched(changes, message, tmp_path)
         evopatch.finetune(**arguments, output=tmp_path, resume=True, progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in arguments["model"].state_dict().items())
     assert all(p.requires_grad for p in arguments["model"].parameters())
+
+
+def test_a_resume_with_other_frozen_parameters_names_them(tmp_path):
+    def run(*frozen, resume):
+        model = evopatch.apply(build("vit"))
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
+        config = FinetuneConfig(epochs=1)
+        evopatch.finetune(model, Images("tuple"), config=config, output=tmp_path, resume=resume, progress=False)
+
+    run("head.weight", resume=False)
+    message = (
+        "trained parameters are no longer 'cls_token', 'pos_embed', 'norm.weight' and 1 more, "
+        "trained parameters are now also 'head.weight'."
+    )
+    with pytest.raises(ConfigError, match=message):
+        run("cls_token", "pos_embed", "norm.weight", "norm.bias", resume=True)
+    run("head.weight", resume=True)
 
 
 def test_other_images_are_refused_and_a_moved_folder_is_not(tmp_path):
