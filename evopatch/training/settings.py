@@ -43,7 +43,8 @@ class FinetuneConfig:
         accumulation_steps: Forwards per optimizer step.
         optimizer: A name of timm's, such as `"adamw"`, `"sgd"`, `"lamb"`.
         learning_rate: Peak of the schedule.
-        weight_decay: Not applied to biases and norms (timm's rule).
+        weight_decay: Not applied to biases and norms, nor to what timm's models say, such as position embeddings and
+            class tokens. Those of transformers' models decay, as by its Trainer.
         scheduler: A name of timm's, such as `"cosine"`, `"step"`, `"poly"`; by optimizer steps.
         warmup_epochs: Length of the linear warm-up from a tenth of the rate, may be a fraction.
         gradient_clip: Largest norm of the gradient.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError
+from ..forward.spec import qualified
 from ..measure.accuracy import logits_of
 from ..measure.kinds import kind_of
 from ..patching.handle import Patched
@@ -55,9 +56,15 @@ class Student(nn.Module):
             self.assistant = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.classes)).to(logits.device)
 
     def no_weight_decay(self) -> set[str]:
-        """The model's own, for timm's optimizer factory."""
-        own = getattr(self.model, "no_weight_decay", set)
-        return {f"model.{name}" for name in own()}
+        """Names of parameters, for timm's optimizer factory: what timm's models, and parts of models, name themselves.
+
+        transformers' models name none; as by its Trainer, all of theirs decay but biases and norms.
+        """
+        found = set()
+        for path, module in self.model.named_modules(prefix="model"):
+            own = getattr(module, "no_weight_decay", None)
+            found |= {qualified(path, name) for name in own()} if callable(own) else set()
+        return found
 
     def forward(self, images: Tensor) -> Outputs:
         """`(B, 3, height, width)`."""

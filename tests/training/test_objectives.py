@@ -14,6 +14,7 @@ from variants import build, call, images
 import evopatch
 from evopatch import ConfigError, EvoConfig, FinetuneConfig
 from evopatch.training.objective import Objective
+from evopatch.training.preparation import make_optimizer
 from evopatch.training.student import Outputs, Student
 
 torch.manual_seed(0)
@@ -178,6 +179,33 @@ def test_frozen_parameters_stay_frozen():
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="no parameter of the model is left to train"):
         evopatch.finetune(model, Images("tuple"), config=FAST, progress=False)
+
+
+class Inside(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.backbone = model
+
+    def forward(self, x):
+        return self.backbone(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "within", "kept"),
+    [
+        ("vit", lambda model: model, {"pos_embed", "cls_token"}),
+        ("vit", Inside, {"backbone.pos_embed", "backbone.cls_token"}),
+        ("vit", torch.compile, {"_orig_mod.pos_embed", "_orig_mod.cls_token"}),
+        ("rope_mixed", Inside, {"backbone.pos_embed", "backbone.cls_token", "backbone.rope.freqs"}),
+        ("hf_vit", lambda model: model, set()),
+    ],
+)
+def test_position_embeddings_of_timms_models_do_not_decay_wherever_they_are(name, within, kept):
+    model = within(evopatch.apply(build(name)))
+    optimizer = make_optimizer(Student(model, images(1)[0]), FinetuneConfig())
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    found = {path for path, p in model.named_parameters() if p.ndim > 1 and decay[id(p)] == 0}
+    assert found == kept
 
 
 def weights(model):
