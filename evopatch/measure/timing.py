@@ -15,6 +15,7 @@ from ..config import EvoConfig
 from ..patching.handle import Patched
 from .accuracy import logits_of
 from .profiling import UNPATCHED
+from .two_heads import heads_apart, switches
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,11 @@ def forward_and_backward(model: nn.Module, batch: Tensor) -> Callable[[], None]:
         batch: Images `(B, 3, height, width)`.
     """
     module: nn.Module = getattr(model, "_orig_mod", model)
+    modules = switches(module)
 
     def step() -> None:
-        logits_of(model(batch)).float().logsumexp(1).sum().backward()
+        with heads_apart(modules, False):
+            logits_of(model(batch)).float().logsumexp(1).sum().backward()
         module.zero_grad()
 
     return step

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 from ..forward.spec import qualified
 from ..measure.accuracy import logits_of
 from ..measure.kinds import kind_of
+from ..measure.two_heads import heads_apart, switches
 from ..patching.handle import Patched
 
 
@@ -43,6 +44,9 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.two_heads = two_heads
+        self._switches = switches(model)
+        # Of a part of the model nobody knows what the model does with its logits.
+        self._gives_two = hasattr(model, "set_distilled_training")
         patched = Patched(model)
         if assisted:
             _check_class_token(patched)
@@ -73,12 +77,10 @@ class Student(nn.Module):
         if self.assistant is not None:
             block = self.model.get_submodule(self._last_block)
             hook = block.register_forward_hook(lambda module, args, out: last.append(out))
-        if self.two_heads:
-            _set_distilled_training(self.model, True)
         try:
-            output = self.model(images.to(next(self.model.parameters()).dtype))
+            with heads_apart(self._switches, self.two_heads and self._gives_two):
+                output = self.model(images.to(next(self.model.parameters()).dtype))
         finally:
-            _set_distilled_training(self.model, False)
             if hook is not None:
                 hook.remove()
         logits, distillation = _heads(output) if self.two_heads else (logits_of(output),) * 2
@@ -93,12 +95,6 @@ def _heads(output: Any) -> tuple[Tensor, Tensor]:
         return output.cls_logits, output.distillation_logits
     logits = logits_of(output)
     return logits, logits
-
-
-def _set_distilled_training(model: Any, enable: bool) -> None:
-    # timm's distilled models average their heads otherwise, also in training.
-    if hasattr(model, "set_distilled_training"):
-        model.set_distilled_training(enable)
 
 
 @torch.no_grad()

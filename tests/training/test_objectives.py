@@ -37,6 +37,15 @@ def entropy(logits, target, smoothing=0.0):
     return -(wanted * logits.log_softmax(1)).sum(1).mean().item()
 
 
+class Inside(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.backbone = model
+
+    def forward(self, x):
+        return self.backbone(x)
+
+
 def test_equations():
     plain = Outputs(S, S, None)
     apart = Outputs(S, D, None)
@@ -81,6 +90,37 @@ def test_two_heads_learn_apart(name, monkeypatch):
         evopatch.finetune(model, Images("tuple"), config=config, progress=False)
     assert heads == [True] * 4
     assert call(model.train(), x).shape == (4, 7), "still trained apart"
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    "settings", [{}, {"objective": "distillation"}, {"objective": "distillation", "label_weight": 0.5}]
+)
+def test_the_switch_of_the_two_heads_is_the_callers_afterwards_and_changes_nothing(before, settings):
+    def losses(on, data):
+        model.set_distilled_training(on)
+        return evopatch.finetune(model, data, config=config, progress=False).losses
+
+    config = FinetuneConfig(epochs=1, batch_size=8, **settings)
+    model = evopatch.apply(build("deit_distilled", depth=3))
+    start = copy.deepcopy(model.state_dict())
+    found = losses(before, Images("tuple"))
+    assert model.distilled_training is before
+    model.load_state_dict(start)
+    assert found == losses(not before, Images("tuple"))
+    data = Images("tuple")
+    data.images[:] = float("nan")
+    with pytest.raises(evopatch.TrainingError, match="is nan"):
+        losses(before, data)
+    assert model.distilled_training is before
+
+
+def test_the_switch_is_off_while_a_part_of_another_model_is_trained():
+    part = build("deit_distilled", depth=3)
+    part.set_distilled_training(True)
+    outputs = Student(evopatch.apply(Inside(part)), images(1)[0], two_heads=True).train()(images(2))
+    assert outputs.logits is outputs.distillation
+    assert part.distilled_training
 
 
 def test_one_head_gives_its_logits_twice():
@@ -179,15 +219,6 @@ def test_frozen_parameters_stay_frozen():
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="no parameter of the model is left to train"):
         evopatch.finetune(model, Images("tuple"), config=FAST, progress=False)
-
-
-class Inside(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.backbone = model
-
-    def forward(self, x):
-        return self.backbone(x)
 
 
 @pytest.mark.parametrize(
