@@ -89,7 +89,7 @@ def make_optimizer(student: Student, config: FinetuneConfig) -> torch.optim.Opti
     """timm's of that name.
 
     Raises:
-        ConfigError: If there is none, or nothing to train.
+        ConfigError: If there is none, it needs second derivatives, or there is nothing to train.
     """
     if sum(p.requires_grad for p in student.parameters()) == 0:
         raise ConfigError(f"trainable='{config.trainable}': no parameter of the model is left to train")
@@ -99,6 +99,11 @@ def make_optimizer(student: Student, config: FinetuneConfig) -> torch.optim.Opti
         )
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"optimizer='{config.optimizer}': {error}") from error
+    if getattr(optimizer, "is_second_order", False):  # also of one that lookahead is around
+        raise ConfigError(
+            f"optimizer='{config.optimizer}' needs second derivatives, which a step here doesn't make: expected one of "
+            "timm's that takes gradients only, such as 'adamw', 'sgd' or 'lamb'"
+        )
     return optimizer
 
 

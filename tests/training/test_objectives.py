@@ -239,6 +239,15 @@ def test_position_embeddings_of_timms_models_do_not_decay_wherever_they_are(name
     assert found == kept
 
 
+@pytest.mark.parametrize("name", ["adahessian", "lookahead_adahessian"])
+def test_an_optimizer_of_second_order_is_refused(name, tmp_path):
+    config = FinetuneConfig(optimizer=name)
+    model = evopatch.apply(build("vit"))
+    with pytest.raises(ConfigError, match=f"optimizer='{name}' needs second derivatives"):
+        evopatch.finetune(model, Images("tuple"), config=config, output=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
