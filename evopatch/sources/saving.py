@@ -8,14 +8,15 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from ..config import EvoConfig
-from ..durable import make_folder, make_readable
+from ..durable import make_folder, make_readable, publish
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..patching.apply import apply_again
 from ..patching.handle import Patched
@@ -29,6 +30,7 @@ FILE_NAME = "evopatch.json"
 LEARNED_FILE = "evopatch.safetensors"
 """What blocks learned from images, where they did."""
 FORMAT = 1
+_UNFINISHED = "unfinished"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _LIBRARIES = {"transformers": "evopatch_transformers.checkpoint", "timm": "evopatch_timm.checkpoint"}
 
@@ -38,7 +40,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], processor: A
 
     The folder is also a normal checkpoint of the unpatched model: `from_pretrained(path)` reads it for transformers,
     `timm.create_model("local-dir:<path>", pretrained=True)` for timm. Files are written under temporary names and
-    renamed, `evopatch.json` last. A model card, `README.md`, is written where there is none.
+    renamed once all are. While they are, `evopatch.json` says that the folder is unfinished, so that a save which was
+    stopped half-way is never loaded as a model of two. A model card, `README.md`, is written where there is none.
 
     Args:
         model: A patched model of transformers, or one that `timm.create_model` made.
@@ -74,18 +77,24 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], processor: A
         _refuse_other_weights(folder, files, stale)
         if not (folder / card.FILE_NAME).exists():
             Path(temporary, card.FILE_NAME).write_text(card.card(patched, name, library.origin(patched.model)))
+        about = {"format": FORMAT, "evopatch": VERSION}
+        _describe(folder, Path(temporary), {**about, _UNFINISHED: True, "files": sorted(stale.union(files))})
         for file in sorted(Path(temporary).iterdir()):
             if file.is_file():
                 make_readable(file)
-            os.replace(file, folder / file.name)
+            publish(file, folder / file.name)
         for file_name in stale:  # libraries may read them instead
             (folder / file_name).unlink()
-        last = Path(temporary, FILE_NAME)
-        written = {"format": FORMAT, "evopatch": VERSION, "library": name, "hosts": hosts, "files": files}
+        written = {**about, "library": name, "hosts": hosts, "files": files}
         if tensors:
             written["learned"] = sorted(tensors)
-        last.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
-        os.replace(last, folder / FILE_NAME)
+        _describe(folder, Path(temporary), written)
+
+
+def _describe(folder: Path, temporary: Path, values: Mapping[str, Any]) -> None:
+    file = temporary / FILE_NAME
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    publish(file, folder / FILE_NAME)
 
 
 def _copy(files: list[Path], folder: Path, temporary: Path) -> None:
@@ -134,19 +143,48 @@ def load_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         The model in eval mode.
 
     Raises:
-        CheckpointError: If `evopatch.json` is missing, damaged, of something else, or of a newer format, or if the
-            model has no such hosts, or can't be patched so.
+        CheckpointError: If `evopatch.json` is missing, damaged, of something else, or of a newer format, if a save to
+            the folder isn't finished, or one was made while the model was loaded, or if the model has no such hosts,
+            or can't be patched so.
     """
     if Path(path).is_file():
         raise CheckpointError(f"{path} is a file: expected a folder written by evopatch.save_pretrained")
     folder = Path(path) if Path(path).is_dir() else _download(str(path))
-    name, _ = _read(folder / FILE_NAME)
-    library = cast(Library, importlib.import_module(_LIBRARIES[name]))
-    return patch_as_saved(library.load(folder, **kwargs).eval(), folder)
+    with _unchanged(folder / FILE_NAME):
+        name, _ = _read(folder / FILE_NAME)
+        library = cast(Library, importlib.import_module(_LIBRARIES[name]))
+        return patch_as_saved(library.load(folder, **kwargs).eval(), folder)
+
+
+@contextmanager
+def _unchanged(file: Path) -> Iterator[None]:
+    """Refuses what was read from a folder while a save replaced its files: some may be of the former model."""
+    before = _identity(file)
+    replaced = (
+        f"{file.parent} was saved to by another process while its model was loaded, which may be one of two models "
+        "then: load it again"
+    )
+    try:
+        yield
+    except CheckpointError as error:
+        if _identity(file) == before:
+            raise
+        raise CheckpointError(replaced) from error
+    if _identity(file) != before:
+        raise CheckpointError(replaced)
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    # Not what it says: that may be the same for two models.
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder was written by `save_pretrained`."""
+    """Whether a folder was written by `save_pretrained`, or a save to it was begun."""
     return (folder / FILE_NAME).is_file()
 
 
@@ -217,6 +255,11 @@ def _read(file: Path) -> tuple[str, dict[str, EvoConfig]]:
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged or no JSON: {error}. Save the model again") from error
+    if isinstance(values, Mapping) and values.get(_UNFINISHED):
+        raise CheckpointError(
+            f"{file.parent} holds an unfinished save: its files may be of two models. Another process is writing them, "
+            "or was stopped while it did: load it again when that one is done, or save the model again"
+        )
     if not isinstance(values, Mapping) or not {"format", "library", "hosts"} <= set(values):
         raise CheckpointError(f"{file} wasn't written by evopatch: expected the entries format, library and hosts")
     if values["format"] != FORMAT:
