@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import CheckpointError
+
+_TEMPORARY = ".evopatch-"
+_STALE = 24 * 60 * 60
+"""Seconds since a name in a temporary folder changed, after which no living process still writes there."""
 
 
 def make_folder(path: str | os.PathLike[str], purpose: str) -> Path:
@@ -23,6 +32,20 @@ def make_folder(path: str | os.PathLike[str], purpose: str) -> Path:
         raise CheckpointError(f"{folder} is a file: expected a folder {purpose}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def temporary_in(folder: Path) -> Iterator[Path]:
+    """A temporary folder in another one, and so on its disk: what is in it can be renamed to its place.
+
+    Those that processes left there that were killed go, a day after.
+    """
+    for left in folder.glob(f"{_TEMPORARY}{'?' * 8}"):  # as tempfile names them
+        with suppress(OSError):  # another process removes it, too, or it isn't ours to remove
+            if left.is_dir() and not left.is_symlink() and time.time() - left.stat().st_mtime > _STALE:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder) as temporary:
+        yield Path(temporary)
 
 
 def make_readable(file: Path) -> None:

@@ -25,6 +25,7 @@ from . import (
     visualize,
 )
 from .tables import console
+from .termination import terminable
 
 __all__ = ["app", "console", "main"]
 
@@ -52,13 +53,14 @@ def _options(
     pass
 
 
-app.command()(finetune.finetune)
+# Those that write beside the user's files; a script of `run` has handlers of its own, or none.
+app.command()(terminable()(finetune.finetune))
 app.command()(evaluate.evaluate)
 app.command()(embed.embed)
-app.command()(calibrate.calibrate)
+app.command()(terminable()(calibrate.calibrate))
 app.command()(verify.verify)
 app.command()(benchmark.benchmark)
-app.command()(export.export)
+app.command()(terminable()(export.export))
 app.command()(profile.profile)
 app.command()(visualize.visualize)
 app.command(name="list")(listing.list_models)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from ..config import EvoConfig
-from ..durable import make_folder, make_readable, publish
+from ..durable import make_folder, make_readable, publish, temporary_in
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..patching.apply import apply_again
 from ..patching.handle import Patched
@@ -61,25 +60,25 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], processor: A
     hosts = {name: config.to_dict() for name, config in patched.configs.items()}
     name, library = _library_of(patched.model)
     folder = make_folder(path, "to save to")
-    with tempfile.TemporaryDirectory(prefix=".evopatch-", dir=folder) as temporary:
-        library.save(patched.model, Path(temporary))
+    with temporary_in(folder) as temporary:
+        library.save(patched.model, temporary)
         if processor is None:
-            _copy(library.preprocessing(patched.model), folder, Path(temporary))
+            _copy(library.preprocessing(patched.model), folder, temporary)
         else:
-            library.save_processor(processor, Path(temporary))
+            library.save_processor(processor, temporary)
         tensors = learned(patched.model)
         if tensors:
             from safetensors.torch import save_file  # which both libraries bring
 
-            save_file(tensors, Path(temporary, LEARNED_FILE))
-        files = sorted(file.name for file in Path(temporary).iterdir())
+            save_file(tensors, temporary / LEARNED_FILE)
+        files = sorted(file.name for file in temporary.iterdir())
         stale = _listed(folder) - set(files)
         _refuse_other_weights(folder, files, stale)
         if not (folder / card.FILE_NAME).exists():
-            Path(temporary, card.FILE_NAME).write_text(card.card(patched, name, library.origin(patched.model)))
+            (temporary / card.FILE_NAME).write_text(card.card(patched, name, library.origin(patched.model)))
         about = {"format": FORMAT, "evopatch": VERSION}
-        _describe(folder, Path(temporary), {**about, _UNFINISHED: True, "files": sorted(stale.union(files))})
-        for file in sorted(Path(temporary).iterdir()):
+        _describe(folder, temporary, {**about, _UNFINISHED: True, "files": sorted(stale.union(files))})
+        for file in sorted(temporary.iterdir()):
             if file.is_file():
                 make_readable(file)
             publish(file, folder / file.name)
@@ -88,7 +87,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike[str], processor: A
         written = {**about, "library": name, "hosts": hosts, "files": files}
         if tensors:
             written["learned"] = sorted(tensors)
-        _describe(folder, Path(temporary), written)
+        _describe(folder, temporary, written)
 
 
 def _describe(folder: Path, temporary: Path, values: Mapping[str, Any]) -> None:
