@@ -39,11 +39,15 @@ def save(model: nn.Module, folder: Path) -> None:
         CheckpointError: If timm would build another model from it, or is too old.
     """
     _check_version()
-    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
     try:
+        timm.models.save_for_hf(model, str(folder), safe_serialization=True)
         rebuilt: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=False, device="meta")
     except Exception as error:
-        raise CheckpointError(f"timm can't build {type(model).__name__} again from what it saves: {error}") from error
+        reason = str(error).rstrip(". ")
+        raise CheckpointError(
+            f"timm can't build {type(model).__name__} again from what it saves: {reason}. Make the model by "
+            "timm.create_model with arguments that JSON can hold, such as a layer's name instead of its class"
+        ) from error
     advice = "Make the model by timm.create_model with all its arguments, which timm records"
     check_rebuilt(model, rebuilt, advice)
 

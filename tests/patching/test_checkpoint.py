@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 import pytest
 import timm
@@ -221,6 +222,15 @@ def test_what_cannot_be_saved(tmp_path):
         evopatch.load_pretrained(tmp_path / "file")
     with pytest.raises(CheckpointError, match="is a file"):
         evopatch.save_pretrained(evopatch.apply(timm_model()), tmp_path / "file")
+
+
+@pytest.mark.parametrize("option", ["act_layer", "norm_layer"])
+def test_layers_that_timm_cannot_write_down_are_refused(option, tmp_path):
+    layer = {"act_layer": nn.ReLU, "norm_layer": partial(nn.LayerNorm, eps=1e-3)}[option]
+    model = timm.create_model("vit_tiny_patch16_224", img_size=40, patch_size=8, depth=4, **{option: layer}).eval()
+    with pytest.raises(CheckpointError, match="timm can't build VisionTransformer .*such as a layer's name"):
+        evopatch.save_pretrained(evopatch.apply(model), tmp_path)
+    assert not os.listdir(tmp_path)
 
 
 def test_a_name_on_the_hub_without_network(monkeypatch):
