@@ -65,7 +65,7 @@ def export(
     """
     from ..deployment.exporting import FORMS
     from ..deployment.exporting import export as run
-    from ..sources.models import open_classifier
+    from ..sources.encoders import open_encoder
 
     form = FORMS[format.value]
     any_size, size = image_size == _ANY, None if image_size in (None, _ANY) else _number(image_size, "--image-size")
@@ -79,7 +79,7 @@ def export(
     if by_images and data is None:
         raise ConfigError("--int8: expected --data too, images to find the ranges of values by")
     preprocessing = Preprocessing(None, None, None, size)
-    classifier = open_classifier(model, checkpoint, num_classes, preprocessing, pretrained, any_size, _INSTEAD)
+    classifier = open_encoder(model, checkpoint, num_classes, preprocessing, pretrained, any_size, _INSTEAD)
     number = max(images, batch_size or 0)
     shown, calibration = _images(classifier, data, number, _CALIBRATION if by_images else 0)
     patch(classifier.model, model, asked)

@@ -95,18 +95,18 @@ def _open(
     import torch
 
     from ..sources.architectures import open_architecture
-    from ..sources.models import open_classifier
+    from ..sources.encoders import open_encoder
 
     if data is None and checkpoint is None and not Path(model).is_dir():
         network, input_size = open_architecture(model, preprocessing.image_size)
         return network, _random(batch_size, input_size)
-    classifier = open_classifier(model, checkpoint, num_classes, preprocessing)
+    encoder = open_encoder(model, checkpoint, num_classes, preprocessing)
     if data is None:
-        return classifier.model, _random(batch_size, classifier.input_size)
+        return encoder.model, _random(batch_size, encoder.input_size)
     from ..sources.images import open_evaluation
     from ..training.items import Items
 
-    dataset = open_evaluation(data, classifier.transform)
+    dataset = open_evaluation(data, encoder.transform)
     dataset.labels = None
     items = Items(dataset)
     step = max(1, len(items) // batch_size)
@@ -123,7 +123,7 @@ def _open(
         errors.print(f"{len(unreadable)} unreadable image(s) left out: {', '.join(unreadable[:5])}", highlight=False)
     if len(images) < 2:
         raise DataError(f"{data} has {len(images)} image(s) that can be read: expected at least 2")
-    return classifier.model, torch.stack(images)
+    return encoder.model, torch.stack(images)
 
 
 def _random(batch_size: int, input_size: tuple[int, int, int]) -> Tensor:

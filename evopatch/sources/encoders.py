@@ -13,7 +13,13 @@ from .preprocessing import Preprocessing
 
 
 def open_encoder(
-    name: str, checkpoint: Path | None, num_classes: int | None, preprocessing: Preprocessing
+    name: str,
+    checkpoint: Path | None,
+    num_classes: int | None,
+    preprocessing: Preprocessing,
+    pretrained: bool = True,
+    any_size: bool = False,
+    instead: str = "",
 ) -> Classifier:
     """A model with pretrained weights: of transformers the class that its configuration names, with a head or without.
 
@@ -21,9 +27,10 @@ def open_encoder(
     """
     library, source = library_and_source(name)
     if library == "timm":
-        return open_classifier(name, checkpoint, num_classes, preprocessing)
-    given = {"--checkpoint": checkpoint, "--num-classes": num_classes, "--crop-pct": preprocessing.crop_pct}
-    given["--image-size"] = preprocessing.image_size
+        return open_classifier(name, checkpoint, num_classes, preprocessing, pretrained, any_size, instead)
+    given: dict[str, Any] = {"--checkpoint": checkpoint, "--num-classes": num_classes}
+    given |= {"--crop-pct": preprocessing.crop_pct, "--image-size": preprocessing.image_size}
+    given["--no-pretrained"] = None if pretrained else False
     if unused := [option for option, value in given.items() if value is not None]:
         raise ConfigError(f"{', '.join(unused)}: only for timm models; '{name}' is a transformers model with its own")
     with no_retries():

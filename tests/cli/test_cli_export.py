@@ -71,3 +71,13 @@ def test_a_missing_package_is_one_message(command, tmp_path, monkeypatch):
     run = command(*MODEL, "--format", "executorch", "--out", tmp_path / "m.pte")
     run.assert_refused(1, "format executorch needs executorch: pip install executorch, or 'evopatch[export]'")
     assert "evopatch[all]" not in run.stderr
+
+
+def test_models_without_a_head_are_exported(command, tmp_path, headless):
+    out = tmp_path / "dino.pt"
+    given = ("export", "--model", headless, "--format", "torchscript", "--images", "2", "--out", out)
+    run = command(*given)
+    assert run.returncode == 0, run.stderr
+    assert "2 of 2 images equal to 1e-4" in run.stdout
+    run = command(*given, "--no-pretrained", "--image-size", "40")
+    run.assert_refused(2, "--image-size, --no-pretrained: only for timm models")

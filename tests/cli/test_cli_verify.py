@@ -53,3 +53,14 @@ def test_its_help_says_which_weights_it_takes(command):
     said = unboxed(command("verify", "--help").stdout)
     assert "with --data timm's pretrained ones, else random ones" in said
     assert "else random ones" not in unboxed(command("evaluate", "--help").stdout), "which has no random ones"
+
+
+def test_models_without_a_head_are_verified(command, tmp_path, monkeypatch, headless):
+    monkeypatch.setattr(verification, "DRAWS", 1)
+    monkeypatch.setattr(verification, "HALF", ())
+    run = command("verify", "--model", headless, "--batch-size", "2", "--json", tmp_path / "out.json")
+    assert run.returncode == 0, run.stderr
+    assert "2x3x40x40" in run.stdout
+    assert "was saved" in unboxed(run.stderr)
+    assert json.loads((tmp_path / "out.json").read_text())["passed"]
+    command("verify", "--model", headless, "--num-classes", "3").assert_refused(2, "--num-classes: only for timm")
