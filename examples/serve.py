@@ -1,6 +1,6 @@
-"""A patched classifier behind HTTP: batches of one keep ratio each, chosen by the request or by the load.
+"""A patched classifier of timm behind HTTP: batches of one keep ratio each, chosen by the request or by the load.
 
-pip install fastapi uvicorn;  evopatch.save_pretrained(model, "folder")  # of a timm model
+pip install fastapi uvicorn;  evopatch.save_pretrained(model, "folder")
 python examples/serve.py folder --device cuda --dtype bfloat16
 curl --data-binary @cat.jpg 'http://localhost:8000/classify?keep_ratio=0.7'
 """
@@ -59,7 +59,7 @@ class Batcher:
                     await asyncio.wait_for(self.arrived.wait(), left)
             batch = batch[: self.most]
             # By load: all tokens while one batch takes all that wait, fewer the more are waiting.
-            by_load = RATIOS[min(len(self.waiting) // self.most, len(RATIOS) - 1)]
+            by_load = RATIOS[min((len(self.waiting) - 1) // self.most, len(RATIOS) - 1)]
             ratio = by_load if oldest.ratio is None else oldest.ratio
             self.waiting = [one for one in self.waiting if one not in batch]
             if not self.waiting:
@@ -85,6 +85,29 @@ class Batcher:
         return list(self.model(images.to(like.device, like.dtype)).float().cpu())
 
 
+def open_model(folder, device="cpu", dtype="float32"):
+    """A model of timm that `evopatch.save_pretrained` wrote, and what makes its input of a PIL image.
+
+    Raises:
+        ValueError: If it doesn't classify such images at every keep ratio that is served.
+    """
+    model = evopatch.load_pretrained(folder).to(device, getattr(torch, dtype))
+    if not getattr(model, "num_classes", 0) or not hasattr(model, "pretrained_cfg"):
+        raise ValueError(f"{folder} holds a {type(model).__name__}: expected a model of timm with classes")
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    image = transform(PIL.Image.new("RGB", (640, 480)))
+    for ratio in RATIOS:
+        try:
+            logits = Batcher(model).forward(image.unsqueeze(0), ratio)[0]
+        except Exception as error:  # such as of a model for images of one channel
+            raise ValueError(f"{folder} can't be served at keep ratio {ratio}: {error}") from error
+        if logits.shape != (model.num_classes,):
+            raise ValueError(
+                f"{folder} gives {tuple(logits.shape)} of an image: expected ({model.num_classes},) logits"
+            )
+    return model, transform
+
+
 def make_app(batcher, transform):
     @asynccontextmanager
     async def lifespan(app):
@@ -99,7 +122,7 @@ def make_app(batcher, transform):
         body = await request.body()
         try:
             image = await asyncio.to_thread(lambda: transform(PIL.Image.open(io.BytesIO(body)).convert("RGB")))
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
             raise HTTPException(400, f"expected an image as the request's body: {error}") from error
         logits, ratio, batch = await batcher.submit(image, None if keep_ratio == "auto" else float(keep_ratio))
         score, index = logits.softmax(0).max(0)
@@ -117,7 +140,9 @@ if __name__ == "__main__":
     parser.add_argument("--most", type=int, default=32, help="images of a batch")
     parser.add_argument("--wait-ms", type=float, default=5.0, help="for others to share a batch with")
     options = parser.parse_args()
-    model = evopatch.load_pretrained(options.folder).to(options.device, getattr(torch, options.dtype))
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    try:
+        model, transform = open_model(options.folder, options.device, options.dtype)
+    except ValueError as error:  # evopatch's own of a folder are such, too
+        parser.error(str(error))
     batcher = Batcher(model, options.most, options.wait_ms / 1000)
     uvicorn.run(make_app(batcher, transform), host="127.0.0.1", port=options.port, log_level="warning")

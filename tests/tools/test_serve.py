@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import PIL.Image
 import pytest
+import timm
 import torch
 from comparing import moved
 from matrix import patched
@@ -103,6 +105,27 @@ def test_the_keep_ratio_falls_with_the_load_and_comes_back():
     assert batcher.batches == [(4, 0.5), (4, 0.5), (4, 0.7), (2, 1.0), (1, 1.0)]
 
 
+@pytest.mark.parametrize(
+    ("waiting", "expected"),
+    [
+        (3, [(3, 1.0)]),
+        (4, [(4, 1.0)]),
+        (5, [(4, 0.7), (1, 1.0)]),
+        (8, [(4, 0.7), (4, 1.0)]),
+        (9, [(4, 0.5), (4, 0.7), (1, 1.0)]),
+        (12, [(4, 0.5), (4, 0.7), (4, 1.0)]),
+    ],
+)
+def test_all_tokens_are_kept_while_one_batch_takes_all_that_wait(waiting, expected):
+    batcher, x = Recorded(patched("vit"), most=4, wait=0.05), images(waiting)
+
+    async def a_burst():
+        await asyncio.gather(*map(batcher.submit, x))
+
+    serving(batcher, a_burst)
+    assert batcher.batches == expected
+
+
 def test_a_failed_batch_fails_alone():
     batcher, x = Recorded(patched("vit"), wait=0.0), images(1)
 
@@ -116,10 +139,51 @@ def test_a_failed_batch_fails_alone():
     assert serving(batcher, a_failure_then_a_success)[1] == 0.5
 
 
+def saved(folder, **options):
+    sizes = {"patch_size": 8, "img_size": 40, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 7}
+    model = timm.create_model("vit_tiny_patch16_224", **{**sizes, **options}).eval()
+    evopatch.save_pretrained(evopatch.apply(model), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"in_chans": 1}, "can't be served at keep ratio 1.0: .*channels"),
+        ({"num_classes": 0}, "holds a VisionTransformer: expected a model of timm with classes"),
+    ],
+)
+def test_a_model_that_does_not_classify_photos_is_refused_at_the_start(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        serve.open_model(saved(tmp_path / "model", **options))
+
+
+def test_a_model_of_transformers_is_refused_at_the_start(tmp_path):
+    evopatch.save_pretrained(patched("hf_vit"), tmp_path)
+    with pytest.raises(ValueError, match="holds a ViTForImageClassification: expected a model of timm"):
+        serve.open_model(tmp_path)
+
+
+def test_what_is_no_image_or_too_large_a_one_is_the_requests_fault(tmp_path, monkeypatch):
+    from fastapi.testclient import TestClient
+
+    model, transform = serve.open_model(saved(tmp_path, img_size=224, patch_size=16))
+    with TestClient(serve.make_app(serve.Batcher(model, wait=0.0), transform), raise_server_exceptions=False) as client:
+
+        def answer():
+            return client.post("/classify", content=encoded(0))
+
+        assert answer().status_code == 200
+        assert 0 <= answer().json()["class"] < 7
+        monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 10)
+        assert answer().status_code == 400
+        assert "exceeds limit of 20 pixels" in answer().json()["detail"]
+        assert client.post("/classify", content=b"no image").status_code == 400
+
+
 @pytest.mark.slow
 def test_the_service_and_its_load_test(tmp_path):
     import httpx
-    import timm
 
     evopatch.save_pretrained(evopatch.apply(timm.create_model("deit_tiny_patch16_224").eval()), tmp_path / "model")
     with socket.socket() as probe:
