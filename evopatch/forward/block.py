@@ -19,7 +19,7 @@ from ..rewrite.fast_paths import forward_of
 from ..rewrite.generated import GeneratesCode
 from ..rewrite.graph import Code, generate_core, generate_metric
 from ..rewrite.tracing import TraceSpec, attention_cores
-from ..rewrite.view import Call, ContainerView, View, check_steered, on_view
+from ..rewrite.view import Call, ContainerView, check_steered, is_looked_into, on_view, view_of
 from .guarded import GuardedBlock
 from .protocols import PatchedBlock
 from .tap import AttentionTap
@@ -220,17 +220,12 @@ def tapped_view(module: Any, cores: tuple[str, ...], tap: AttentionTap, path: st
             seen = _seen(child, inner, tap, f"{path}.{name}")
             if seen is not child:
                 changed[name] = seen
-    if not changed:
-        return module
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        return ContainerView(module, {**module._modules, **changed})
-    return View(module, changed)
+    return view_of(module, {**module._modules, **changed}) if changed else module
 
 
 def _seen(child: nn.Module, cores: tuple[str, ...], tap: AttentionTap, path: str) -> Any:
     """What a module sees in place of a child."""
-    # Lists and dicts are looked into, not called.
-    if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+    if is_looked_into(child):
         return tapped_view(child, cores, tap, path)
     full_grid = tap.full_grid if tap.full_grid is not None and tap.full_grid.wants(child) else None
     if not cores:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import BypassError, UnsupportedInputError
 from ..rewrite.classes import Swapped, host_class
-from ..rewrite.view import Call, ContainerView, View, check_steered, on_view
+from ..rewrite.view import CONTAINERS, Call, View, check_steered, is_plain, on_view, view_of
 from .forward_pass import ForwardPass
 from .host_state import HostState
 from .spec import qualified
@@ -113,8 +113,12 @@ def _viewed(module: Any, path: str, forward_pass: ForwardPass, steps: list[Step]
     if path not in forward_pass.around_blocks:
         return module
     changed = _changed(module, path, forward_pass, steps)
-    if isinstance(module, (nn.Sequential, nn.ModuleList)):
-        return ContainerView(module, _joined({**module._modules, **changed}, forward_pass))
+    if isinstance(module, CONTAINERS):
+        if not is_plain(module):
+            check_steered(module, qualified(forward_pass.name, path))
+            # Its own code is between the blocks, and may look.
+            forward_pass.compact = forward_pass.reads_prefix = False
+        return view_of(module, _joined({**module._modules, **changed}, forward_pass))
     # By its own call, so that its hooks run.
     view = View(module, changed)
     return Call(module, view.instead, view)

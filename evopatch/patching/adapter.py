@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..errors import UnsupportedModelError
 from ..forward.block import SlowFastBlock, TappedAttention, block_codes
 from ..forward.host_state import HostState
 from ..forward.multihead_module import TappedMultihead
@@ -19,7 +18,8 @@ from ..rewrite.classes import Steered, Swapped
 from ..rewrite.fast_paths import is_multihead
 from ..rewrite.graph import Code, generate_core
 from ..rewrite.tracing import TraceSpec, on_the_way
-from .changes import Change
+from ..rewrite.view import is_looked_into, is_plain
+from .changes import Change, check_forward
 from .merge_probe import check_merges, is_unknown
 
 __all__ = ["Adapter", "Change", "HostSpec"]
@@ -148,9 +148,8 @@ def _generate(
 def passages(module: nn.Module, paths: Any) -> list[Change]:
     """Changes to the modules that are called on the way from a module to those at the paths, without these."""
     between = [path for path in on_the_way(paths) if path not in paths]
-    # Lists and dicts of modules are looked into, not called.
-    inner = [(path, module.get_submodule(path)) for path in between]
-    return [Change(m, Steered, {}) for _, m in inner if not isinstance(m, (nn.ModuleList, nn.ModuleDict))]
+    inner = [module.get_submodule(path) for path in between]
+    return [Change(m, Steered, {}) for m in inner if not (is_looked_into(m) and is_plain(m))]
 
 
 def named_blocks(host: nn.Module, state: HostState) -> list[tuple[str, nn.Module]]:
@@ -166,20 +165,6 @@ def named_blocks(host: nn.Module, state: HostState) -> list[tuple[str, nn.Module
         check_forward(block, name)
         blocks.append((name, block))
     return blocks
-
-
-def check_forward(module: nn.Module, name: str) -> None:
-    """The patch works by a module's class.
-
-    Raises:
-        UnsupportedModelError: If the module's forward was replaced on the module itself.
-    """
-    # Accelerate's dispatched modules have one, which calls their class's (see `swap`).
-    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
-        raise UnsupportedModelError(
-            f"{name} ({type(module).__name__}) has a forward of its own beside its class's: expected a plain "
-            "module, since the patch works by its class. Undo what replaced it before apply, and leave it so"
-        )
 
 
 def walking_methods(adapter: Adapter) -> set[str]:

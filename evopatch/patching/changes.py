@@ -51,6 +51,20 @@ def check(changes: Iterable[Change]) -> None:
             ) from error
 
 
+def check_forward(module: nn.Module, name: str) -> None:
+    """The patch works by a module's class.
+
+    Raises:
+        UnsupportedModelError: If the module's forward was replaced on the module itself.
+    """
+    # Accelerate's dispatched modules have one, which calls their class's (see `swap`).
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) has a forward of its own beside its class's: expected a plain "
+            "module, since the patch works by its class. Undo what replaced it before apply, and leave it so"
+        )
+
+
 def make(changes: Iterable[Change]) -> None:
     """Make all changes, or after an exception none."""
     made: list[nn.Module] = []

@@ -7,9 +7,13 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError, UnsupportedModelError
+from ..forward.host_state import HostState
+from ..forward.spec import qualified
 from ..rewrite.classes import host_class
 from ..rewrite.tracing import TraceSpec, attention_cores
+from ..rewrite.view import CONTAINERS, is_plain
 from ..rewrite.walking import Manner, walkers
+from .changes import check_forward
 
 SEQUENCES = (nn.ModuleList, nn.Sequential)
 
@@ -58,3 +62,36 @@ def walked_by(model: nn.Module, blocks: str) -> tuple[str, str]:
 
 def walkers_of(host: nn.Module, path: str) -> dict[str, Manner]:
     return walkers(host_class(host), path.rpartition(".")[2])
+
+
+def check_around(host: nn.Module, state: HostState) -> None:
+    """Whether the modules between a host and its blocks can be run on what stands for the blocks.
+
+    Args:
+        host: To be patched.
+        state: Its state.
+
+    Raises:
+        UnsupportedModelError: If one has a forward of its own beside its class's, or another way to be called; or does
+            something of its own between the modules of one block.
+    """
+    for path in sorted(state.around_blocks):
+        module, name = host.get_submodule(path), qualified(state.name, path)
+        check_forward(module, name)
+        if not isinstance(module, CONTAINERS) or is_plain(module):
+            continue
+        described = f"{name} ({type(module).__name__}) is a {_torchs(module)} with ways of its own to run its items"
+        if host_class(module).__call__ is not nn.Module.__call__:
+            raise UnsupportedModelError(
+                f"{described}, among them __call__: expected them in its forward, so that it can be run on other items"
+            )
+        inside = [block for block in state.blocks if block[0].rpartition(".")[0] == path]
+        if not state.spec.adds and any(len(block) > 1 for block in inside):
+            raise UnsupportedModelError(
+                f"{described}, and a block of {type(host).__name__} is several of them, between which nothing can be "
+                f"done: expected a plain {_torchs(module)}"
+            )
+
+
+def _torchs(container: nn.Module) -> str:
+    return "nn." + next(base for base in CONTAINERS if isinstance(container, base)).__name__

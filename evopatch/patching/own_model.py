@@ -18,6 +18,7 @@ from ..rewrite.fast_paths import forward_of
 from ..rewrite.tracing import TraceSpec, attention_cores
 from ..rewrite.walking import Manner
 from .adapter import Adapter, Change
+from .changes import check_forward
 from .containers import container_of, walked_by, walkers_of
 from .parts import Summed, check_parts, parts
 from .patch_tokens import block_inputs, check_prefix, check_tokens_seen, patch_size_of, sample_image
@@ -88,6 +89,7 @@ class OwnModel(Adapter):
         prefix, readout = self._numbers(prefix_tokens, readout)
         self.host_name, path = walked_by(model, blocks)
         self.host = model.get_submodule(self.host_name)
+        check_forward(self.host, self.host_name or "the model")
         self._walkers = walkers_of(self.host, path)
         names = [f"{blocks}.{name}" for name in container._modules]
         tried_blocks: list[nn.Module] = list(container)

@@ -18,6 +18,9 @@ from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, doe
 from ..errors import BypassError
 from .classes import Steered, Swapped, host_class
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_WAYS_IN = ("forward", "__call__", "__iter__", "__reversed__", "__getitem__", "__len__", "keys", "values", "items")
+
 # torch.compile before torch 2.9 can't follow the question, and such methods neither.
 _CAN_BE_ASKED = torch.__version__ >= "2.9"
 
@@ -75,6 +78,66 @@ class View:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._evo_viewed, name, value)
+
+
+def view_of(module: nn.Module, children: Mapping[str, Any]) -> View | ContainerView:
+    """What stands for a module whose children are others.
+
+    Args:
+        module: Any one.
+        children: All of them, by name.
+    """
+    if not isinstance(module, CONTAINERS):
+        return View(module, children)
+    return ContainerView(module, children) if is_plain(module) else OwnContainerView(module, children)
+
+
+def is_plain(container: nn.Module) -> bool:
+    """Whether the class of an `nn.Sequential`, `nn.ModuleList` or `nn.ModuleDict` leaves to torch how it is called and
+    how its items are reached."""
+    cls = host_class(container)
+    torchs = next(base for base in CONTAINERS if isinstance(container, base))
+    return all(getattr(cls, name, None) is getattr(torchs, name, None) for name in _WAYS_IN)
+
+
+def is_looked_into(module: nn.Module) -> bool:
+    """Whether a module is a list or dict of others that can't be called itself."""
+    return isinstance(module, CONTAINERS) and host_class(module).forward is nn.Module.forward
+
+
+class OwnContainerView(View):
+    """Stands for a container of a class with a forward, or ways to its items, of its own, which run on this."""
+
+    def __init__(self, container: Any, items: Mapping[str, Any]) -> None:
+        super().__init__(container, {"_modules": dict(items), **items})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # By its own call, so that its hooks run.
+        return self._evo_viewed(*args, evo=self.instead, **kwargs)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._by("__iter__"))
+
+    def __reversed__(self) -> Iterator[Any]:
+        own = hasattr(host_class(self._evo_viewed), "__reversed__")
+        return iter(self._by("__reversed__") if own else [self[index] for index in range(len(self) - 1, -1, -1)])
+
+    def __len__(self) -> int:
+        return int(self._by("__len__"))
+
+    def __getitem__(self, index: Any) -> Any:
+        cls: Any = host_class(self._evo_viewed)
+        if cls.__getitem__ in [base.__getitem__ for base in CONTAINERS] and isinstance(
+            index, slice
+        ):  # it would make a container of what aren't modules
+            return ContainerView(None, self._modules)[index]
+        return self._by("__getitem__", index)
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._modules if isinstance(self._evo_viewed, nn.ModuleDict) else key in list(self)
+
+    def _by(self, method: str, *args: Any) -> Any:
+        return on_view(getattr(host_class(self._evo_viewed), method), self, *args)
 
 
 class ContainerView:
