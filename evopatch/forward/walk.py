@@ -53,7 +53,7 @@ def walk(
     if not forward_pass.active and compact and is_symbolic(args, kwargs):
         return function(host, *args, **kwargs)
     refuse_symbolic(args, kwargs)
-    forward_pass.grid, forward_pass.reads_prefix = grid, reads_prefix
+    forward_pass.grid, forward_pass.reads_prefix = grid, reads_prefix and not state.foreign
     view = viewed(host, forward_pass)
     return on_view(function, view, *args, **kwargs)
 
@@ -116,8 +116,6 @@ def _viewed(module: Any, path: str, forward_pass: ForwardPass, steps: list[Step]
     if isinstance(module, CONTAINERS):
         if not is_plain(module):
             check_steered(module, qualified(forward_pass.name, path))
-            # Its own code is between the blocks, and may look.
-            forward_pass.compact = forward_pass.reads_prefix = False
         return view_of(module, _joined({**module._modules, **changed}, forward_pass))
     # By its own call, so that its hooks run.
     view = View(module, changed)

@@ -18,7 +18,7 @@ from ..forward.walk import full_name
 from . import changes, registry
 from .adapter import Adapter, walking_methods, walks_by_itself
 from .changes import Change
-from .containers import check_around, containers
+from .containers import containers, looked_at_around
 from .from_images import check_images, learn_from
 from .handle import Patched, unpatch
 from .own_model import OwnModel
@@ -276,8 +276,8 @@ def check_own(model: nn.Module, own: OwnModel) -> None:
 def _plan(model: nn.Module, name: str, host: nn.Module, adapter: Adapter, config: EvoConfig) -> list[Change]:
     spec = adapter.inspect(host, name or type(host).__name__)
     state = HostState(name, spec, spec.stages(host), config)
-    check_around(host, state)
-    state.foreign = walks_by_itself(host, adapter, state)
+    looks = looked_at_around(host, state)
+    state.foreign = walks_by_itself(host, adapter, state) or looks
     state.methods = {
         name: full_name(getattr(type(host), name)) for name in walking_methods(adapter) if hasattr(type(host), name)
     }

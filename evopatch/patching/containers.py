@@ -11,8 +11,8 @@ from ..forward.host_state import HostState
 from ..forward.spec import qualified
 from ..rewrite.classes import host_class
 from ..rewrite.tracing import TraceSpec, attention_cores
-from ..rewrite.view import CONTAINERS, is_plain
-from ..rewrite.walking import Manner, walkers
+from ..rewrite.view import CONTAINERS, own_ways
+from ..rewrite.walking import Manner, hands_on, walkers
 from .changes import check_forward
 
 SEQUENCES = (nn.ModuleList, nn.Sequential)
@@ -64,8 +64,8 @@ def walkers_of(host: nn.Module, path: str) -> dict[str, Manner]:
     return walkers(host_class(host), path.rpartition(".")[2])
 
 
-def check_around(host: nn.Module, state: HostState) -> None:
-    """Whether the modules between a host and its blocks can be run on what stands for the blocks.
+def looked_at_around(host: nn.Module, state: HostState) -> bool:
+    """Whether code of a container between a host and its blocks may look at tokens in between.
 
     Args:
         host: To be patched.
@@ -75,10 +75,11 @@ def check_around(host: nn.Module, state: HostState) -> None:
         UnsupportedModelError: If one has a forward of its own beside its class's, or another way to be called; or does
             something of its own between the modules of one block.
     """
+    looks = False
     for path in sorted(state.around_blocks):
         module, name = host.get_submodule(path), qualified(state.name, path)
         check_forward(module, name)
-        if not isinstance(module, CONTAINERS) or is_plain(module):
+        if not isinstance(module, CONTAINERS) or not own_ways(module):
             continue
         described = f"{name} ({type(module).__name__}) is a {_torchs(module)} with ways of its own to run its items"
         if host_class(module).__call__ is not nn.Module.__call__:
@@ -91,6 +92,8 @@ def check_around(host: nn.Module, state: HostState) -> None:
                 f"{described}, and a block of {type(host).__name__} is several of them, between which nothing can be "
                 f"done: expected a plain {_torchs(module)}"
             )
+        looks = looks or own_ways(module) != ["forward"] or not hands_on(host_class(module))
+    return looks
 
 
 def _torchs(container: nn.Module) -> str:

@@ -95,9 +95,14 @@ def view_of(module: nn.Module, children: Mapping[str, Any]) -> View | ContainerV
 def is_plain(container: nn.Module) -> bool:
     """Whether the class of an `nn.Sequential`, `nn.ModuleList` or `nn.ModuleDict` leaves to torch how it is called and
     how its items are reached."""
+    return not own_ways(container)
+
+
+def own_ways(container: nn.Module) -> list[str]:
+    """Names of the methods by which a container is called or its items are reached, where its class has its own."""
     cls = host_class(container)
     torchs = next(base for base in CONTAINERS if isinstance(container, base))
-    return all(getattr(cls, name, None) is getattr(torchs, name, None) for name in _WAYS_IN)
+    return [name for name in _WAYS_IN if getattr(cls, name, None) is not getattr(torchs, name, None)]
 
 
 def is_looked_into(module: nn.Module) -> bool:

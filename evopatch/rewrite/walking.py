@@ -36,6 +36,22 @@ def adds_parts(cls: type[nn.Module], container: str) -> bool:
     return bool(loops) and all(adds_up(loop)[0] for loop in loops)
 
 
+def hands_on(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a container's class does nothing but `for item in self: x = item(x)`."""
+    function: Any = inspect.unwrap(cls.forward)
+    tree = source_of(function)
+    if tree is None or not isinstance(tree.body[0], ast.FunctionDef):
+        return False
+    own, *given = function.__code__.co_varnames[: function.__code__.co_argcount]
+    statements = [s for s in tree.body[0].body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+    if [type(statement) for statement in statements] != [ast.For, ast.Return]:
+        return False
+    loop, back = statements
+    over_all = isinstance(loop, ast.For) and isinstance(loop.iter, ast.Name) and loop.iter.id == own
+    gives = isinstance(back, ast.Return) and isinstance(back.value, ast.Name) and back.value.id in given[:1]
+    return over_all and gives and isinstance(loop, ast.For) and _loop(loop) == Manner.PLAIN
+
+
 def _loops(function: Callable[..., Any], container: str) -> list[ast.For]:
     """A function's loops that call what is in the container."""
     tree = source_of(inspect.unwrap(function))

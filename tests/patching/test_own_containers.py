@@ -147,6 +147,29 @@ def test_code_between_the_items_sees_all_tokens():
         assert model.blocks.seen == [26] * 6
 
 
+def test_a_container_that_only_hands_on_passes_the_compact_set():
+    class Plain(nn.Sequential):
+        def forward(self, x):
+            """In order."""
+            for block in self:
+                x = block(x)
+            return x
+
+    for cls, compact in ((Plain, True), (nn.Sequential, True), (Prompted, False)):
+        model, _ = timms(cls)
+        evopatch.apply(model)
+        rows, forward = [], type(model.blocks[5]).forward
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+
+            def recording(self, x, *args, rows=rows, forward=forward, **kwargs):
+                rows.append(x.shape[1])
+                return forward(self, x, *args, **kwargs)
+
+            patch.setattr(type(model.blocks[5]), "forward", recording)
+            model(images())
+        assert (min(rows) < 26) is compact
+
+
 class Residual(nn.Sequential):
     def forward(self, x):
         return x + super().forward(x)
