@@ -48,8 +48,9 @@ class Host:
         adapter = registry.find(self.module)
         if adapter is None:
             raise UnsupportedModelError(
-                f"'{self.name or type(self.module).__name__}' was patched by blocks=, and its first convolution isn't "
-                "one over patches: expected one, to know the grid. Write an adapter (docs/adapters.md)"
+                f"'{self.name or type(self.module).__name__}' was patched by blocks=, and no grid is known of its "
+                "patch tokens: expected as many as its first convolution, or the first ones, make patches of an image. "
+                "Write an adapter (docs/adapters.md)"
             )
         height, width = adapter.grid(self.module, image_size)
         if not spec.coarsens:

@@ -73,7 +73,7 @@ def token_selection(model: nn.Module, images: Tensor, **model_inputs: Any) -> Te
     Raises:
         NotPatchedError: If nothing in the model is patched.
         UnsupportedModelError: If several hosts in it are patched, or the one runs several times in a forward; give the
-            part that holds one, or runs it once.
+            part that holds one, or runs it once. If nobody knows the grid of the patch tokens.
     """
     return _on_finest_grid([slow for slow, _ in block_maps(model, images, **model_inputs)])
 
@@ -102,6 +102,12 @@ def block_maps(model: nn.Module, images: Tensor, **model_inputs: Any) -> list[tu
     for partition, (height, width) in zip(
         partitions, patched.host.grids((images.shape[-2], images.shape[-1])), strict=False
     ):
+        if partition is not None and (found := partition.slow.shape[1]) != height * width:
+            raise UnsupportedModelError(
+                f"{found} patch tokens came to a block of '{patched.host.name or 'model'}' for images of "
+                f"{images.shape[-2]}x{images.shape[-1]} px, of which {height}x{width} were expected: no grid is known "
+                "for them. Give images of whole patches and of the model's own size"
+            )
         slow = torch.ones(len(images), height * width, dtype=torch.bool, device=images.device)
         groups = torch.arange(height * width, device=images.device).expand(len(images), -1)
         if partition is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..algorithm.rows import is_fixed
 from ..errors import ConfigError, UnsupportedModelError
 from ..forward.spec import HostSpec
 from ..forward.walk import PatchedHost, refuse_symbolic, walk
@@ -21,14 +22,16 @@ from .adapter import Adapter, Change
 from .changes import check_forward
 from .containers import container_of, walked_by, walkers_of
 from .parts import Summed, check_parts, parts
-from .patch_tokens import block_inputs, check_prefix, check_tokens_seen, patch_size_of, sample_image
+from .patch_tokens import first_convolution, patch_size_of, patch_sizes
 from .probe import takes_tokens_first, width_of
+from .trying import Tried, try_out
 
 
 class SlowFastOwn(PatchedHost):
     """Mixin of the patched module: each of its methods that walk over the blocks."""
 
     _evo_walkers: dict[str, Manner]
+    _evo_takes_images: bool
 
     def __init_subclass__(cls) -> None:
         own: type[nn.Module] | None = cls.__dict__.get("_evo_host_class")
@@ -54,11 +57,13 @@ def _walking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _grid_of(host: SlowFastOwn, args: tuple[Any, ...]) -> tuple[int, int] | None:
-    """Where the host itself takes images: rows and columns of their patches."""
-    size = host._evo_state.spec.patch_size
+    """Where the host itself takes images: rows and columns of their patches, if these are whole."""
+    size = host._evo_state.spec.patch_size if host._evo_takes_images else None
     if size is None or not args or not isinstance(args[0], Tensor) or args[0].dim() != 4:
         return None
-    return args[0].shape[2] // size[0], args[0].shape[3] // size[1]
+    height, width = args[0].shape[2:]
+    whole = not is_fixed(height) or not is_fixed(width) or (height % size[0] == 0 and width % size[1] == 0)
+    return (height // size[0], width // size[1]) if whole else None
 
 
 class OwnModel(Adapter):
@@ -102,6 +107,21 @@ class OwnModel(Adapter):
         trace = TraceSpec(tuple(token_inputs), absent=tuple(name for name in absent if name not in token_inputs))
         for name in names:
             _check_attends(model.get_submodule(name), name, trace)
+        channels = width_of(first)
+        if channels is None:
+            raise UnsupportedModelError(
+                f"{names[0]} ({type(first).__name__}): no layer says how many channels its tokens have"
+            )
+        seen = try_out(model, self.host_name, names[0], channels, images) if tried else None
+        probed = dict(zip(names, tried_blocks, strict=True))
+        tokens_first = _tokens_first(probed, channels, prefix, token_inputs, absent, seen)
+        patch_size = patch_size_of(model)
+        self._takes_images = self.host is model or first_convolution(model) in [*self.host.modules()]
+        if seen is not None:
+            sizes = patch_sizes(model)
+            seen.check(tokens_first, prefix, sizes)
+            patch_size = seen.patch_size(seen.count(tokens_first) - prefix, sizes)
+            self._takes_images = seen.to_host
         self._spec = HostSpec(
             blocks=(tuple(parts(path, container)),) if adds else path,
             adds=adds,
@@ -109,10 +129,8 @@ class OwnModel(Adapter):
             readout=readout,
             trace=trace,
             token_inputs=tuple(token_inputs),
-            tokens_first=_probed(
-                model, dict(zip(names, tried_blocks, strict=True)), prefix, token_inputs, absent, images, tried
-            ),
-            patch_size=patch_size_of(model),
+            tokens_first=tokens_first,
+            patch_size=patch_size,
         )
 
     @staticmethod
@@ -137,7 +155,7 @@ class OwnModel(Adapter):
 
     def plan(self, host: nn.Module, state: Any) -> Any:
         first, *others = super().plan(host, state)
-        attributes = {**first.attributes, "_evo_walkers": self._walkers}
+        attributes = {**first.attributes, "_evo_walkers": self._walkers, "_evo_takes_images": self._takes_images}
         # Of the parts of a block the first one attends, and has changes of its own.
         later = [Change(host.get_submodule(path), Steered, {}) for _, *paths in state.blocks for path in paths]
         return [Change(first.module, first.mixin, attributes), *others, *later]
@@ -171,25 +189,17 @@ def _check_attends(block: nn.Module, name: str, trace: TraceSpec) -> None:
         )
 
 
-def _probed(
-    model: nn.Module,
+def _tokens_first(
     blocks: Mapping[str, nn.Module],
+    channels: int,
     prefix: int,
     token_inputs: Sequence[str],
     absent: Sequence[str],
-    images: Tensor | None,
-    tried: bool,
+    seen: Tried | None,
 ) -> bool:
-    """Whether the blocks, by the name of what the model calls, take `(T, B, C)`; all checks passed."""
+    """Whether the blocks, by the name of what the model calls, take `(T, B, C)`; each structure of them was probed."""
     name, first = next(iter(blocks.items()))
-    channels = width_of(first)
-    if channels is None:
-        raise UnsupportedModelError(f"{name} ({type(first).__name__}): no layer says how many channels its tokens have")
-    x: Tensor | None = None
-    inputs: dict[str, Any] = {}
-    if tried:
-        check_prefix(model, channels, prefix)
-        x, inputs, images = _tried(model, name, channels, images)
+    inputs = {} if seen is None else seen.inputs
     tables = {given: inputs[given] for given in token_inputs if inputs.get(given) is not None}
     others = [other for other in absent if other not in tables]
     layouts = {
@@ -200,8 +210,6 @@ def _probed(
     tokens_first = layouts[name]
     if tokens_first and isinstance(first, Summed):
         raise UnsupportedModelError(f"the parts of {name.rpartition('.')[0]} take (T, B, C): expected (B, T, C)")
-    if x is not None and images is not None:
-        check_tokens_seen(x.shape[0 if tokens_first else 1], prefix, patch_size_of(model), images)
     return tokens_first
 
 
@@ -211,17 +219,3 @@ def _kinds(blocks: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
     for name, block in blocks.items():
         found.setdefault(tuple((path, type(inner)) for path, inner in block.named_modules()), (name, block))
     return list(found.values())
-
-
-def _tried(
-    model: nn.Module, block: str, channels: int, images: Tensor | None
-) -> tuple[Tensor | None, dict[str, Any], Tensor | None]:
-    """The tokens and other inputs of a block, for images that somebody gave or a black one, and these; None and none
-    where the model doesn't take an image alone."""
-    if images is not None:
-        return *block_inputs(model, block, images), images
-    sample = sample_image(model, channels)
-    try:
-        return (None, {}, None) if sample is None else (*block_inputs(model, block, sample), sample)
-    except UnsupportedModelError:
-        return None, {}, None

@@ -1,165 +1,115 @@
-"""What a model says of its tokens: how large its patches are, how many it has places for, what comes to a block."""
+"""What a model's modules and parameters say of its tokens: how large its patches and images may be, and how many tokens
+come before those of the patches. Nothing of it is certain; see `trying.py` for what is."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-from ..errors import ConfigError, UnsupportedModelError
-from ..rewrite.tracing import parameters_of
-from .handle import shared_copy
 
 _MOST_PREFIX = 9
 _TOKEN = re.compile("cls|class_|token|regist|dist")
 """In names of parameters that are prefix tokens."""
+_SIZES = ("img_size", "image_size", "input_size")
+_USUAL_PATCHES = (16, 14, 8, 32)
+_USUAL_SIDE, _MOST_SIDE = 224, 2048
+_MOST_OBLONG = 4
+_MOST_SIZES = 64
+
+
+def patch_sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """Height and width in pixels that a patch may have, likeliest first: by the model's first convolution, alone and
+    with those after it, as long as they are ones over patches; empty where the first isn't. Without any convolution by
+    what is called `patch_size`."""
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    found: list[tuple[int, int]] = []
+    height = width = 1
+    for module in convolutions:
+        if module.kernel_size != module.stride or module.padding not in ((0, 0), "valid") or module.groups != 1:
+            break
+        height, width = height * module.kernel_size[0], width * module.kernel_size[1]
+        found.append((height, width))
+    said = [] if convolutions else _pairs(model, ("patch_size",))
+    return found or said[:1]
+
+
+def first_convolution(model: nn.Module) -> nn.Conv2d | None:
+    return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
 
 def patch_size_of(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width in pixels, by the model's first convolution; None where that isn't one over patches. Without any
-    convolution by what is called `patch_size`."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            whole = module.kernel_size == module.stride and module.padding in ((0, 0), "valid") and module.groups == 1
-            return (module.kernel_size[0], module.kernel_size[1]) if whole else None
-    for module in model.modules():
-        size = module.__dict__.get("patch_size")
-        pair = (size, size) if isinstance(size, int) else size
-        if isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(side, int) for side in pair):
-            return pair[0], pair[1]
-    return None
+    """The likeliest of `patch_sizes`; None where there is none."""
+    return next(iter(patch_sizes(model)), None)
 
 
-def check_prefix(model: nn.Module, channels: int, prefix: int) -> None:
-    """
-    Args:
-        model: The whole model.
-        channels: `C`.
-        prefix: `P`, as somebody says.
-
-    Raises:
-        ConfigError: If the model's position embedding has places for another number of prefix tokens.
-    """
-    for name, tokens in position_embeddings(model, channels):
-        # Some have places for the patches alone.
-        if _is_square(tokens) or _is_square(tokens - prefix):
-            return
-        if (likely := prefix_tokens_of(tokens)) is not None:
-            side = math.isqrt(tokens - likely)
-            raise ConfigError(
-                f"prefix_tokens={prefix}, and {name} has places for {tokens} tokens: there seem to be {likely} prefix "
-                f"tokens and a grid of {side}x{side} patches"
-            )
+def _pairs(model: nn.Module, names: Iterable[str]) -> list[tuple[int, int]]:
+    """Numbers, or pairs of them, that modules keep by one of these names."""
+    values = [module.__dict__.get(name) for module in model.modules() for name in names]
+    pairs: list[Any] = [(value, value) if isinstance(value, int) else value for value in values]
+    pairs = [pair for pair in pairs if isinstance(pair, (tuple, list)) and len(pair) == 2]
+    return [(pair[0], pair[1]) for pair in pairs if all(isinstance(side, int) and side > 0 for side in pair)]
 
 
 def position_embeddings(model: nn.Module, channels: int) -> Iterable[tuple[str, int]]:
-    """Name and number of places of those parameters that look like position embeddings."""
-    for name, parameter in model.named_parameters():
-        *batch, tokens, last = (1, 1, *parameter.shape)
-        if "pos" in name and last == channels and set(batch) == {1} and tokens > 3:
-            yield name, tokens
-
-
-def prefix_tokens_of(places: int) -> int | None:
-    """How many of the places are for prefix tokens, if the others are a square of patches; None where none are."""
-    return next((count for count in range(min(_MOST_PREFIX, places)) if _is_square(places - count)), None)
+    """Name and number of places of what looks like a position embedding: of parameters, buffers and other tensors."""
+    for path, module in model.named_modules():
+        for name, value in (module._parameters | module._buffers | module.__dict__).items():
+            *batch, tokens, last = (1, 1, *value.shape) if isinstance(value, Tensor) else (0, 0)
+            if "pos" in f"{path}.{name}" and last == channels and set(batch) == {1} and tokens > 3:
+                yield f"{path}.{name}", tokens
 
 
 def likely_prefix(model: nn.Module, channels: int) -> int | None:
-    """How many prefix tokens a model's parameters speak of; None where they say nothing certain."""
-    places = [tokens for _, tokens in position_embeddings(model, channels)]
-    if places and not _is_square(places[0]):
-        return prefix_tokens_of(places[0])
-    tokens = [name for name, p in model.named_parameters() if p.shape[-1:] == (channels,) and _TOKEN.search(name)]
-    return 0 if places and not tokens else None
+    """How many prefix tokens a model's parameters speak of: as many as leave a square of the position embedding's
+    places, where as many are parameters themselves; None where they don't agree.
 
-
-def sample_image(model: nn.Module, channels: int) -> Tensor | None:
-    """One black image of a model's own size, by its position embedding; None where that or its patches aren't known."""
-    size, places = patch_size_of(model), [tokens for _, tokens in position_embeddings(model, channels)]
-    like = next(model.parameters(), None)
-    if size is None or not places or not _is_square(places[0]) or like is None or like.is_meta:
+    Args:
+        model: The whole model.
+        channels: `C`.
+    """
+    places = next((tokens for _, tokens in position_embeddings(model, channels)), None)
+    tokens = [p for name, p in model.named_parameters() if p.shape[-1:] == (channels,) and _TOKEN.search(name)]
+    if places is None or (tokens and _is_square(places)):  # a square may leave out the prefix tokens, or not
         return None
-    side = math.isqrt(places[0])
-    return like.new_zeros(1, 3, side * size[0], side * size[1])
+    counted = sum(parameter.numel() // channels for parameter in tokens)
+    return counted if counted < min(_MOST_PREFIX, places) and _is_square(places - counted) else None
 
 
-def prefix_seen(model: nn.Module, block: str, channels: int) -> int | None:
-    """How many prefix tokens come to a block of an image of the model's own size; None where that can't be tried."""
-    image, size = sample_image(model, channels), patch_size_of(model)
-    if image is None or size is None:
-        return None
-    try:
-        x, _ = block_inputs(model, block, image)
-    except UnsupportedModelError:
-        return None
-    prefix = x.shape[0] * x.shape[1] - image.shape[2] // size[0] * (image.shape[3] // size[1])
-    return prefix if prefix >= 0 else None
+def likely_sizes(model: nn.Module, channels: int) -> Iterable[tuple[int, int]]:
+    """Height and width in pixels of images that a model may take, likeliest first; a few dozens at most.
+
+    Args:
+        model: The whole model.
+        channels: `C`.
+    """
+    fitting = ((h, w) for h, w in _sizes(model, channels) if max(h, w) <= _MOST_SIDE)
+    return islice(dict.fromkeys(fitting), _MOST_SIZES)
+
+
+def _sizes(model: nn.Module, channels: int) -> Iterator[tuple[int, int]]:
+    yield from _pairs(model, _SIZES)
+    patches = [*patch_sizes(model), *((side, side) for side in _USUAL_PATCHES)]
+    for _, places in position_embeddings(model, channels):
+        for rows, columns in _grids(places):
+            yield from ((rows * height, columns * width) for height, width in patches)
+    yield _USUAL_SIDE, _USUAL_SIDE
+
+
+def _grids(places: int) -> list[tuple[int, int]]:
+    """Rows and columns that leave some of the places to prefix tokens: squares, then others, the nearest to a square
+    first."""
+    grids = []
+    for count in (places - prefix for prefix in range(min(_MOST_PREFIX, places))):
+        for rows in range(1, math.isqrt(count) + 1):
+            if count % rows == 0 and count // rows <= _MOST_OBLONG * rows:
+                grids += [(rows, count // rows), (count // rows, rows)]
+    # The sort is stable: fewer prefix tokens come first.
+    return sorted(grids, key=lambda grid: grid[0] != grid[1])
 
 
 def _is_square(number: int) -> bool:
     return number > 0 and math.isqrt(number) ** 2 == number
-
-
-@torch.no_grad()
-def block_inputs(model: nn.Module, block: str, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """What a block is given when the model runs on one image.
-
-    Args:
-        model: Left as it is; a copy on the same weights runs.
-        block: Its path.
-        images: `(B, 3, height, width)`.
-
-    Returns:
-        Its tokens, and its other inputs by name.
-
-    Raises:
-        UnsupportedModelError: If the model doesn't run on images, or not through the block.
-    """
-    seen: list[tuple[Tensor, dict[str, Any]]] = []
-    copy = shared_copy(model).eval()
-    for module in copy.modules():  # nobody's hooks are for this
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    called: Any = copy.get_submodule(block)
-
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(zip(parameters_of(module), args, strict=False)) | kwargs
-        first, *others = named
-        seen.append((named[first], {name: named[name] for name in others}))
-
-    called.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        copy(images[:1])
-    except Exception as error:  # whatever somebody's model raises
-        raise UnsupportedModelError(
-            f"{type(model).__name__} can't be run on images {tuple(images[:1].shape)}: {type(error).__name__}: {error}"
-        ) from error
-    if not seen:
-        raise UnsupportedModelError(f"{block} isn't called when {type(model).__name__} runs on images")
-    return seen[0]
-
-
-def check_tokens_seen(tokens: int, prefix: int, patch_size: tuple[int, int] | None, images: Tensor) -> None:
-    """
-    Args:
-        tokens: `T`, as a block was given them.
-        prefix: `P`, as somebody says.
-        patch_size: Height and width in pixels, where known.
-        images: That were given to the model.
-
-    Raises:
-        ConfigError: If there are more or fewer prefix tokens.
-    """
-    if patch_size is None:
-        return
-    rows, columns = images.shape[-2] // patch_size[0], images.shape[-1] // patch_size[1]
-    if tokens != prefix + rows * columns:
-        raise ConfigError(
-            f"prefix_tokens={prefix}, and {tokens} tokens come to the blocks of an image with {rows}x{columns} "
-            f"patches: there seem to be {tokens - rows * columns} prefix tokens"
-        )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import EvoPatchError
+from ..errors import EvoPatchError, UnsupportedModelError
 from ..rewrite.tracing import TraceSpec, attention_cores
 from . import registry
 from .apply import check_own, check_unpatched
 from .containers import SEQUENCES, containers
 from .own_model import OwnModel
-from .patch_tokens import likely_prefix, prefix_seen
+from .patch_tokens import likely_prefix, patch_sizes
 from .probe import width_of
+from .trying import try_out
 
 _UNKNOWN = "PREFIX_TOKENS"
 
@@ -55,8 +57,8 @@ def inspect(model: nn.Module) -> Inspection:
 
     Returns:
         Every module that an adapter serves, or knows not to be served, and every list or sequence of modules of which
-        some hold attention. Where the number of prefix tokens can't be read from a position embedding, the call has
-        `PREFIX_TOKENS` in its place.
+        some hold attention. Where the number of prefix tokens can neither be found out by running the model on images
+        nor be read from its parameters, the call has `PREFIX_TOKENS` in its place.
 
     Raises:
         AlreadyPatchedError: If the model, or a part of it, is patched.
@@ -101,5 +103,17 @@ def _prefix_tokens(model: nn.Module, path: str, container: nn.Module) -> int | N
     if channels is None:
         return None
     called = f"{path}.{name}.0" if isinstance(block, nn.ModuleList) else f"{path}.{name}"
-    likely = likely_prefix(model, channels)
-    return prefix_seen(model, called, channels) if likely is None else likely
+    try:
+        seen = try_out(model, "", called, channels)
+    except UnsupportedModelError:
+        seen = None
+    tokens_first = seen is not None and seen.tokens.shape[:2] != (1, 1) and seen.tokens.shape[1] == 1
+    if seen is None or seen.constant(tokens_first) is None:
+        return likely_prefix(model, channels)
+    leading, sizes = seen.leading(tokens_first), patch_sizes(model)
+    others = seen.count(tokens_first) - leading
+    if seen.behind(tokens_first):
+        return leading  # which is refused, with that reason
+    if sizes and seen.patch_size(others, sizes) is None and others > math.prod(seen.grid(sizes[0])):
+        return None  # some may be prefix tokens that are made of the image
+    return leading

@@ -374,9 +374,10 @@ def test_what_is_said_wrong(said, error, text):
 
 
 def test_a_wrong_number_of_prefix_tokens():
-    with pytest.raises(ConfigError, match="positions has places for 26 tokens: there seem to be 1 prefix"):
+    more = r"the first 1 are the same.*others as many as an image of 40x40 has patches \(5x5\): .*be 1 prefix tokens"
+    with pytest.raises(ConfigError, match=f"prefix_tokens=2, and of the 26 tokens .* encoder.layers.0 {more}"):
         evopatch.apply(tower(), blocks="encoder.layers", prefix_tokens=2)
-    text = "26 tokens come to the blocks of an image with 5x5 patches: there seem to be 1 prefix tokens"
+    text = "prefix_tokens=0, and of the 26 tokens that come to blocks.0 the first 1 are the same.*seem to be 1 prefix"
     for given in ({}, {"images": images(8)}):  # its position embedding is for the patches alone
         with pytest.raises(ConfigError, match=text):
             evopatch.apply(own(), blocks="blocks", prefix_tokens=0, **given)
