@@ -89,6 +89,15 @@ def test_images_to_quantise_by_come_in_the_batches_of_the_file(any_batch, expect
     assert [batch.flatten().tolist() for batch in conversion.calibration_batches()] == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hf_vit", "hf_dinov2"])
+def test_any_size_of_transformers(name, tmp_path):
+    needs("onnx")
+    checked = export_of(small(name), "onnx", tmp_path, any_size=True).verification
+    assert checked.equal == checked.images == 6
+    assert {(height, width) for _, height, width in checked.sizes} == {(40, 40), (48, 32)}
+
+
 @torch.no_grad()
 def test_patching_and_quantising_in_either_order():
     pytest.importorskip("torchao")
