@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
+from ..errors import EvoPatchError, UnsupportedModelError
 from ..rewrite.fast_paths import forward_of
 
 _PATCHES = 9
@@ -67,6 +68,7 @@ def takes_tokens_first(
     x = runner.random(2 if tables else prefix + _PATCHES + 1, prefix + patches, channels)
     tables = {given: _single(table) for given, table in tables.items()}
     out = runner(x, tables)
+    runner.check_input_kept()
     mixes = [_reaches_others(runner, x, tables, out, axis) for axis in (0, 1)]
     if mixes not in ([True, False], [False, True]):
         what = "what one token gives doesn't depend on others" if not any(mixes) else "images are mixed, too"
@@ -111,15 +113,45 @@ def _reaches_others(runner: Runner, x: Tensor, tables: Mapping[str, Any], out: T
     return not runner.equal(runner(changed, tables).index_select(axis, others), out.index_select(axis, others))
 
 
+def _cloned(table: Any) -> Any:
+    return type(table)(map(_cloned, table)) if isinstance(table, (tuple, list)) else table.clone()
+
+
+@contextmanager
+def trying(module: nn.Module, name: str, x: Tensor, expected: str) -> Iterator[None]:
+    """Run somebody's module inside, in single precision also where the caller casts automatically.
+
+    Args:
+        module: What is run.
+        name: Its, fully qualified.
+        x: What on.
+        expected: What is, and what to do otherwise.
+
+    Raises:
+        UnsupportedModelError: In place of whatever the module raises.
+    """
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            yield
+    except EvoPatchError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) can't be run on random tokens {tuple(x.shape)}: "
+            f"{type(error).__name__}: {error}. {expected}"
+        ) from error
+
+
 class Runner:
     """A block's forward in eval mode and single precision, with random weights and without hooks; of one on the meta
     device on the CPU."""
 
     def __init__(self, block: nn.Module, name: str, absent: Iterable[str]) -> None:
-        self._name = name
+        self.name = name
         self.absent = dict.fromkeys(absent)
         own = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
         self.device = torch.device("cpu") if own.is_meta else own.device
+        self._changed = False
         self._made: dict[int, nn.Parameter] = {}
         self.block = self._twin(block)
 
@@ -152,28 +184,45 @@ class Runner:
     def random(self, *shape: int) -> Tensor:
         # Of its own generator: nobody's random numbers change.
         generator = torch.Generator().manual_seed(len(shape) + sum(shape))
-        return torch.randn(*shape, generator=generator).to(self.device)
+        # A parameter may have no axes, which `torch.randn` takes as a tuple only.
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(self.device)
 
     def __call__(self, x: Tensor, tables: Mapping[str, Any]) -> Tensor:
-        try:
-            out = self.block(x, **self.absent | dict(tables))
-        except Exception as error:  # whatever somebody's module raises
-            raise UnsupportedModelError(
-                f"{self._name} ({type(self.block).__name__}) can't be run on random tokens {tuple(x.shape)}: "
-                f"{type(error).__name__}: {error}. Expected blocks that take (B, T, C) and give the same; other inputs "
-                "with one entry per patch token, such as a rotary table, are named in token_inputs, and need images=. "
-                "See evopatch.inspect(model)"
-            ) from error
+        """`(B, T, C)`, or `(T, B, C)`, to the same.
+
+        Raises:
+            UnsupportedModelError: If the block can't be run on these, or gives something else.
+        """
+        expected = (
+            "Expected blocks that take (B, T, C) and give the same; other inputs with one entry per patch token, such "
+            "as a rotary table, are named in token_inputs, and need images=. See evopatch.inspect(model)"
+        )
+        with trying(self.block, self.name, x, expected):
+            given = x.clone()
+            out = self.block(given, **self.absent | {name: _cloned(table) for name, table in tables.items()})
+        self._changed = self._changed or not torch.equal(given, x)
         if isinstance(out, (tuple, list)) and out:
             out = out[0]
         if not isinstance(out, Tensor) or out.shape != x.shape:
             found = f"{tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
             raise UnsupportedModelError(
-                f"{self._name} ({type(self.block).__name__}) gives {found} for tokens {tuple(x.shape)}: expected a "
+                f"{self.name} ({type(self.block).__name__}) gives {found} for tokens {tuple(x.shape)}: expected a "
                 "tensor of the same shape, or a tuple that begins with one. See evopatch.inspect(model) for containers "
                 "that would do"
             )
         return out
+
+    def check_input_kept(self) -> None:
+        """
+        Raises:
+            UnsupportedModelError: If the block changed tokens that it was given.
+        """
+        if self._changed:
+            raise UnsupportedModelError(
+                f"{self.name} ({type(self.block).__name__}) changes the tokens that it is given in place, as `x += ...`"
+                " does, and a slow-fast block is to be compared with what it was given: expected a forward that makes "
+                "new tensors. Write `x = x + ...` there"
+            )
 
     def equal(self, a: Tensor, b: Tensor) -> bool:
         return bool((a - b).abs().max() <= 1e-4 * b.abs().max())

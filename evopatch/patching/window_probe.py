@@ -3,7 +3,6 @@ merged tokens."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,17 +11,23 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..forward.window_blocks import BiasedBlocks, WindowedBlocks
 from ..forward.windowed import alone
-from .merge_probe import CANNOT_RUN, group_of_equal, is_unknown
-from .probe import Runner
+from ..rewrite.classes import Steered
+from . import changes
+from .changes import Change
+from .merge_probe import group_of_equal, is_unknown
+from .probe import Runner, trying
 
+_EXPECTED = (
+    "Expected a block of its library in which your own modules run on any number of tokens. Leave the model unpatched, "
+    "or write an adapter (docs/adapters.md)"
+)
 _SIDE = 32
 """Of a map, in tokens: windows are up to 24 by 24."""
 
 
 @torch.no_grad()
 def check_windows(block: nn.Module, name: str, kind: WindowedBlocks) -> None:
-    """Run a block that has modules of somebody's own on random tokens, with random weights. One that can't be run so
-    isn't judged.
+    """Run a block that has modules of somebody's own on random tokens, with random weights.
 
     Args:
         block: Left as it is.
@@ -31,26 +36,24 @@ def check_windows(block: nn.Module, name: str, kind: WindowedBlocks) -> None:
 
     Raises:
         UnsupportedModelError: If tokens of other windows change what those of one give, or its attention makes
-            something else of tokens that are merged than of each.
+            something else of tokens that are merged than of each, or it can't be run so.
     """
     norm = next((module for module in block.children() if isinstance(module, nn.LayerNorm)), None)
     if norm is None:
         return
     channels, runner = norm.normalized_shape[-1], Runner(block, name, ())
-    apart = alike = True
-    with suppress(*CANNOT_RUN):
-        apart = _windows_apart(runner, kind, channels)
-    if not apart:
+    if not _windows_apart(runner, kind, channels):
         raise UnsupportedModelError(
             f"{name} ({type(block).__name__}) mixes tokens of different windows: something outside of its attention "
             "does so (such as a convolution, or a mean or a norm over all tokens), which would meet merged tokens in "
             "other places. Leave the model unpatched, or write an adapter (docs/adapters.md)"
         )
     attention = runner.block.get_submodule(kind.attention)
-    if isinstance(kind, BiasedBlocks) and is_unknown(attention):
-        with suppress(*CANNOT_RUN):
-            alike = _merges(runner, attention, kind, channels)
-    if not alike:
+    if not isinstance(kind, BiasedBlocks) or not is_unknown(attention):
+        return
+    # A view calls them with what to run in their place, as it does in a patched block.
+    changes.make([Change(attention.get_submodule(path), Steered, {}) for path in kind.inside_attention])
+    if not _merges(runner, attention, kind, channels):
         raise UnsupportedModelError(
             f"{name}.{kind.attention} ({type(attention).__name__}) gives something else for tokens that are merged "
             "than for each of several equal ones: beside a softmax over its logits it counts tokens, or mixes them. "
@@ -79,7 +82,8 @@ def _run(runner: Runner, kind: WindowedBlocks, x: Tensor) -> Tensor:
     """`(1, N, C)` after the block."""
     inputs = kind.inputs((x.shape[1], x.shape[2]))
     given = x.permute(0, 3, 1, 2) if kind.channels_first else x.flatten(1, 2) if kind.flat else x
-    return alone(runner.block, kind, x.flatten(1, 2), given, inputs, {})
+    with trying(runner.block, runner.name, x, _EXPECTED):
+        return alone(runner.block, kind, x.flatten(1, 2), given.clone(), inputs, {})
 
 
 def _merges(runner: Runner, attention: Any, kind: BiasedBlocks, channels: int) -> bool:
@@ -88,8 +92,9 @@ def _merges(runner: Runner, attention: Any, kind: BiasedBlocks, channels: int) -
     group = group.to(runner.device)
     x, heads = runner.random(1, len(sizes), channels), kind.bias(attention).shape[0]
     log_sizes = sizes.to(x).log().expand(1, heads, len(sizes), -1)
-    merged = _attend(attention, kind, x, log_sizes)
-    every = _attend(attention, kind, x[:, group], x.new_zeros(1, heads, len(group), len(group)))
+    with trying(attention, f"{runner.name}.{kind.attention}", x, _EXPECTED):
+        merged = _attend(attention, kind, x.clone(), log_sizes)
+        every = _attend(attention, kind, x[:, group], x.new_zeros(1, heads, len(group), len(group)))
     return runner.equal(merged[:, group], every)
 
 

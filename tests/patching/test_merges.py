@@ -1,14 +1,16 @@
 """Blocks that make something else of merged tokens than of all of them are refused: one's own, and a library's."""
 
 import math
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
+from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from variants import images
+from variants import build, call, images, images_for
 from variants.own_models import HEADS, WIDTH, Attention, Block, OwnViT
 
 import evopatch
@@ -94,6 +96,43 @@ class Plain(Squeezing):
         return F.gelu(self.inner(x)) * self.gate(x).sigmoid()
 
 
+class SqueezingScaled(Squeezing):
+    """One of its parameters has no axes."""
+
+    def __init__(self, in_features=WIDTH, hidden_features=None, **others):
+        super().__init__(in_features)
+        self.gain = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+class PlainScaled(SqueezingScaled):
+    def forward(self, x):
+        return F.gelu(self.inner(x)) * self.gain
+
+
+class OnMap(nn.Module):
+    """Locally enhanced: a convolution over the map that the patch tokens make, as wide as the square root of their
+    number."""
+
+    side = None
+
+    def __init__(self, in_features=WIDTH, hidden_features=None, **others):
+        super().__init__()
+        self.depthwise = nn.Conv2d(in_features, in_features, 3, padding=1, groups=in_features)
+
+    def forward(self, x):
+        prefix = int(math.isqrt(x.shape[1]) ** 2 != x.shape[1])
+        side = self.side or int((x.shape[1] - prefix) ** 0.5)
+        maps = x[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
+        return torch.cat([x[:, :prefix], self.depthwise(maps).flatten(2).transpose(1, 2)], dim=1)
+
+
+class OnMapOfOneSize(OnMap):
+    side = 5
+
+
 def own(attention=Attention, mlp=None):
     torch.manual_seed(0)
     model = OwnViT().eval()
@@ -130,8 +169,48 @@ def test_own_blocks(model, text):
     assert torch.equal(model(x), expected)
 
 
-def test_own_blocks_that_treat_tokens_alone():
-    assert evopatch.is_patched(told(own(mlp=Plain)))
+@pytest.mark.parametrize("mlp", [Plain, PlainScaled])
+def test_own_blocks_that_treat_tokens_alone(mlp):
+    model = own(mlp=mlp)
+    assert evopatch.inspect(model).candidates[0].call
+    assert evopatch.is_patched(told(model))
+
+
+class InPlace(Block):
+    """Adds to what it is given."""
+
+    def forward(self, x):
+        x += self.attn(self.norm1(x))
+        x += self.mlp(self.norm2(x))
+        return x
+
+
+class InPlaceOfALibrary(timm_vit.Block):
+    def forward(self, x, **others):
+        x += self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def test_blocks_that_change_what_they_are_given_in_place_are_refused_for_that_reason():
+    model = own()
+    for block in model.blocks:
+        block.__class__ = InPlace
+    text = r"blocks\.0 \(InPlace\) changes the tokens that it is given in place.*Write `x = x \+"
+    with pytest.raises(UnsupportedModelError, match=text):
+        told(model)
+    model = library(Mlp)
+    for block in model.blocks:
+        block.__class__ = InPlaceOfALibrary
+    with pytest.raises(UnsupportedModelError, match=r"InPlaceOfALibrary\) changes the tokens"):
+        evopatch.apply(model)
+
+
+@torch.no_grad()
+def test_own_blocks_are_patched_under_autocast_as_without():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert evopatch.is_patched(told(own()))
+        with pytest.raises(UnsupportedModelError, match=DIFFERENT):
+            told(own(mlp=Squeezing))
 
 
 def library(mlp):
@@ -139,7 +218,7 @@ def library(mlp):
     return VisionTransformer(img_size=40, patch_size=8, embed_dim=WIDTH, depth=6, num_heads=4, mlp_layer=mlp).eval()
 
 
-@pytest.mark.parametrize("mlp", [Squeezing, Convolving, OverTokens])
+@pytest.mark.parametrize("mlp", [Squeezing, SqueezingScaled, Convolving, OverTokens, OnMap])
 def test_parts_of_ones_own_in_blocks_of_a_library(mlp):
     model, x = library(mlp), images()
     expected, seed = model(x), torch.get_rng_state()
@@ -150,7 +229,41 @@ def test_parts_of_ones_own_in_blocks_of_a_library(mlp):
     assert torch.equal(torch.get_rng_state(), seed)
 
 
-@pytest.mark.parametrize("mlp", [Plain, Mlp])
+def test_a_part_that_takes_one_number_of_tokens_alone_is_refused():
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.mlp \(OnMapOfOneSize\) can't be run on random tokens"):
+        evopatch.apply(library(OnMapOfOneSize))
+
+
+def with_part(name, path, part):
+    """A model in which one's own module comes behind another one in every block."""
+    model = build(name)
+    for inner_path, inner in list(model.named_modules()):
+        if inner_path.endswith(path):
+            width = next(m for m in reversed(list(inner.modules())) if hasattr(m, "out_features")).out_features
+            model.set_submodule(inner_path, nn.Sequential(inner, part(width)))
+    return model
+
+
+MADE_FOR_ONE_NUMBER = [("beit", ".mlp"), ("relpos", "0.mlp"), ("levit", "blocks.0.mlp")]
+OTHERS = [("pit", "blocks.0.mlp"), ("hf_yolos", ".intermediate"), ("hf_blip2", ".mlp")]
+
+
+@pytest.mark.parametrize(("name", "path"), MADE_FOR_ONE_NUMBER + OTHERS)
+@torch.no_grad()
+def test_parts_behind_an_attention_that_is_made_for_one_number_of_tokens_or_takes_a_mask(name, path):
+    for part in (SqueezingScaled, OnMap):
+        model = with_part(name, path, part)
+        with pytest.raises(UnsupportedModelError, match=rf"{DIFFERENT}|can't be run on random tokens"):
+            evopatch.apply(model)
+        assert not evopatch.is_patched(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", evopatch.SpeedWarning)
+        model = evopatch.apply(with_part(name, path, PlainScaled))
+    assert evopatch.is_patched(model)
+    call(model, images_for(name))
+
+
+@pytest.mark.parametrize("mlp", [Plain, PlainScaled, Mlp])
 @torch.no_grad()
 def test_parts_that_treat_tokens_alone(mlp):
     model = library(mlp)

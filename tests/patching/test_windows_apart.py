@@ -43,6 +43,11 @@ class Convolving(Around):
         return (maps + maps.roll(1, 1)).reshape(out.shape)
 
 
+class OfOneMap(Around):
+    def forward(self, x):
+        raise RuntimeError("expected a map of 7 by 7")
+
+
 class Attending(timm_swin.WindowAttention):
     def weighted(self, x, mask, mixed, scale=1.0):
         windows, area, channels = x.shape
@@ -128,6 +133,15 @@ def test_the_same_where_the_models_own_map_is_one_window(name, path):
     refused(name, model, rf"{path}.*{APART}")
 
 
+def test_parts_that_cant_be_tried():
+    model, (path, attribute) = build("swin"), PARTS["swin"]
+    block = model.get_submodule(path)
+    setattr(block, attribute, OfOneMap(getattr(block, attribute)))
+    with pytest.raises(UnsupportedModelError, match=rf"{path} .*can't be run on random tokens.*a map of 7 by 7"):
+        evopatch.apply(model)
+    assert not evopatch.is_patched(model)
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_that_treat_tokens_alone(name):
     model, (path, attribute) = build(name), PARTS[name]
@@ -146,6 +160,21 @@ def attending(cls):
 @pytest.mark.parametrize("cls", [Shifting, Sharpening])
 def test_attentions_that_make_something_else_of_merged_tokens(cls):
     refused("swin", attending(cls), rf"layers\.1\.blocks\.0\.attn.*{MERGED}")
+
+
+@pytest.mark.parametrize("name", ["hf_donut", "hf_swinv2"])
+def test_attentions_that_make_something_else_where_a_module_in_them_attends(name):
+    model = build(name)
+    path = PARTS[name][0]
+    attention = model.get_submodule(path).attention
+
+    class Averaging(type(attention.self)):
+        def forward(self, hidden_states, *args, **kwargs):
+            out, *others = super().forward(hidden_states, *args, **kwargs)
+            return (out + hidden_states.mean(1, keepdim=True), *others)
+
+    attention.self.__class__ = Averaging
+    refused(name, model, rf"{path}\.attention.*{MERGED}")
 
 
 def test_attentions_of_ones_own_that_merge():
