@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import EvoPatchError, UnsupportedModelError
 from ..rewrite.fast_paths import forward_of
+from ..rewrite.written import lend
 
 _PATCHES = 9
 
@@ -153,11 +154,13 @@ class Runner:
         self.device = torch.device("cpu") if own.is_meta else own.device
         self._changed = False
         self._made: dict[int, nn.Parameter] = {}
+        self._lent: dict[int, Any] = {}
         self.block = self._twin(block)
 
     def _twin(self, module: Any) -> Any:
-        """Shares with the module what isn't weights, buffers, hooks or modules."""
+        """Shares with the module what isn't weights, hooks or modules, and can't be changed in place."""
         twin = copy.copy(module)
+        lend(twin.__dict__, self._lent)
         twin.__dict__.update(
             training=False,
             _parameters={name: self._random_twin(p) for name, p in module._parameters.items()},

@@ -85,7 +85,7 @@ def generate_core(module: nn.Module, name: str, spec: TraceSpec) -> Code:
     for training in (False, True):
         with _mode(module, training):
             traced = trace(module, name, spec)
-        refuse(traced.written.own, module, name)
+        refuse(traced.written.own | traced.written.tensors, module, name)
         graph = traced.graph
         _tap(graph, module, name, spec)
         functions[training] = _function(graph)

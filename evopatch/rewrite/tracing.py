@@ -19,7 +19,7 @@ from ..errors import AttentionNotFoundError
 from .classes import host_class
 from .fast_paths import forward_of
 from .leaves import dropout_rates, leaf_functions, leaf_methods
-from .written import Written, taken_back
+from .written import Written, filled, taken_back
 
 SDPA = F.scaled_dot_product_attention
 _MULTI_HEAD = F.multi_head_attention_forward
@@ -262,6 +262,7 @@ def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix(f"{ROOT}.")
+    written.tensors |= filled(graph)
     # Dead-code elimination looks submodules up in it.
     graph.owning_module = module  # type: ignore[assignment]
     return Traced(graph, tracer.given, tracer.first, written)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from collections import deque
 
 import pytest
 import torch
@@ -165,6 +166,66 @@ def test_nor_can_it_become_one_after_apply(monkeypatch):
         model(x)
     monkeypatch.undo()
     model(x)
+
+
+class Filling(Attention):
+    """Keeps something on itself without setting an attribute."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.maps, self.by_name, self.seen, self.calls = [], {"last": deque()}, set(), {"number": 0}
+        self.register_buffer("number", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("parts", torch.zeros(2))
+
+    def forward(self, x, **kwargs):
+        batch, tokens, channels = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        weights = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1)
+        self.keep(weights)
+        return self.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, channels))
+
+    def keep(self, weights):
+        pass
+
+
+WAYS = {
+    "maps": lambda self, weights: self.maps.append(weights),
+    "by_name": lambda self, weights: self.by_name["last"].append((1, weights)),
+    "seen": lambda self, weights: self.seen.add(weights),
+    "calls": lambda self, weights: self.calls.update(number=self.calls["number"] + 1),
+    "number": lambda self, weights: self.number.add_(1),
+    "mean": lambda self, weights: self.mean.mul_(0.9).add_(weights.mean()),
+    "parts": lambda self, weights: self.parts.__setitem__(0, weights.mean()),
+}
+
+
+def filling(way):
+    kind = type("Filling", (Filling,), {} if way is None else {"keep": WAYS[way]})
+    return build("vit", attn_layer=kind)
+
+
+def kept(model):
+    return [[repr(getattr(block.attn, name)) for name in WAYS] for block in model.blocks]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_an_attention_that_fills_what_it_has_is_refused_and_left_as_it_was(way):
+    model = filling(way)
+    held = [block.attn.maps for block in model.blocks]
+    with pytest.raises(evopatch.AttentionNotFoundError, match=rf"blocks\.0.*sets (attn\.)?{way} on itself"):
+        evopatch.apply(model)
+    assert kept(model) == kept(filling(None))
+    assert all(block.attn.maps is each for block, each in zip(model.blocks, held, strict=True))
+    with pytest.raises(evopatch.AttentionNotFoundError):
+        evopatch.apply(model)
+
+
+@torch.no_grad()
+def test_an_attention_that_has_lists_and_leaves_them_is_patched():
+    assert evopatch.is_patched(evopatch.apply(filling(None)))
 
 
 class Counting(Block):
