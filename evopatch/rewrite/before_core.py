@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..errors import AttentionNotFoundError
+from .contexts import carry
 from .quiet import quiet_copy, quietly
 from .tracing import TraceSpec
 
@@ -56,7 +57,7 @@ def _quiet(graph: fx.Graph) -> fx.Graph:
         if node.op == "call_module":
             with graph.inserting_before(node):
                 module = graph.get_attr(str(node.target))
-                call = graph.call_function(quietly, (module, *node.args), dict(node.kwargs))
+                call = carry(node, graph.call_function(quietly, (module, *node.args), dict(node.kwargs)))
             node.replace_all_uses_with(call)
             graph.erase_node(node)
     return graph

@@ -21,6 +21,7 @@ from torch import fx, nn
 from ..errors import AttentionNotFoundError
 from .before_core import layer_norm, projected_from, up_to
 from .classes import host_class
+from .contexts import carry, entering
 from .mixing import MATMULS, count_values, mixes_heads
 from .projections import Projections, find_projections
 from .readout import readout_graph
@@ -148,7 +149,7 @@ def _tap(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> None:
         graph.erase_node(node)
     for node in [node for node in graph.nodes if _adds_position_bias(node, spec)]:
         with graph.inserting_before(node):
-            tapped = graph.call_method("add_position_bias", (evo, *node.args))
+            tapped = carry(node, graph.call_method("add_position_bias", (evo, *node.args)))
         node.replace_all_uses_with(tapped)
         graph.erase_node(node)
     replace_calls(graph, evo, spec)
@@ -164,7 +165,7 @@ def _tap(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> None:
             count_values(node, evo, block, name)
             kwargs["by_token"] = True
         with graph.inserting_before(node):
-            tapped = graph.call_method(method, (evo, *args), kwargs)
+            tapped = carry(node, graph.call_method(method, (evo, *args), kwargs))
         node.replace_all_uses_with(tapped)
         graph.erase_node(node)
     if not cores:
@@ -235,7 +236,7 @@ _functions: dict[str, Callable[..., Any]] = {}
 
 def _function(graph: fx.Graph) -> Callable[..., Any]:
     """The graph as a Python function of the original module, one per distinct code."""
-    code = graph.python_code("self")
+    code = entering(graph).python_code("self")
     key = code.src + repr(sorted((k, id(v)) for k, v in code.globals.items()))
     if key not in _functions:
         filename = f"<evopatch block {len(_functions)}>"

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .contexts import carry
+
 
 def readout_graph(graph: fx.Graph, methods: Collection[str]) -> fx.Graph | None:
     """`(x, inputs, everything, evo, module)`: a tapped graph where the tokens `x` ask and those of `everything` answer.
@@ -85,7 +87,8 @@ def _without_queries(found: fx.Graph, linear: fx.Node) -> None:
         return
     with found.inserting_before(linear):
         module = found.get_attr(str(linear.target))
-        linear.replace_all_uses_with(found.call_function(last_two_thirds, (module, *linear.args)))
+        fewer = found.call_function(last_two_thirds, (module, *linear.args))
+        linear.replace_all_uses_with(carry(linear, fewer))
     found.erase_node(linear)
     reshape.update_arg(3, 2)
     for part in parts:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import AttentionNotFoundError
 from .classes import host_class
+from .contexts import Entered, noticed
 from .fast_paths import forward_of
 from .leaves import dropout_rates, leaf_functions, leaf_methods
 from .written import Written, filled, taken_back
@@ -127,6 +128,12 @@ class _Tracer(fx.Tracer):
         """By path of a module that is traced through: what it is given beside its first argument."""
         self.first: dict[str, fx.Node] = {}
         """By the same: its first argument."""
+        self.entered = Entered()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        self.entered.note(node)
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._through
@@ -250,6 +257,7 @@ def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str
             leaf_methods(shim, tracer, methods),
             leaf_functions(shim, leaves_of(spec)),
             dropout_rates(shim, tracer),
+            noticed(tracer.entered),
         ):
             graph = tracer.trace(shim)
     except Exception as error:
