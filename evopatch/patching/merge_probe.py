@@ -51,8 +51,8 @@ Patch = Callable[[nn.Module, str, HostState], list[Change]]
 @torch.no_grad()
 def check_merges(block: nn.Module, name: str, spec: HostSpec, patch: Patch) -> None:
     """Run a block on equal tokens, and on one of each, with random weights. Where its attention is made for another
-    number of tokens, as by a position bias, the modules of somebody's own in it run alone. A block that takes other
-    inputs by token isn't judged.
+    number of tokens, as by a position bias, the modules of somebody's own in it that don't attend run alone. A
+    block that takes other inputs by token isn't judged.
 
     Args:
         block: Left as it is.
@@ -70,7 +70,7 @@ def check_merges(block: nn.Module, name: str, spec: HostSpec, patch: Patch) -> N
     runner = Runner(block, name, (*required_inputs(block), *absent))
     case = _case(runner, Layout(spec, (0,)), spec.prefix, channels)
     if isinstance(case, UnsupportedModelError):
-        for path, part in _unknown_parts(block, name, spec, case):
+        for path, part in _unknown_parts(block, name, spec):
             _check_part(part, path, spec.prefix, channels)
         return
     runner.check_input_kept()
@@ -138,27 +138,19 @@ def _check_same(runner: Runner, found: Tensor, case: _Case, module: nn.Module, n
         )
 
 
-def _unknown_parts(
-    module: nn.Module, name: str, spec: HostSpec, refused: UnsupportedModelError
-) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules of somebody's own in a block, by name.
+def _unknown_parts(module: nn.Module, name: str, spec: HostSpec) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules of somebody's own in a block that don't attend, by name.
 
     Args:
         module: The block, or one in it.
         name: Its, fully qualified.
         spec: Its host's.
-        refused: Why the block can't be run.
-
-    Raises:
-        UnsupportedModelError: If one of them attends, which can't be judged alone.
     """
-    if _is_own(module):
-        if attention_cores(module, spec.trace):
-            raise refused
+    if _is_own(module) and not attention_cores(module, spec.trace):
         yield name, module
         return
     for child_name, child in module.named_children():
-        yield from _unknown_parts(child, f"{name}.{child_name}", spec, refused)
+        yield from _unknown_parts(child, f"{name}.{child_name}", spec)
 
 
 def _check_part(part: nn.Module, name: str, prefix: int, channels: int) -> None:
