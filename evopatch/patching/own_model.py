@@ -91,6 +91,7 @@ class OwnModel(Adapter):
         tried: bool = True,
     ) -> None:
         container = container_of(model, blocks)
+        _check_modules(container, blocks)
         prefix, readout = self._numbers(prefix_tokens, readout)
         self.host_name, path = walked_by(model, blocks)
         self.host = model.get_submodule(self.host_name)
@@ -173,6 +174,25 @@ def _other_inputs(block: nn.Module, name: str, token_inputs: Sequence[str]) -> l
                 f"{', '.join(p.name for p in named) or 'nothing beside the tokens'}"
             )
     return [p.name for p in named if p.default is p.empty or p.name in token_inputs]
+
+
+def _check_modules(container: Any, path: str) -> None:
+    """
+    Args:
+        container: Of blocks, or of lists of their parts.
+        path: Its own.
+
+    Raises:
+        UnsupportedModelError: If there is None in the place of one.
+    """
+    for name, block in container._modules.items():
+        if block is None:
+            raise UnsupportedModelError(
+                f"{path}.{name} is None: expected a module at every place of the container. Leave out those that the "
+                "model doesn't call, or leave the model unpatched"
+            )
+        if isinstance(block, nn.ModuleList):
+            _check_modules(block, f"{path}.{name}")
 
 
 def _check_attends(block: nn.Module, name: str, trace: TraceSpec) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import EvoPatchError, UnsupportedModelError
 from ..rewrite.fast_paths import forward_of
@@ -63,6 +64,7 @@ def takes_tokens_first(
         UnsupportedModelError: If it does neither, or what it makes of patch tokens depends on their order.
     """
     tables = tables or {}
+    _check_averaged(tables, name, block)
     runner = Runner(block, name, absent)
     # Without tables either of the first two axes may be that of the tokens.
     patches = next((_first(table).shape[-2] for table in tables.values()), _PATCHES)
@@ -89,6 +91,17 @@ def takes_tokens_first(
             "leave the model unpatched"
         )
     return axis == 0
+
+
+def _check_averaged(tables: Mapping[str, Any], name: str, block: nn.Module) -> None:
+    for given, table in tables.items():
+        for part in tree_leaves(table):
+            if not part.is_floating_point():
+                raise UnsupportedModelError(
+                    f"{name} ({type(block).__name__}) is given {given} of {part.dtype}: expected numbers of floating "
+                    "point, as those of a group of tokens are averaged. Give blocks what is made of these, such as "
+                    "sines and cosines"
+                )
 
 
 def _first(table: Any) -> Tensor:

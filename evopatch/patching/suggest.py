@@ -85,7 +85,7 @@ def _attends(container: nn.Module) -> bool:
 
 def _candidate(model: nn.Module, path: str, container: nn.Module, every: bool) -> Candidate:
     if not every:
-        without = [name for name, block in container.named_children() if not attention_cores(block, TraceSpec())]
+        without = [name for name, block in container._modules.items() if not attention_cores(block, TraceSpec())]
         return Candidate(path, "", f"{path}.{without[0]} holds no attention")
     prefix = _prefix_tokens(model, path, container)
     try:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import AttentionNotFoundError
 from .classes import host_class
+from .constants import Making, keep_constants
 from .contexts import Entered, noticed
 from .fast_paths import forward_of
 from .leaves import dropout_rates, leaf_functions, leaf_methods
@@ -172,8 +173,11 @@ def parameters_of(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(forward_of(module)).parameters)[1:]
 
 
-def attention_cores(block: nn.Module, spec: TraceSpec) -> tuple[str, ...]:
-    """Paths in a block of the modules whose forward holds an attention core; `""` for the block itself."""
+def attention_cores(block: nn.Module | None, spec: TraceSpec) -> tuple[str, ...]:
+    """Paths in a block of the modules whose forward holds an attention core; `""` for the block itself. Lists of
+    modules may have None in a block's place."""
+    if block is None:
+        return ()
     modules = (each for each in block.named_modules() if each[0] not in spec.aside)
     return tuple(name for name, module in modules if _attends(module, spec))
 
@@ -258,8 +262,10 @@ def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str
             leaf_functions(shim, leaves_of(spec)),
             dropout_rates(shim, tracer),
             noticed(tracer.entered),
+            Making() as making,
         ):
             graph = tracer.trace(shim)
+        keep_constants(graph, shim, making)
     except Exception as error:
         last = next(iter(reversed(tracer.graph.nodes)), None) if hasattr(tracer, "graph") else None
         raise AttentionNotFoundError(

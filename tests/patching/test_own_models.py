@@ -423,6 +423,38 @@ def test_rotary_tables_are_checked_on_images():
         told_nothing(x)
 
 
+def test_whole_numbers_arent_averaged():
+    model = own()
+
+    class Places(Block):
+        def forward(self, x, places):
+            return super().forward(x + 0 * places.sum())
+
+    class Giving(OwnViT):
+        def forward(self, x):
+            x = self.embed(x)
+            for block in self.blocks:
+                x = block(x, torch.arange(25)[:, None])
+            return self.head(self.norm(x)[:, 0])
+
+    model.__class__ = Giving
+    model.blocks = nn.ModuleList(Places(Attention, 0.0) for _ in range(6))
+    text = r"blocks\.0 \(Places\) is given places of torch\.int64: expected numbers of floating point"
+    with pytest.raises(UnsupportedModelError, match=text):
+        evopatch.apply(model, blocks="blocks", prefix_tokens=1, token_inputs=["places"], images=images(8))
+
+
+def test_none_in_the_place_of_a_block_or_a_part_is_refused():
+    model, of_parts = own(), own_models.OwnParts()
+    model.blocks._modules["1"] = of_parts.blocks[1]._modules["1"] = None
+    for each, path in ((model, r"blocks\.1"), (of_parts, r"blocks\.1\.1")):
+        with pytest.raises(UnsupportedModelError, match=rf"^{path} is None: expected a module"):
+            evopatch.apply(each, blocks="blocks", prefix_tokens=1)
+    with pytest.raises(UnsupportedModelError, match="found nothing to patch"):
+        evopatch.apply(model)
+    assert "blocks: no: blocks.1 holds no attention" in str(evopatch.inspect(model))
+
+
 def test_the_probe_leaves_no_trace():
     model, calls = own(), []
     model.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
