@@ -73,7 +73,6 @@ def check_merges(block: nn.Module, name: str, spec: HostSpec, patch: Patch) -> N
         for path, part in _unknown_parts(block, name, spec):
             _check_part(part, path, spec.prefix, channels)
         return
-    runner.check_input_kept()
     # In which of its host's stages it is doesn't matter here.
     state = HostState("", dataclasses.replace(spec, start=None), ((("0",), ("1",)),), EvoConfig(keep_ratio=1.0))
     planned = patch(runner.block, name, state)
