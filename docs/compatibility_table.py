@@ -49,7 +49,8 @@ SECTIONS = {
             "after `apply`, from an exported program",
             ("test_compiled_ahead_of_time",)),
         Row("ONNX, run by ONNX Runtime", YES,
-            "after `apply`; both exporters, dynamic sizes where the unpatched model takes them",
+            "after `apply`; both exporters, dynamic sizes where the unpatched model takes them, but for PVT v2"
+            " and SegFormer",
             ("test_onnx_runtime_equals_eager",
              "test_torchscript_onnx_equals_eager",
              "test_onnx_takes_other_batch_and_image_sizes")),

@@ -185,7 +185,11 @@ class _Run:
         try:
             # Whatever is random is the same for every image, and nobody else's random numbers change.
             with torch.random.fork_rng([image.device] if image.is_cuda else []):
-                torch.manual_seed(0)
+                # torch.manual_seed would seed every device.
+                torch.default_generator.manual_seed(0)
+                if image.is_cuda:
+                    with torch.cuda.device(image.device):
+                        torch.cuda.manual_seed(0)
                 self._copy(image)
         except _ReachedError:
             pass
