@@ -239,6 +239,8 @@ def check_steered(module: nn.Module, name: str, expected: type[Swapped] = Steere
                 f"which the patch works by. {advice}"
             )
         return
+    if "_orig_mod" in module._modules:
+        advice = f"To compile single modules, call {name}.compile(), which wraps nothing"
     wrapped = any(isinstance(inner, expected) for inner in module.children())
     if not wrapped or not _passes_keywords(module):
         raise BypassError(

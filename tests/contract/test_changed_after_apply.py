@@ -14,7 +14,7 @@ from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
 from variants import build, call, images, images_for
 
 import evopatch
-from evopatch import CheckpointError, UnsupportedModelError
+from evopatch import BypassError, CheckpointError, UnsupportedModelError
 
 SMALL = {"img_size": 40, "patch_size": 8, "num_classes": 7, "embed_dim": 48, "depth": 6, "num_heads": 4}
 
@@ -284,3 +284,15 @@ def test_a_stock_model_reads_prefix_tokens_alone():
     state.passes = []
     model(x)
     assert state.passes[0].reads_prefix
+
+
+@torch.no_grad()
+def test_blocks_are_compiled_in_place_not_wrapped():
+    model, x = evopatch.apply(build("vit")), images()
+    expected, block = model(x), model.blocks[0]
+    model.blocks[0] = torch.compile(block, backend="eager")
+    with pytest.raises(BypassError, match=r"call blocks\.0\.compile\(\), which wraps nothing"):
+        model(x)
+    model.blocks[0] = block
+    block.compile(backend="eager")
+    torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-5)
