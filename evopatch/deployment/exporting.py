@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..durable import temporary_in
 from ..errors import ConfigError, DataError, EvoPatchError, ExportError
 from ..measure.timing import Speed, compare
 from ..patching.handle import Patched
@@ -99,14 +99,14 @@ def export(
 def _export(target: _Target, path: Path, patched: Patched[nn.Module], images: Tensor, benchmark: bool) -> Export:
     own = patched.copy().eval().cpu().float()
     other_size = target.other_size(patched, own, images)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".evopatch-") as folder:
-        written = target.write(own, images, other_size, Path(folder, "patched"), path.name)
+    with temporary_in(path.parent) as folder:
+        written = target.write(own, images, other_size, folder / "patched", path.name)
         verification = speed = None
         if (run := target.open(written)) is not None:
             verification = target.verify(run, own, batches_of(images, target.batch_size, other_size), path.name)
         if run is not None and benchmark:
             original = patched.original().eval().cpu().float()
-            unpatched = target.open(target.write(original, images, other_size, Path(folder, "unpatched"), path.name))
+            unpatched = target.open(target.write(original, images, other_size, folder / "unpatched", path.name))
             assert unpatched is not None
             batch = images[: target.batch_size]
             speed = compare(partial(run, batch), partial(unpatched, batch), batch, ROUNDS, warm_up=3)

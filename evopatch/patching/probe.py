@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import EvoPatchError, UnsupportedModelError
 from ..rewrite.fast_paths import forward_of
@@ -126,10 +126,6 @@ def _reaches_others(runner: Runner, x: Tensor, tables: Mapping[str, Any], out: T
     return not runner.equal(runner(changed, tables).index_select(axis, others), out.index_select(axis, others))
 
 
-def _cloned(table: Any) -> Any:
-    return type(table)(map(_cloned, table)) if isinstance(table, (tuple, list)) else table.clone()
-
-
 @contextmanager
 def trying(module: nn.Module, name: str, x: Tensor, expected: str) -> Iterator[None]:
     """Run somebody's module inside, in single precision also where the caller casts automatically.
@@ -213,7 +209,7 @@ class Runner:
         )
         with trying(self.block, self.name, x, expected):
             # Somebody's code may write to what it is given.
-            out = self.block(x.clone(), **self.absent | {name: _cloned(table) for name, table in tables.items()})
+            out = self.block(x.clone(), **self.absent | tree_map(torch.clone, dict(tables)))
         if isinstance(out, (tuple, list)) and out:
             out = out[0]
         if not isinstance(out, Tensor) or out.shape != x.shape:
