@@ -32,7 +32,7 @@ def _write(conversion: Conversion, path: Path) -> None:
     ops = torch.ops.aten
     quicker: Any = {ops.linalg_vector_norm.default: _length, ops.matmul.default: _multiplied}
     shorter = conversion.program().run_decompositions(quicker)
-    _unexpand(shorter.graph)
+    _uncopy(shorter.graph)
     # Parts of weights are constants then: XNNPACK multiplies by no others, and without it a product is a plain loop.
     program: Any = constant_prop_pass(shorter)
     for name, value in program.constants.items():
@@ -60,15 +60,17 @@ def _multiplied(x: Tensor, y: Tensor) -> Any:
     return product.view(*x.shape[:-1], y.shape[-1])
 
 
-def _unexpand(graph: fx.Graph) -> None:
-    """Divide by what was copied to as many channels, not by the copies."""
+def _uncopy(graph: fx.Graph) -> None:
+    """Divide by what was copied to as many channels, not by the copies; and leave copies out that nobody writes to,
+    which XNNPACK takes for outputs that are inputs."""
     ops = torch.ops.aten
     for node in graph.nodes:
-        if node.target is not ops.div.Tensor or getattr(node.args[1], "target", None) is not ops.expand.default:
-            continue
-        divided, copies = node.args
-        if divided.meta["val"].shape == copies.meta["val"].shape:
-            node.args = (divided, copies.args[0])
+        if node.target is ops.div.Tensor and getattr(node.args[1], "target", None) is ops.expand.default:
+            divided, copies = node.args
+            if divided.meta["val"].shape == copies.meta["val"].shape:
+                node.args = (divided, copies.args[0])
+        elif node.target is ops.clone.default and not node.kwargs:
+            node.replace_all_uses_with(node.args[0])
     graph.eliminate_dead_code()
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..algorithm.bias import KeyBias, merge_bias
-from ..algorithm.importance import class_attention, default_scale
+from ..algorithm.importance import default_scale
 from ..algorithm.padding import added
 from ..algorithm.partition import Partition, spread_attention, unspread_attention
 from ..algorithm.rows import is_fixed
@@ -21,6 +21,7 @@ from ..errors import UnsupportedInputError
 from .hooks import FullGrid, Shown
 from .mask import Mask
 from .multi_head import multi_head
+from .observed import Observed
 
 
 class AttentionTap:
@@ -76,13 +77,13 @@ class AttentionTap:
         self.everything = everything
         self.used = False
         """Whether an attention core called."""
-        self._observed: list[Tensor] = []
+        # A compact set begins with the prefix tokens.
+        self._observed = Observed(prefix, readout, 0 if partition is not None else behind, key_bias)
         self._sizes_added = False
 
     def class_attention(self) -> Tensor:
         """`(B, M)` float32, the mean over the block's attention cores."""
-        first, *others = self._observed
-        return sum(others, start=first) / len(self._observed) if others else first
+        return self._observed.mean()
 
     def asking(self, query: Tensor) -> Tensor:
         """Of queries `(B, H, M, D)` those of the tokens that go through the block, where only the prefix tokens do."""
@@ -102,10 +103,16 @@ class AttentionTap:
         """Stands where the block calls `scaled_dot_product_attention`; `attn_mask` is a position bias.
 
         Args:
-            query: `(B, H, M, D)`, key and value likewise; `(B, H, P, D)` where only the prefix tokens go through.
+            query: `(B, H, M, D)` or `(B * H, M, D)`, key and value likewise; `P` in place of `M` where only the prefix
+                tokens go through.
         """
         if is_causal:
             raise UnsupportedInputError(f"causal attention in {self.block}: slow and fast tokens have no order")
+        if query.dim() == 3 and self._images is not None:
+            query, key, value = (each.unflatten(0, (self._images, -1)) for each in (query, key, value))
+            if attn_mask is not None and attn_mask.dim() == 3 and attn_mask.shape[0] != 1:
+                attn_mask = attn_mask.unflatten(0, (self._images, -1))
+            return self.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, **kwargs).flatten(0, 1)
         self._check_images(query.shape[0])
         bias = self.prepare(query, key, attn_mask, scale)
         return F.scaled_dot_product_attention(
@@ -141,7 +148,7 @@ class AttentionTap:
         bias = self._asking_of(self._bias(own, query))
         if self.observe:
             seen = bias if self._mask is None else self._asking_of(self._without_left_out(own, query))
-            self._observe(query, key, default_scale(query) if scale is None else scale, seen)
+            self._observed.queries(query, key, default_scale(query) if scale is None else scale, seen)
         return given if bias is own else bias  # as many axes as it had choose torch's kernel
 
     def add_position_bias(self, logits: Tensor, bias: Tensor) -> Tensor:
@@ -184,12 +191,12 @@ class AttentionTap:
         self._check_images(logits.shape[0])
         observes_logits = self.observe and not self.readout and not self.received
         if observes_logits and self._mask is not None:
-            self._observe_logits(self._without_left_out(logits.detach(), logits))
+            self._observed.logits(self._without_left_out(logits.detach(), logits))
         bias = None if self._sizes_added else self._bias(None, logits)
         if bias is not None:
             logits = logits + bias
         if observes_logits and self._mask is None:
-            self._observe_logits(logits.detach())
+            self._observed.logits(logits.detach())
         own: nn.Module | None = module._evo_module if isinstance(module, Shown) else module
         if own is not None and self.partition is None:
             probabilities: Tensor = own(logits)
@@ -197,7 +204,7 @@ class AttentionTap:
             probabilities = logits.softmax(dim, dtype=dtype)
         del logits  # may be the largest tensor of a block
         if self.observe and (self.readout or self.received):
-            self._observe_softmax(probabilities.detach())
+            self._observed.probabilities(probabilities.detach())
         if by_token:
             sizes = self._sizes(probabilities)
             return probabilities if sizes is None else probabilities / sizes.unsqueeze(2)
@@ -254,46 +261,3 @@ class AttentionTap:
         if self.everything is None or bias is None or bias.shape[-2] == 1:
             return bias
         return bias[:, :, : self.prefix]
-
-    def _share(self, like: Tensor) -> Tensor:
-        """`(B, 1, M - P)`: each patch row's share in the pooled output, by its size."""
-        if self.key_bias is None:
-            rows = like.shape[1] - self.prefix
-            return like.new_zeros(like.shape[0], 1, rows).softmax(-1)
-        return self.key_bias.exact[:, None, self.prefix :].softmax(-1)
-
-    def _observe_softmax(self, probabilities: Tensor) -> None:
-        """Attention of the tokens that the head reads, or what each token receives."""
-        probabilities = self._prefix_first(probabilities)
-        if self.readout:
-            observed = probabilities[:, :, : self.readout].float()
-        else:
-            observed = self._mean_query(probabilities).float()
-        self._observed.append(observed.mean((1, 2)))
-
-    def _observe_logits(self, logits: Tensor) -> None:
-        """Attention of the mean query, as `attend` takes it: logits are linear in the query."""
-        observed = self._mean_query(self._prefix_first(logits)).softmax(-1, dtype=torch.float32)
-        self._observed.append(observed.mean((1, 2)))
-
-    def _prefix_first(self, pairs: Tensor) -> Tensor:
-        """`(B, H, M, M)`, with the prefix tokens before all others."""
-        return pairs.roll((self.behind,) * 2, (2, 3)) if self.behind and self.partition is None else pairs
-
-    def _mean_query(self, pairs: Tensor) -> Tensor:
-        """`(B, H, M, M)` to `(B, H, 1, M)`: the mean over the queries of patch tokens, by their share in the output."""
-        share = self._share(pairs[:, 0]).unsqueeze(1).to(pairs.dtype)
-        return share @ pairs[:, :, self.prefix :]
-
-    def _observe(self, query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> None:
-        if self.behind and self.partition is None:
-            query, key = query.roll(self.behind, 2), key.roll(self.behind, 2)
-        rows: slice
-        share: Tensor | None
-        if self.readout:
-            rows, share = slice(self.readout), None
-        else:
-            rows, share = slice(self.prefix, None), self._share(query[:, 0]).squeeze(1)
-        if bias is not None and bias.shape[-2] > 1:
-            bias = bias[:, :, rows]
-        self._observed.append(class_attention(query[:, :, rows], key, scale, bias, share))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..errors import AttentionNotFoundError
+from .asserts import without_asserts
 from .contexts import carry
 from .quiet import quiet_copy, quietly
 from .tracing import TraceSpec
@@ -20,6 +21,7 @@ def up_to(node: fx.Node, graph: fx.Graph) -> fx.Graph:
     mapping: dict[fx.Node, fx.Node] = {}
     copy.graph_copy(graph, mapping)
     copy.output(mapping[node])
+    without_asserts(copy)
     copy.eliminate_dead_code()
     return _quiet(copy)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -50,13 +50,21 @@ def keep_constants(graph: fx.Graph, root: nn.Module, making: Making) -> None:
                 "now: expected one of these. Register what was computed as a buffer"
             )
         with graph.inserting_before(node):
-            node.replace_all_uses_with(graph.call_function(_holding(value), (tokens,)))
+            node.replace_all_uses_with(graph.call_function(_Holding(value), (tokens,)))
         graph.erase_node(node)
 
 
-def _holding(value: Tensor) -> Callable[[Tensor], Tensor]:
-    def constant(x: Tensor) -> Tensor:
-        # The model may have moved since.
-        return value.to(x.device)
+def constant_of(node: fx.Node) -> Tensor | None:
+    """The constant that a graph holds at a node; None if it holds none there."""
+    return node.target.value if isinstance(node.target, _Holding) else None
 
-    return constant
+
+class _Holding:
+    """Gives a constant on the device of the tokens, as the model may have moved since."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self.__name__ = "constant"  # generated code calls it so
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.value.to(x.device)

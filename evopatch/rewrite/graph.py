@@ -22,15 +22,15 @@ from ..errors import AttentionNotFoundError
 from .before_core import layer_norm, projected_from, up_to
 from .classes import host_class
 from .contexts import carry, entering
-from .mixing import MATMULS, count_values, mixes_heads
+from .logits import check_logits
+from .mixing import count_values
 from .projections import Projections, find_projections
 from .readout import readout_graph
-from .replaced import adds_replaced, replace_calls
+from .replaced import replace_calls
 from .tracing import ROOT, TraceSpec, attention_cores, inputs_of, on_the_way, parameters_of, softmax_of, trace
 from .written import refuse
 
 _SOFTMAX_FUNCTIONS = {torch.softmax, F.softmax, softmax_of}
-_SCALINGS = {operator.mul, operator.truediv, torch.mul, torch.div}
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ def generate_core(module: nn.Module, name: str, spec: TraceSpec) -> Code:
             traced = trace(module, name, spec)
         refuse(traced.written.own | traced.written.tensors, module, name)
         graph = traced.graph
-        _tap(graph, module, name, spec)
+        _tap(graph, module, name, spec, checked=True)
         functions[training] = _function(graph)
         asked = readout_graph(graph, methods)
         if asked is not None:
@@ -111,7 +111,7 @@ def generate_metric(block: nn.Module, name: str, spec: TraceSpec) -> Code:
     with _mode(block, training=False):
         graph, given, first, written = trace(block, name, spec, on_the_way(cores))
     refuse(written.tensors, block, name)
-    _tap(graph, block, name, spec)
+    _tap(graph, block, name, spec, checked=False)  # attention modules are when their own code is made
     projected = projected_from(graph, block, name, spec)
     function = _function(up_to(projected, graph))
     readout = {}
@@ -137,8 +137,12 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
             inner.__dict__["training"] = mode
 
 
-def _tap(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> None:
-    """Hand every attention core to the tap, a new placeholder `evo`; the module itself is the one after it."""
+def _tap(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec, checked: bool) -> None:
+    """Hand every attention core to the tap, a new placeholder `evo`; the module itself is the one after it.
+
+    Args:
+        checked: Refuse cores that merged tokens can't go through.
+    """
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     with graph.inserting_after(placeholders[-1]):
         evo = graph.placeholder("evo")
@@ -156,8 +160,8 @@ def _tap(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec) -> None:
     cores = [node for node in graph.nodes if _is_core(node, spec) or _is_softmax(node)]
     for node in cores:
         method = spec.cores.get(node.target, "softmax")
-        if method == "softmax":
-            _check_logits(node, block, name, spec)
+        if method == "softmax" and checked:
+            check_logits(node, block, name, spec)
         args, kwargs = node.args, dict(node.kwargs)
         if node.target is softmax_of:
             args, kwargs = args[:1], {"module": args[1]}
@@ -186,42 +190,6 @@ def _is_softmax(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target == "softmax"
     return node.op == "call_function" and node.target in _SOFTMAX_FUNCTIONS
-
-
-def _check_logits(softmax: fx.Node, block: nn.Module, name: str, spec: TraceSpec) -> None:
-    """Between the product of queries and keys and the softmax nothing else may depend on the tokens' places, and it is
-    over the keys, the last of four axes."""
-    dim = _dim(softmax, block)
-    if dim not in (-1, 3):
-        raise AttentionNotFoundError(
-            f"{name} ({type(block).__name__}): the softmax '{softmax}' is over axis {dim}; expected the last one, of "
-            "attention logits (B, H, T, T). Leave the model unpatched, or write the attention in that layout"
-        )
-    node: Any = softmax.args[0]
-    while isinstance(node, fx.Node):
-        if node.op == "call_function" and node.target in MATMULS:
-            return
-        masked = node.op == "call_function" and getattr(node.target, "__name__", "") == "maybe_add_mask"
-        scaled = node.op == "call_function" and node.target in _SCALINGS and not isinstance(node.args[1], fx.Node)
-        known = masked or scaled or mixes_heads(node, spec)
-        replaced = not known and adds_replaced(node, spec)
-        biased = node.op == "call_method" and node.target == "add_position_bias"
-        if not known and not replaced and not biased:
-            break
-        node = node.args[1] if node.op == "call_method" and (replaced or biased) else node.args[0]
-    raise AttentionNotFoundError(
-        f"{name} ({type(block).__name__}): the graph node '{node}' "
-        f"({getattr(node, 'op', '?')} {getattr(node, 'target', '?')}) stands between the product of queries and keys "
-        "and the softmax; expected nothing but a scaling. Create the model with fused attention "
-        "(timm.layers.set_fused_attn(True) before), whose position bias evopatch averages for the compact set"
-    )
-
-
-def _dim(softmax: fx.Node, block: nn.Module) -> Any:
-    if softmax.target is softmax_of:
-        module: Any = softmax.args[1]
-        return getattr(block.get_submodule(str(module.target)), "dim", None)
-    return softmax.kwargs["dim"] if "dim" in softmax.kwargs else (*softmax.args, None)[1]
 
 
 def _adds_position_bias(node: fx.Node, spec: TraceSpec) -> bool:

@@ -43,6 +43,7 @@ def leaf_functions(shim: nn.Module, functions: Iterable[Callable[..., Any]]) -> 
     """Record calls of these functions from a traced forward, as torch.fx does only of forwards of modules it calls."""
     patched: list[tuple[dict[str, Any], str, Any]] = []
     scopes = {id(scope): scope for scope in (_globals(module) for module in shim.modules())}
+    counting = [scope for scope in scopes.values() if "len" not in scope]
     # torch before 2.9 takes numbers only for its rate of dropout.
     leaves = [*functions, F.scaled_dot_product_attention]
     scopes[id(vars(F))] = vars(F)
@@ -50,6 +51,8 @@ def leaf_functions(shim: nn.Module, functions: Iterable[Callable[..., Any]]) -> 
         leaves += [einops.rearrange, einops.repeat, einops.reduce]
         scopes[id(vars(einops))] = vars(einops)
     try:
+        for scope in counting:
+            scope["len"] = _recorded(len)  # whose result may be no proxy
         for scope in scopes.values():
             for function in leaves:
                 if scope.get(function.__name__) is function:
@@ -59,6 +62,8 @@ def leaf_functions(shim: nn.Module, functions: Iterable[Callable[..., Any]]) -> 
     finally:
         for scope, name, function in patched:
             scope[name] = function
+        for scope in counting:
+            del scope["len"]
 
 
 def _globals(module: nn.Module) -> dict[str, Any]:

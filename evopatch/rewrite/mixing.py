@@ -6,15 +6,11 @@ has `n` times that. So the weights of a group are shared among its tokens, and i
 
 from __future__ import annotations
 
-import operator
-
-import torch
 from torch import fx, nn
 
 from ..errors import AttentionNotFoundError
+from .products import product_of
 from .tracing import TraceSpec
-
-MATMULS = {torch.matmul, operator.matmul, torch.bmm, torch.einsum}
 
 
 def mixes_heads(node: fx.Node, spec: TraceSpec) -> bool:
@@ -39,12 +35,12 @@ def count_values(softmax: fx.Node, evo: fx.Node, block: nn.Module, name: str) ->
     node = softmax
     while len(node.users) == 1:
         before, node = node, next(iter(node.users))
-        if node.op == "call_function" and node.target in MATMULS:
-            weights, values = node.args[:2]
-            if weights is before:
-                with node.graph.inserting_before(node):
-                    node.update_arg(1, node.graph.call_method("counted", (evo, values)))
-                return
+        product = product_of(node)
+        if product is not None and product[0] is before:
+            with node.graph.inserting_before(node):
+                counted = node.graph.call_method("counted", (evo, product[1]))
+            node.replace_input_with(product[1], counted)
+            return
     raise AttentionNotFoundError(
         f"{name} ({type(block).__name__}): found no product of what comes out of the softmax '{softmax}' and values, "
         f"but '{node}' ({node.op} {node.target}); expected one. Leave the model unpatched"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .factors import CASTS, Sizes, factor_of
 from .linear_map import can_be_had, linear_map, parameter_can_be_had, parameter_map
-
-_MATMULS: tuple[Callable[..., Any], ...] = (torch.matmul, operator.matmul, torch.bmm)
+from .logits import scaled_by
+from .products import by_head, made_of, product_of
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,16 @@ class Projections:
         weight, bias = asked
         return self.query.of(weight), None if bias is None else self.query.of(bias), self.key.of(answering[0])
 
+    def sizes(self, attention: nn.Module, sizes: Sizes) -> Sizes:
+        """Those of a graph of the module, whose numbers nobody knew."""
+        layer: Any = attention.get_submodule(self.query.path)
+        if self.query.weight:
+            features, channels = getattr(layer, self.query.weight).shape
+        else:
+            features, channels = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+        head = None if features is None else features // self.query.parts // self.heads
+        return replace(sizes, head=head, channels=channels)
+
     def can_be_had(self, attention: nn.Module, way: Collection[nn.Module]) -> bool:
         """Whether `weights` will give them, inside `linear_map.at_hand` of the modules `way`."""
         there = all(each.can_be_had(attention, way) for each in (self.query, self.key))
@@ -94,12 +105,24 @@ def find_projections(graph: fx.Graph, module: nn.Module, methods: Collection[str
         methods: Names of the calls that take query, key and value.
     """
     cores = [node for node in graph.nodes if _is(node, "call_method", *methods, "softmax")]
-    met = [_met_in_logits(core) if core.target == "softmax" else _met(core) for core in cores]
-    if len(met) != 1 or met[0] is None:
+    if len(cores) != 1:
         return None
-    query, key, scale = met[0]
+    core = cores[0]
+    made = made_of(core) if core.target == "softmax" else ()
+    query, key = next((pair for node in made if (pair := product_of(node))), core.args[1:3])
+    sizes = Sizes(by_head(query, key))
+    found = _found(core, module, sizes)
+    # Factors may be made of sizes, which are known now.
+    return None if found is None else _found(core, module, found.sizes(module, sizes))
+
+
+def _found(core: fx.Node, module: nn.Module, sizes: Sizes) -> Projections | None:
+    met = (_met_in_logits if core.target == "softmax" else _met)(core, module, sizes)
+    if met is None:
+        return None
+    query, key, scale = met
     passed: set[str] = set()
-    asked, answering = _projection(query, module, passed), _projection(key, module, passed)
+    asked, answering = (_projection(each, module, sizes, passed) for each in (query, key))
     if asked is None or answering is None or asked[1] != answering[1]:
         return None
     scaled = asked[2] * answering[2]
@@ -109,40 +132,58 @@ def find_projections(graph: fx.Graph, module: nn.Module, methods: Collection[str
     return Projections(asked[0], answering[0], asked[1], factor, frozenset(passed))
 
 
-def _met(core: fx.Node) -> tuple[Any, Any, float | None] | None:
+def _met(core: fx.Node, module: nn.Module, sizes: Sizes) -> tuple[Any, Any, float | None] | None:
     """Query, key and scale of a core that takes them; None where it takes a position bias, too."""
     _, query, key, _, *others = core.args
     if any(isinstance(value, fx.Node) for value in (*others, core.kwargs.get("attn_mask"))):
         return None
-    scale: Any = core.kwargs.get("scale", core.kwargs.get("scaling"))
-    return query, key, scale
+    given = core.kwargs.get("scale", core.kwargs.get("scaling"))
+    scale = None if given is None else factor_of(given, module, sizes)
+    return None if isinstance(scale, Tensor) or (scale is None) != (given is None) else (query, key, scale)
 
 
-def _met_in_logits(softmax: fx.Node) -> tuple[Any, Any, float] | None:
+def _met_in_logits(softmax: fx.Node, module: nn.Module, sizes: Sizes) -> tuple[Any, Any, float] | None:
     """The same of a core that takes the softmax of a product."""
-    logits, scale = _unscaled(softmax.args[1])
-    if not _is(logits, "call_function", *_MATMULS) or len(logits.args) != 2:
+    logits, scale = _unscaled(softmax.args[1], module, sizes)
+    product = product_of(logits)
+    if product is None:
         return None
-    (query, query_scale), (transposed, key_scale) = map(_unscaled, logits.args)
-    axes = ({-2, -1}, {1, 2}) if logits.target is torch.bmm else ({-2, -1}, {2, 3})
-    if not _is(transposed, "call_method", "transpose") or set(transposed.args[1:]) not in axes:
-        return None
-    return query, transposed.args[0], scale * query_scale * key_scale
+    (query, query_scale), (key, key_scale) = (_unscaled(each, module, sizes) for each in product)
+    if logits.target is torch.einsum:
+        if not _multiplies_last_axes(logits.args[0]):
+            return None
+    else:
+        axes = ({-2, -1}, {1, 2}) if logits.target is torch.bmm else ({-2, -1}, {2, 3})
+        if not _is(key, "call_method", "transpose") or set(key.args[1:]) not in axes:
+            return None
+        key, before = _unscaled(key.args[0], module, sizes)
+        key_scale *= before
+    return query, key, scale * query_scale * key_scale
 
 
-def _unscaled(node: Any) -> tuple[Any, float]:
+def _multiplies_last_axes(equation: Any) -> bool:
+    """Of an `einsum`: whether it is the product `(B, H, T, D), (B, H, S, D) -> (B, H, T, S)`."""
+    given, _, made = str(equation).replace(" ", "").partition("->")
+    query, _, key = given.partition(",")
+    pairs = (query[:2], query[-1:]) == (key[:2], key[-1:]) and made == query[:3] + key[2:3]
+    return pairs and len(query) == len(key) == 4 and len({*query, *key}) == 5
+
+
+def _unscaled(node: Any, module: nn.Module, sizes: Sizes) -> tuple[Any, float]:
     """What a number is multiplied with, and the number."""
     scale = 1.0
-    while True:
-        if _is(node, "call_function", operator.mul, torch.mul) and isinstance(node.args[1], (int, float)):
-            scale *= node.args[1]
-        # Masks are refused before the module is called.
-        elif not _is(node, "call_function") or getattr(node.target, "__name__", "") != "maybe_add_mask":
-            return node, scale
-        node = node.args[0]
+    while isinstance(node, fx.Node):
+        scaled = scaled_by(node, module, sizes)
+        if scaled is not None and not isinstance(scaled[1], Tensor):
+            node, scale = scaled[0], scale * scaled[1]
+        elif _is(node, "call_method", *CASTS) or getattr(node.target, "__name__", "") == "maybe_add_mask":
+            node = node.args[0]  # masks are refused before the module is called
+        else:
+            break
+    return node, scale
 
 
-def _projection(node: Any, module: nn.Module, passed: set[str]) -> tuple[Projection, int, float] | None:
+def _projection(node: Any, module: nn.Module, sizes: Sizes, passed: set[str]) -> tuple[Projection, int, float] | None:
     """What a query or key comes from, its number of heads, and what it is multiplied with; adds to what it passed.
 
     By `linear -> view(B, N, H, D) -> transpose(1, 2)`, or
@@ -179,7 +220,7 @@ def _projection(node: Any, module: nn.Module, passed: set[str]) -> tuple[Project
             return None
         shape = (None, None, *shaped.args[2])
     linear: Any
-    linear, scale = _unscaled(shaped.args[0])
+    linear, scale = _unscaled(shaped.args[0], module, sizes)
     heads, channels = shape[-2:]
     if (parts > 1 and shape[2:3] != (parts,)) or len(shape) != (5 if parts > 1 else 4):
         return None

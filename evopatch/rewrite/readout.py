@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .asserts import without_asserts
 from .contexts import carry
 
 
@@ -53,6 +54,7 @@ def readout_graph(graph: fx.Graph, methods: Collection[str]) -> fx.Graph | None:
                 if query in by_place:
                     asked[query] = found.call_method("asking", (asking[others[0]], answering[query]))
             asking[node] = found.node_copy(node, asked.__getitem__)
+    without_asserts(found)
     found.eliminate_dead_code()
     for linear in [node for node in found.nodes if node.op == "call_module" and node.args == (everything,)]:
         _without_queries(found, linear)

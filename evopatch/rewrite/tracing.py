@@ -7,20 +7,24 @@ read from modules are read again when the code runs, or the code is made anew wh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..errors import AttentionNotFoundError
+from .asserts import asserted_at
 from .classes import host_class
 from .constants import Making, keep_constants
 from .contexts import Entered, noticed
 from .fast_paths import forward_of
 from .leaves import dropout_rates, leaf_functions, leaf_methods
+from .proxies import proxy_of
 from .written import Written, filled, taken_back
 
 SDPA = F.scaled_dot_product_attention
@@ -88,39 +92,6 @@ def takes(module: nn.Module, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-class _Proxy(fx.Proxy):
-    def __getattr__(self, name: str) -> Any:
-        kind = {"shape": _Shape, "size": _Size}.get(name)
-        return super().__getattr__(name) if kind is None else kind(self, name)
-
-
-class _Chunks(_Proxy):
-    """Of `x.chunk(3)`: fx knows how many there are only where they are unpacked, not in a `map`."""
-
-    def __iter__(self) -> Iterator[Any]:
-        whole: Any = self
-        return (whole[index] for index in range(whole.node.args[1]))
-
-
-class _Shape(fx.proxy.Attribute):
-    def __getitem__(self, key: Any) -> Any:
-        # `*x.shape[:-1]`: fx can't tell how many it unpacks. Tokens are (B, M, C), or (B, M, H, D) by head, so two.
-        if key in (slice(None, -1), slice(None, -2)):
-            return self[0], self[1]
-        return super().__getitem__(key)  # type: ignore[misc]
-
-    def __ne__(self, other: Any) -> Any:
-        # `if weights.size() != (...): raise`: a module's check of its own shapes.
-        return False if isinstance(other, tuple) else super().__ne__(other)
-
-    __hash__ = fx.Proxy.__hash__
-
-
-class _Size(fx.proxy.Attribute):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(*args, **kwargs) if args or kwargs else _Shape(self.root, "shape")
-
-
 class _Tracer(fx.Tracer):
     def __init__(self, shim: _Shim, spec: TraceSpec, through: Collection[str]) -> None:
         super().__init__(autowrap_functions=leaves_of(spec))
@@ -140,8 +111,15 @@ class _Tracer(fx.Tracer):
         return module_qualified_name not in self._through
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        chunked = node.op == "call_method" and node.target == "chunk" and list(map(type, node.args[1:2])) == [int]
-        return _Chunks(node, self) if chunked else _Proxy(node, self)
+        return proxy_of(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        asserted = asserted_at(sys._getframe(2))
+        if asserted is None:
+            return super().to_bool(obj)
+        # What is asserted is asserted at every forward.
+        self.create_proxy("call_function", torch._assert, (obj, asserted), {})
+        return True
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         # Hooks of a module that is traced through, or a forward that accelerate set on it, would run now, on proxies,

@@ -98,7 +98,7 @@ class ShapeDependent(NoAttention):
 class MaskedSoftmax(NoAttention):
     def forward(self, x, attn_mask=None, is_causal=False):
         y = self.mix(x)
-        logits = (y @ y.transpose(1, 2)).tanh()
+        logits = (y @ y.transpose(1, 2)).tril()
         return x + logits.softmax(dim=-1) @ y
 
 
@@ -107,7 +107,7 @@ class MaskedSoftmax(NoAttention):
     [
         (NoAttention, r"blocks\.0 \(NoAttention\): found no .*scaled_dot_product_attention.*graph.*ends at 'add'"),
         (ShapeDependent, r"blocks\.0 \(ShapeDependent\) can't be traced .*past the graph node 'gt'"),
-        (MaskedSoftmax, r"blocks\.0 \(MaskedSoftmax\): the graph node 'tanh' \(call_method tanh\) stands between"),
+        (MaskedSoftmax, r"blocks\.0 \(MaskedSoftmax\): the graph node 'tril' \(call_method tril\) stands between"),
     ],
 )
 def test_blocks_without_a_known_attention_core(block, message):
@@ -125,7 +125,7 @@ def test_position_biases_without_fused_attention_are_refused(name):
         model = build(name)
     finally:
         set_fused_attn(True)
-    with pytest.raises(evopatch.AttentionNotFoundError, match="Create the model with fused attention"):
+    with pytest.raises(evopatch.AttentionNotFoundError, match="is created with fused attention"):
         evopatch.apply(model)
     assert not evopatch.supported(model)
 

@@ -204,7 +204,18 @@ def test_the_service_and_its_load_test(tmp_path):
         answer = httpx.post(url, params={"keep_ratio": "0.7"}, content=encoded(0), timeout=30).json()
         assert (answer["keep_ratio"], answer["batch"]) == (0.7, 1)
         assert 0 <= answer["class"] < 1000
-        command = [sys.executable, EXAMPLES / "serve_load.py", "--url", url, "--requests", "6", "--concurrency", "3"]
+        command = [
+            sys.executable,
+            EXAMPLES / "serve_load.py",
+            "--url",
+            url,
+            "--requests",
+            "6",
+            "--concurrency",
+            "3",
+            "--rounds",
+            "2",
+        ]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
         assert [line.split()[0] for line in run.stdout.splitlines()[1:]] == ["1.0", "0.7", "0.5", "auto"]
