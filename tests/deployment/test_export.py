@@ -43,10 +43,11 @@ def test_every_format_is_written_and_verified(form, name, tmp_path):
 @pytest.mark.parametrize(
     ("form", "settings"),
     [("pt2", {"half": True}), ("onnx", {"half": True}), ("openvino", {"half": True}), ("onnx", {"any_size": True})]
-    + [(form, {"int8": variants.images_for("vit", batch=8, seed=9)}) for form in ("onnx", "openvino", "pt2")]
+    # By fewer images NNCF finds ranges that are as far off for the unpatched model.
+    + [(form, {"int8": variants.images_for("vit", batch=64, seed=9)}) for form in ("onnx", "openvino", "pt2")]
     # The last batch of images to quantise by isn't whole.
     + [
-        (form, {"int8": variants.images_for("vit", batch=6, seed=9).double(), "batch_size": 4})
+        (form, {"int8": variants.images_for("vit", batch=62, seed=9).double(), "batch_size": 4})
         for form in ("onnx", "openvino")
     ]
     + [("pt2", {"int8": True})],
