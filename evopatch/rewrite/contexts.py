@@ -18,7 +18,8 @@ _Autocast = tuple[str, bool, torch.dtype]
 _Contexts = tuple[bool, tuple[_Autocast, ...]]
 """Whether gradients are made, and the casts that were entered, the outermost first."""
 _NONE: _Contexts = (True, ())
-_noticing = threading.RLock()
+ONE_AT_A_TIME = threading.RLock()
+"""What a trace changes outside of its module, it does alone."""
 
 
 class Entered:
@@ -50,7 +51,7 @@ def noticed(entered: Entered) -> Iterator[None]:
         return leave(self, *raised)
 
     # Gradients are on, so that it shows where they are switched off.
-    with _noticing, torch.enable_grad():
+    with ONE_AT_A_TIME, torch.enable_grad():
         cls.__enter__, cls.__exit__ = entering, leaving
         try:
             yield

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from .constants import constant_of
-
-CASTS = {"float", "half", "bfloat16", "double", "to", "type", "type_as", "contiguous", "clone"}
-"""Methods that change how values are held, not what they are."""
+from .products import CASTS
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Sizes:
         assert isinstance(tensor, fx.Node)
         if tensor.op == "placeholder" and tensor.target == "x":
             return self.channels if axis in (-1, 2) else None
-        return self.head if axis == -1 and tensor in self.by_head else None
+        return self.head if axis in (-1, 3) and tensor in self.by_head else None
 
 
 def factor_of(value: Any, module: Any, sizes: Sizes) -> float | Tensor | None:
@@ -55,34 +53,44 @@ def factor_of(value: Any, module: Any, sizes: Sizes) -> float | Tensor | None:
         A number; a tensor, as it is now, of something learned, such as a temperature by head `(H, 1, 1)`; None for
         anything else.
     """
+    computing = _Computing(module, sizes)
     try:
         with torch.no_grad():
-            found = _value(value, module, sizes)
+            found = computing.value(value)
     except Exception:  # whatever it is that computes the value can't be run without tokens
         return None
+    if isinstance(found, (int, float)) and computing.learned:
+        found = torch.tensor(float(found))  # as by `item()`: it may change
     if isinstance(found, Tensor):
         return found if all(size == 1 for size in found.shape[-2:]) else None
     return float(found) if isinstance(found, (int, float)) else None
 
 
-def _value(value: Any, module: Any, sizes: Sizes) -> Any:
-    if not isinstance(value, fx.Node):
-        return value
-    size = sizes.asked(value)
-    if size is not None:
-        return size
-    if value.op == "get_attr":
-        return operator.attrgetter(str(value.target))(module)
-    if value.op == "call_function" and (constant := constant_of(value)) is not None:
-        return constant.item() if constant.numel() == 1 else constant
-    if value.op == "call_method" and value.target in CASTS:
-        return _value(value.args[0], module, sizes)
-    name = getattr(value.target, "__name__", str(value.target))
-    if value.op not in ("call_function", "call_method") or name.endswith("_"):
-        raise ValueError(f"'{value}' needs tokens, or changes what the module holds")
-    args = [fx.node.map_arg(each, lambda node: _value(node, module, sizes)) for each in value.args]
-    kwargs = {
-        key: fx.node.map_arg(each, lambda node: _value(node, module, sizes)) for key, each in value.kwargs.items()
-    }
-    target: Any = getattr(args.pop(0), name) if value.op == "call_method" else value.target
-    return target(*args, **kwargs)
+class _Computing:
+    """What a graph computes of sizes, and of what its module holds."""
+
+    def __init__(self, module: Any, sizes: Sizes) -> None:
+        self._module, self._sizes = module, sizes
+        self.learned = False
+        """Whether it looked at what the module holds."""
+
+    def value(self, value: Any) -> Any:
+        if not isinstance(value, fx.Node):
+            return value
+        size = self._sizes.asked(value)
+        if size is not None:
+            return size
+        if value.op == "get_attr":
+            self.learned = True
+            return operator.attrgetter(str(value.target))(self._module)
+        if value.op == "call_function" and (constant := constant_of(value)) is not None:
+            return constant.item() if constant.numel() == 1 else constant
+        if value.op == "call_method" and value.target in CASTS:
+            return self.value(value.args[0])
+        name = getattr(value.target, "__name__", str(value.target))
+        if value.op not in ("call_function", "call_method") or name.endswith("_"):
+            raise ValueError(f"'{value}' needs tokens, or changes what the module holds")
+        args = [fx.node.map_arg(each, self.value) for each in value.args]
+        kwargs = {key: fx.node.map_arg(each, self.value) for key, each in value.kwargs.items()}
+        target: Any = getattr(args.pop(0), name) if value.op == "call_method" else value.target
+        return target(*args, **kwargs)

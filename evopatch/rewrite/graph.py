@@ -27,7 +27,7 @@ from .mixing import count_values
 from .projections import Projections, find_projections
 from .readout import readout_graph
 from .replaced import replace_calls
-from .tracing import ROOT, TraceSpec, attention_cores, inputs_of, on_the_way, parameters_of, softmax_of, trace
+from .tracing import ROOT, SDPA, TraceSpec, attention_cores, inputs_of, on_the_way, parameters_of, softmax_of, trace
 from .written import refuse
 
 _SOFTMAX_FUNCTIONS = {torch.softmax, F.softmax, softmax_of}
@@ -163,6 +163,8 @@ def _tap(graph: fx.Graph, block: nn.Module, name: str, spec: TraceSpec, checked:
         if method == "softmax" and checked:
             check_logits(node, block, name, spec)
         args, kwargs = node.args, dict(node.kwargs)
+        if node.target is SDPA:
+            args = (*args, *(kwargs.pop(given) for given in ("query", "key", "value") if given in kwargs))
         if node.target is softmax_of:
             args, kwargs = args[:1], {"module": args[1]}
         if spec.mixing:

@@ -48,7 +48,7 @@ def leaf_functions(shim: nn.Module, functions: Iterable[Callable[..., Any]]) -> 
     leaves = [*functions, F.scaled_dot_product_attention]
     scopes[id(vars(F))] = vars(F)
     if (einops := sys.modules.get("einops")) is not None:  # looks at what it is given
-        leaves += [einops.rearrange, einops.repeat, einops.reduce]
+        leaves += [einops.rearrange, einops.repeat, einops.reduce, einops.einsum]
         scopes[id(vars(einops))] = vars(einops)
     try:
         for scope in counting:

@@ -13,17 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import AttentionNotFoundError
-from .factors import CASTS, Sizes, factor_of
+from .factors import Sizes, factor_of
 from .mixing import mixes_heads
-from .products import by_head, made_of, product_of
+from .products import CASTS, SCALINGS, by_head, made_of, product_of
 from .replaced import adds_replaced
 from .tracing import TraceSpec, softmax_of
 
-SCALINGS: dict[Any, int] = {
-    operator.mul: 1, torch.mul: 1, torch.multiply: 1, "mul": 1, "mul_": 1, "multiply": 1,
-    operator.truediv: -1, torch.div: -1, torch.divide: -1, "div": -1, "div_": -1, "divide": -1,
-}  # fmt: skip
-"""By what multiplies and divides: the power of the factor."""
 _BY_ONE_NUMBER = {operator.add, operator.sub, torch.add, torch.sub, "add", "sub", "add_", "sub_"}
 _BY_ELEMENT: set[Any] = {
     torch.tanh, torch.clamp, torch.clip, torch.nan_to_num, operator.neg, "tanh", "clamp", "clamp_", "clip",
@@ -43,16 +38,16 @@ def check_logits(softmax: fx.Node, block: nn.Module, name: str, spec: TraceSpec)
     Raises:
         AttentionNotFoundError: If not.
     """
-    dim = _dim(softmax, block)
-    if dim not in (-1, 3):
-        raise AttentionNotFoundError(
-            f"{name} ({type(block).__name__}): the softmax '{softmax}' is over axis {dim}; expected the last one, of "
-            "attention logits (B, H, T, T). Leave the model unpatched, or write the attention in that layout"
-        )
-    node: Any = softmax.args[0]
+    dim, node = _dim(softmax, block), softmax.args[0]
     while isinstance(node, fx.Node):
         if product_of(node) is not None:
-            return
+            if dim in (-1, 2 if node.target in (torch.bmm, "bmm") else 3):
+                return
+            raise AttentionNotFoundError(
+                f"{name} ({type(block).__name__}): the softmax '{softmax}' is over axis {dim}; expected the last one, "
+                "of attention logits (B, H, T, T) or (B * H, T, T). Leave the model unpatched, or write the attention "
+                "in that layout"
+            )
         before = _before(node, block, spec)
         if before is None:
             break
@@ -81,7 +76,7 @@ def _before(node: fx.Node, block: nn.Module, spec: TraceSpec) -> Any:
         return node.args[0]
     if node.op == "call_method" and node.target in CASTS:
         return node.args[0]
-    if node.target in (operator.sub, torch.sub, "sub") and _is_maximum(node.args[1], node.args[0]):
+    if node.target in (operator.sub, torch.sub, "sub", "sub_") and _is_maximum(node.args[1], node.args[0]):
         return node.args[0]  # changes no softmax
     operands = [value for value in (*node.args[1:], *node.kwargs.values()) if isinstance(value, fx.Node)]
     if node.target in _BY_ELEMENT or node.target in _BY_ONE_NUMBER:
@@ -116,6 +111,8 @@ def scaled_by(node: fx.Node, module: nn.Module, sizes: Sizes) -> tuple[Any, floa
 
 def _is_maximum(node: Any, logits: Any) -> bool:
     """Whether a node is the largest logit of each query."""
+    if isinstance(node, fx.Node) and node.op == "call_method" and node.target == "detach":
+        node = node.args[0]
     if isinstance(node, fx.Node) and node.op == "call_function" and node.target in (operator.getitem, getattr):
         node = node.args[0] if node.args[1] in (0, "values") else None
     if not isinstance(node, fx.Node) or node.args[:1] != (logits,):

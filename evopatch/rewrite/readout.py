@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .asserts import without_asserts
+from .asserts import asserts_values, without_asserts
 from .contexts import carry
 
 
@@ -25,8 +25,11 @@ def readout_graph(graph: fx.Graph, methods: Collection[str]) -> fx.Graph | None:
         methods: Names of those calls that take query, key and value.
 
     Returns:
-        None where the core takes logits, or keys and values depend on what another core gives.
+        None where the core takes logits, keys and values depend on what another core gives, or something is asserted of
+        what tokens hold.
     """
+    if asserts_values(graph):
+        return None
     cores = [node for node in graph.nodes if node.op == "call_method" and node.target in methods]
     materialised = any(node.op == "call_method" and node.target == "softmax" for node in graph.nodes)
     answers = _reached([node for core in cores for node in core.all_input_nodes if node is not core.args[1]], _inputs)

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..errors import AttentionNotFoundError
-from .asserts import asserted_at
+from .asserts import record
 from .classes import host_class
 from .constants import Making, keep_constants
-from .contexts import Entered, noticed
+from .contexts import ONE_AT_A_TIME, Entered, noticed
 from .fast_paths import forward_of
 from .leaves import dropout_rates, leaf_functions, leaf_methods
-from .proxies import proxy_of
-from .written import Written, filled, taken_back
+from .proxies import Proxy, Shape, number_of_parts
+from .written import Written, filled, take_up, taken_back
 
 SDPA = F.scaled_dot_product_attention
 _MULTI_HEAD = F.multi_head_attention_forward
@@ -111,15 +110,22 @@ class _Tracer(fx.Tracer):
         return module_qualified_name not in self._through
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return proxy_of(node, self)
+        return Proxy(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        parts = number_of_parts(obj.node)
+        if isinstance(obj, Shape) and (obj.root.node in self.first.values() or obj.root.node.target == "x"):
+            parts = 3  # of tokens
+        whole: Any = obj
+        return super().iter(obj) if parts is None else (whole[index] for index in range(parts))
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        asserted = asserted_at(sys._getframe(2))
-        if asserted is None:
-            return super().to_bool(obj)
-        # What is asserted is asserted at every forward.
-        self.create_proxy("call_function", torch._assert, (obj, asserted), {})
-        return True
+        truth = record(obj, sys._getframe(2))
+        return super().to_bool(obj) if truth is None else truth
+
+    def create_arg(self, a: Any) -> Any:
+        # The `repr` of a number of numpy, which generated code would hold, is a call.
+        return super().create_arg(a.item() if type(a).__module__ == "numpy" and not getattr(a, "shape", 0) else a)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         # Hooks of a module that is traced through, or a forward that accelerate set on it, would run now, on proxies,
@@ -235,6 +241,7 @@ def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str
         replaced = (target for target in spec.replaced if isinstance(target, str))
         methods = (*spec.leaf_methods, *spec.position_biases, *replaced)
         with (
+            ONE_AT_A_TIME,
             taken_back(module, through) as written,
             leaf_methods(shim, tracer, methods),
             leaf_functions(shim, leaves_of(spec)),
@@ -244,6 +251,7 @@ def trace(module: nn.Module, name: str, spec: TraceSpec, through: Collection[str
         ):
             graph = tracer.trace(shim)
         keep_constants(graph, shim, making)
+        take_up(graph)
     except Exception as error:
         last = next(iter(reversed(tracer.graph.nodes)), None) if hasattr(tracer, "graph") else None
         raise AttentionNotFoundError(

@@ -138,6 +138,29 @@ def filled(graph: fx.Graph) -> set[str]:
     }
 
 
+def take_up(graph: fx.Graph) -> None:
+    """Let what comes after a statement that changes a tensor in place, such as `logits.mul_(scale)`, use what it gives,
+    or nothing would say that the statement is of any use.
+
+    Raises:
+        ValueError: If nothing comes after it, as where another view of the tensor is used.
+    """
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    for node, place in places.items():
+        if node.op != "call_method" or node.users or not _in_place(str(node.target)) or not node.args:
+            continue
+        changed = node.args[0]
+        if not isinstance(changed, fx.Node) or changed.op == "get_attr":
+            continue
+        for later in [user for user in changed.users if places[user] > place]:
+            later.replace_input_with(changed, node)
+        if not node.users:
+            raise ValueError(
+                f"its statement '{changed}.{node.target}(...)' changes a tensor in place that is used by another name: "
+                "expected the use of what it gives"
+            )
+
+
 def _in_place(method: str) -> bool:
     return method == "__setitem__" or (method.endswith("_") and not method.endswith("__"))
 

@@ -2,6 +2,8 @@
 
 import math
 
+import einops
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from comparing import moved
 from timm.layers import Attention
 from torch import einsum, nn
 from variants import build, images
+from variants.own_models import AssertingAttention
 
 import evopatch
 from evopatch import AttentionNotFoundError, UnsupportedModelError
@@ -109,16 +112,76 @@ class HeadsBesideImages(Written):
         return self.proj(out.view(batch, self.num_heads, tokens, -1).transpose(1, 2).reshape(batch, tokens, channels))
 
 
+class UnpackedShape(Written):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        batch, tokens, _, heads = *x.shape, self.num_heads
+        q, k, v = (part.view(*x.shape[:2], heads, -1).transpose(1, 2) for part in self.qkv(x).chunk(dim=-1, chunks=3))
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.size(3))).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, -1))
+
+
+class TwiceUnflattened(Written):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        channels = self.num_heads * self.head_dim
+        parts = self.qkv(x).unflatten(-1, (3, channels)).unflatten(-1, (self.num_heads, self.head_dim))
+        q, k, v = parts.unbind(2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return self.out((q @ k.transpose(-2, -1) * self.scale).softmax(-1), v)
+
+
+class Keywords(Written):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(query=qkv[0], key=qkv[1], value=qkv[2])
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class NumberOfNumpy(Written):
+    def logits(self, q, k):
+        return q @ k.transpose(-2, -1) / np.sqrt(self.head_dim)
+
+
+class Einops(Written):
+    def logits(self, q, k):
+        return einops.einsum(q, k, "b h i d, b h j d -> b h i j") * self.scale
+
+
+class InPlace(Written):
+    def logits(self, q, k):
+        logits = q @ k.transpose(-2, -1)
+        logits.mul_(self.scale)
+        return logits
+
+
+class InPlaceInTraining(Written):
+    def logits(self, q, k):
+        logits = q @ k.transpose(-2, -1)
+        if self.training:
+            logits.mul_(self.scale)
+        else:
+            logits = logits * self.scale
+        return logits
+
+
+class Alternatives(Written):
+    def logits(self, q, k):
+        assert self.scale > 0 or q.shape[0] == 7
+        assert not q.shape[3] == 7  # noqa: SIM201
+        return q @ k.transpose(-2, -1) * self.scale
+
+
 SAME = [
     FactorFirst, RootOfSize, PowerOfSize, KeysDivided, Einsum, EinsumOfList, Methods, Float, SizeOfTokens, Asserting,
-    Counting, HeadsBesideImages,
+    Counting, HeadsBesideImages, UnpackedShape, InPlace, InPlaceInTraining, Keywords, NumberOfNumpy, Alternatives,
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("layer", SAME)
 @torch.no_grad()
-def test_the_same_attention(layer):
-    model, stock, x = build("vit", attn_layer=layer), build("vit"), images()
+def test_the_same_attention(layer, training):
+    model, stock, x = build("vit", attn_layer=layer).train(training), build("vit").train(training), images()
     torch.testing.assert_close(model(x), stock(x), atol=2e-5, rtol=2e-5)
     expected = evopatch.apply(stock)(x)
     assert moved(expected, model(x)) > 1e-3
@@ -128,7 +191,19 @@ def test_the_same_attention(layer):
     assert (found.scale or 12**-0.5) == pytest.approx(12**-0.5)  # look-ahead knows it
 
 
+class AssertingAndFused(Attention):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        assert (x.abs() < 1e3).all()
+        return super().forward(x)
+
+
 # Those that no look-ahead knows rank tokens as others do without it.
+
+
+class LargestDetached(Written):
+    def logits(self, q, k):
+        logits = q @ k.transpose(-2, -1) * self.scale
+        return logits.sub_(logits.max(dim=-1, keepdim=True).values.detach())
 
 
 class LargestFirst(Written):
@@ -143,16 +218,32 @@ class LargestValues(Written):
         return logits - torch.max(logits, dim=-1, keepdim=True)[0]
 
 
+class ThreeAxes(Written):
+    def weights(self, q, k):
+        q, k = q.flatten(0, 1), k.flatten(0, 1)
+        return F.softmax(torch.bmm(q, k.mT) * self.scale, dim=2).unflatten(0, (-1, self.num_heads))
+
+
 class Temperature(Written):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.temperature = nn.Parameter(torch.empty(self.num_heads, 1, 1))
+        self.temperature = nn.Parameter(torch.zeros(self.num_heads, 1, 1))
 
     def logits(self, q, k):
         return q @ k.transpose(-2, -1) * torch.clamp(self.temperature, max=math.log(100.0)).exp()
 
 
-@pytest.mark.parametrize("layer", [LargestFirst, LargestValues, Temperature])
+class NumberLearned(Temperature):
+    def logits(self, q, k):
+        return q @ k.transpose(-2, -1) * math.exp(self.temperature[0, 0, 0].item())
+
+
+UNKNOWN = [
+    LargestFirst, LargestValues, LargestDetached, ThreeAxes, Temperature, NumberLearned, Einops, TwiceUnflattened
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", UNKNOWN)
 @torch.no_grad()
 def test_the_same_attention_without_look_ahead(layer):
     model, stock, x = build("vit", attn_layer=layer), build("vit"), images()
@@ -165,9 +256,10 @@ def test_the_same_attention_without_look_ahead(layer):
     assert model.blocks[0].attn._evo_code.projections is None
 
 
+@pytest.mark.parametrize("layer", [Temperature, NumberLearned])
 @torch.no_grad()
-def test_a_learned_temperature_is_the_module_s_own():
-    model, x = evopatch.apply(build("vit", attn_layer=Temperature)), images()
+def test_a_learned_temperature_is_the_module_s_own(layer):
+    model, x = evopatch.apply(build("vit", attn_layer=layer)), images()
     before = model(x)
     for block in model.blocks:
         block.attn.temperature.add_(1.0)
@@ -196,23 +288,22 @@ def test_logits_that_are_capped(monkeypatch):
 
 
 @torch.no_grad()
-def test_what_is_asserted_is_asserted_at_every_forward():
-    model, x = evopatch.apply(build("vit", attn_layer=Asserting)), images()
+@pytest.mark.parametrize("layer", [Asserting, AssertingAndFused])
+def test_what_is_asserted_is_asserted_at_every_forward(layer):
+    model, x = evopatch.apply(build("vit", attn_layer=layer)), images()
     model(x)
-    model.blocks[3].norm1.weight.mul_(1e6)
-    with pytest.raises(AssertionError, match=r"x.abs\(\) < 1000.0"):
-        model(x)
-
-
-class AssertingSizes(Written):
-    def logits(self, q, k):
-        assert (q.shape == k.shape) and (q.shape[3] == self.head_dim), "sizes"  # noqa: PT018
-        return q @ k.transpose(-2, -1) * self.scale
+    for block in (model.blocks[3], model.blocks[-1]):
+        before = block.norm1.weight.clone()
+        block.norm1.weight.mul_(1e6)
+        with pytest.raises(AssertionError, match=r"x.abs\(\) < 1000.0"):
+            model(x)
+        block.norm1.weight.copy_(before)
+    model(x)
 
 
 @torch.no_grad()
-def test_asserted_sizes_in_compiled_code():
-    model, x = evopatch.apply(build("vit", attn_layer=AssertingSizes)), images()
+def test_asserts_in_compiled_code():
+    model, x = evopatch.apply(build("vit", attn_layer=AssertingAttention)), images()
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
 
 
@@ -267,10 +358,41 @@ class Branching(Written):
         return q @ k.transpose(-2, -1)
 
 
-REFUSED = [ByPlace, ByNumber, ByNumberOfTransposed, ByToken, Biased, LargestOfKey, LearnedByPlace, Branching]
+class TokensAsHead(Written):
+    def logits(self, q, k):
+        k = k.mT
+        return q @ k * (self.scale * k.shape[-1] / 26)
+
+
+class ChangedByAnotherName(Written):
+    def logits(self, q, k):
+        k.transpose(-2, -1).mul_(self.scale)
+        return q @ k.transpose(-2, -1)
+
+
+class OneOrTheOther(Written):
+    def logits(self, q, k):
+        assert q.shape[0] < 100 or q.shape[0] % 2 == 0
+        return q @ k.transpose(-2, -1) * self.scale
+
+
+REFUSED = [
+    ByPlace,
+    ByNumber,
+    ByNumberOfTransposed,
+    ByToken,
+    Biased,
+    LargestOfKey,
+    LearnedByPlace,
+    Branching,
+    TokensAsHead,
+    ChangedByAnotherName,
+    OneOrTheOther,
+]
 
 
 @pytest.mark.parametrize("layer", REFUSED)
+@torch.no_grad()
 def test_what_depends_on_places_or_numbers_of_tokens(layer):
     model, x = build("vit", attn_layer=layer), images()
     original = model(x)
