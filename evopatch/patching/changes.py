@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..rewrite.classes import Swapped, is_last, restore, swap, swapped_class
+from ..rewrite.classes import Swapped, is_bound_forward, is_last, restore, swap, swapped_class, wraps_patched
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def check_forward(module: nn.Module, name: str) -> None:
         UnsupportedModelError: If the module's forward was replaced on the module itself.
     """
     # Accelerate's dispatched modules have one, which calls their class's (see `swap`).
-    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+    own = "forward" in module.__dict__ and not is_bound_forward(module)
+    if own and "_old_forward" not in module.__dict__:
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) has a forward of its own beside its class's: expected a plain "
             "module, since the patch works by its class. Undo what replaced it before apply, and leave it so"
@@ -88,13 +89,19 @@ def make(changes: Iterable[Change]) -> None:
 def check_undo(model: nn.Module) -> None:
     """
     Raises:
-        UnsupportedModelError: If something else changed a patched module's class since.
+        UnsupportedModelError: If something else changed a patched module's class since, or wrapped its forward.
     """
     for name, module in model.named_modules():
         if isinstance(module, Swapped) and not is_last(type(module)):
             raise UnsupportedModelError(
                 f"'{name or type(module).__name__}' got another class after evopatch.apply, {type(module)}: undo that "
                 "first, such as torch's parametrizations or fully_shard"
+            )
+        if wraps_patched(module):
+            raise UnsupportedModelError(
+                f"'{name or type(module).__name__}' got a forward of its own after evopatch.apply, which calls the "
+                "patched one: take it off first, as by accelerator.unwrap_model(model, keep_fp32_wrapper=False) after "
+                "Accelerator.prepare with mixed precision"
             )
 
 

@@ -77,8 +77,7 @@ def swapped_class(host_class: type[nn.Module], mixin: type[Swapped]) -> type[nn.
 
 def swap(module: nn.Module, mixin: type[Swapped]) -> None:
     """Let `module` run the mixin's methods."""
-    module.__class__ = swapped_class(type(module), mixin)
-    _rebind(module)
+    _become(module, swapped_class(type(module), mixin))
 
 
 def is_last(cls: type) -> bool:
@@ -88,14 +87,35 @@ def is_last(cls: type) -> bool:
 
 def restore(module: nn.Module) -> None:
     """The inverse of `swap`."""
-    module.__class__ = host_class(module)
-    _rebind(module)
+    _become(module, host_class(module))
 
 
-def _rebind(module: nn.Module) -> None:
-    """Accelerate's dispatched modules (`device_map`) call a bound method that was taken from the former class."""
-    if "_old_forward" in module.__dict__:
-        module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Accelerate's dispatched and prepared models keep bound methods that were taken from the former class."""
+    if is_bound_forward(module):
+        del module.__dict__["forward"]
+    module.__class__ = cls
+    for name in ("_old_forward", "_original_forward"):
+        if name in module.__dict__:
+            module.__dict__[name] = MethodType(cls.forward, module)
+
+
+def is_bound_forward(module: nn.Module) -> bool:
+    """Whether what a module has as its forward is only that of its class, as what took wrappers off leaves it."""
+    own = module.__dict__.get("forward")
+    return isinstance(own, MethodType) and own.__self__ is module and _is_of(own.__func__, type(module))
+
+
+def wraps_patched(module: nn.Module) -> bool:
+    """Whether a forward that a module was given calls the one of its patched class."""
+    own = None if is_bound_forward(module) else module.__dict__.get("forward")
+    while own is not None and (inner := getattr(own, "__wrapped__", getattr(own, "__func__", None))) is not None:
+        own = inner
+    return own is not None and _is_of(own, type(module)) and not _is_of(own, host_class(module))
+
+
+def _is_of(function: object, cls: type) -> bool:
+    return any(vars(base).get("forward") is function for base in cls.__mro__)
 
 
 def host_class(module: object) -> type[nn.Module]:

@@ -7,8 +7,10 @@ graph.
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -201,7 +203,10 @@ def _adds_position_bias(node: fx.Node, spec: TraceSpec) -> bool:
     return isinstance(bias, fx.Node) and bias.op == "call_method" and bias.target in spec.position_biases
 
 
-_functions: dict[str, Callable[..., Any]] = {}
+_functions: OrderedDict[str, Callable[..., Any]] = OrderedDict()
+_KEPT = 512
+"""So many, or a number that is scheduled during training, and makes the code anew at every step, would fill memory."""
+_numbers = itertools.count()
 
 
 def _function(graph: fx.Graph) -> Callable[..., Any]:
@@ -209,9 +214,14 @@ def _function(graph: fx.Graph) -> Callable[..., Any]:
     code = entering(graph).python_code("self")
     key = code.src + repr(sorted((k, id(v)) for k, v in code.globals.items()))
     if key not in _functions:
-        filename = f"<evopatch block {len(_functions)}>"
+        filename = f"<evopatch block {next(_numbers)}>"
         linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
         namespace = dict(code.globals)
         exec(compile(code.src, filename, "exec"), namespace)
         _functions[key] = namespace["forward"]
-    return _functions[key]
+    _functions.move_to_end(key)
+    function = _functions[key]
+    while len(_functions) > _KEPT:
+        _, old = _functions.popitem(last=False)
+        linecache.cache.pop(old.__code__.co_filename, None)
+    return function

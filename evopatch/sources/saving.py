@@ -227,7 +227,8 @@ def _library_of(model: nn.Module) -> tuple[str, Library]:
     raise CheckpointError(
         f"{type(model).__name__} ({type(model).__module__}): expected a model of transformers (a PreTrainedModel) or "
         "one made by timm.create_model. Save others with torch.save(model.state_dict(), ...), whose keys are "
-        "unpatched, and use evopatch.apply after loading"
+        "those of the unpatched model, and use evopatch.apply after loading; of a PeftModel the adapters by its own "
+        "save_pretrained, or the whole after merge_and_unload()"
     )
 
 
