@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import EvoPatchError, UnsupportedModelError
+from ..rewrite.classes import is_bound_forward
 from ..rewrite.fast_paths import forward_of
 from ..rewrite.written import lend
 
@@ -167,6 +168,8 @@ class Runner:
     def _twin(self, module: Any) -> Any:
         """Shares with the module what isn't weights, hooks or modules, and can't be changed in place."""
         twin = copy.copy(module)
+        if is_bound_forward(module):  # to the module, not to the twin
+            del twin.__dict__["forward"]
         lend(twin.__dict__, self._lent)
         twin.__dict__.update(
             training=False,

@@ -65,6 +65,6 @@ def is_of(library: str, module: nn.Module, methods: Collection[str]) -> bool:
     cls = host_class(module)
     functions: list[Callable[..., Any]] = [getattr(cls, name) for name in methods if hasattr(cls, name)]
     # Accelerate's dispatched and prepared models have a forward that calls their class's.
-    by_accelerate = not module.__dict__.keys().isdisjoint(("_old_forward", "_original_forward"))
+    by_accelerate = "_old_forward" in module.__dict__ or "_original_forward" in module.__dict__
     replaced = [name for name in methods if name in module.__dict__ and not by_accelerate]
     return not replaced and all(str(getattr(f, "__module__", "")).partition(".")[0] == library for f in functions)
