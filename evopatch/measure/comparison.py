@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..alternating import alternate
 from ..config import EvoConfig
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..patching.handle import Patched, shared_copy, unpatch
 from .kernels import attention_kernels
 from .memory import peak_memory
@@ -109,7 +109,7 @@ def benchmark(
         model: A patched model; it stays as it is, copies that share its weights are timed.
         batch: Images `(B, 3, height, width)` on the model's device, in its type.
         configs: Settings to time. None: the model's own.
-        peers: Other models for the same images, by name, to time beside them.
+        peers: Other models for the same images, by name, to time beside them; no name of another side.
         rounds: Timed forwards of each side.
         warm_up: Forwards of each side before.
         compile: Compile every side, the unpatched one too, with `torch.compile(fullgraph=True, dynamic=False)`; a
@@ -120,15 +120,21 @@ def benchmark(
     Raises:
         DataError: If `batch` is no such tensor.
         NotPatchedError: If nothing in the model is patched.
-        ConfigError: If a configuration doesn't fit the model's depth.
+        ConfigError: If a configuration doesn't fit the model's depth, or a peer is named as another side.
     """
     if not isinstance(batch, Tensor) or batch.dim() != 4:
         found = tuple(batch.shape) if isinstance(batch, Tensor) else repr(batch)[:60]
         raise DataError(f"batch is {found}: expected a tensor (B, 3, height, width), as torch.randn(16, 3, 224, 224)")
     patched = Patched(model)
     configs = [patched.config] if configs is None else list(configs)
+    names = side_names(configs)
+    if taken := [name for name in peers or {} if name in {"unpatched", *names}]:
+        raise ConfigError(
+            f"a peer is named {taken[0]!r}, as one of the sides that are timed anyway, {['unpatched', *names]}: "
+            "expected another name"
+        )
     models: dict[str, tuple[EvoConfig | None, nn.Module]] = {"unpatched": (None, unpatch(patched.copy(train)))}
-    for name, setting in zip(side_names(configs), configs, strict=True):
+    for name, setting in zip(names, configs, strict=True):
         own = patched.copy(train)
         Patched(own).set_config(setting)
         models[name] = (setting, own)

@@ -205,6 +205,17 @@ def test_benchmark_of_an_unpatched_model_is_refused():
         evopatch.benchmark(evopatch.apply(build("vit")), images(), [EvoConfig(stages=[9])])
 
 
+@pytest.mark.parametrize("name", ["unpatched", "keep 0.5"])
+def test_a_peer_never_takes_the_place_of_a_side(name):
+    def runs(*args):
+        raise AssertionError("nothing is run before")
+
+    peer = build("vit")
+    peer.forward = runs
+    with pytest.raises(ConfigError, match=f"a peer is named '{name}', as one of the sides .*: expected another name"):
+        evopatch.benchmark(evopatch.apply(build("vit")), images(), peers={name: peer}, rounds=1, warm_up=0)
+
+
 def slow_merge(x, size, metric, r):
     """One image after the other, one pair after the other."""
     merged, sizes = [], []
