@@ -36,7 +36,7 @@ class FeatureExtractor:
     after the last norm, unless the model norms pooled tokens alone (CLIP and BEiT of transformers, mean-pooled timm).
 
     Args:
-        model: A patched model of timm or transformers, which is run in eval mode.
+        model: A patched model of timm or transformers; it stays as it is, a copy on its weights is run in eval mode.
         patches: Whether features of patches are wanted too.
 
     Raises:
@@ -44,10 +44,12 @@ class FeatureExtractor:
     """
 
     def __init__(self, model: nn.Module, patches: bool) -> None:
-        patched = Patched(model)
+        patched = Patched(Patched(model).copy().eval())
+        for own, given in zip(patched.model.parameters(), Patched(model).model.parameters(), strict=True):
+            own.requires_grad_(given.requires_grad)  # some kernels are chosen by it, and round otherwise
         self._host = patched.host
         self.patches = patches
-        self.model: Any = patched.model.eval()
+        self.model: Any = patched.model
         inner = getattr(self.model, "timm_model", self.model)  # in transformers' wrapper
         self._timm = inner if hasattr(inner, "forward_features") and hasattr(inner, "forward_head") else None
         if self._timm is None and not hasattr(self.model, "base_model"):

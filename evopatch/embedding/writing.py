@@ -63,7 +63,8 @@ def embed(
     with those that are missing when it is called again, with any number of processes; the file is the same.
 
     Args:
-        model: A patched model of timm or transformers, on this process's device; run in eval mode.
+        model: A patched model of timm or transformers, on this process's device; it stays as it is, a copy on its
+            weights is run in eval mode.
         images: As of `evopatch.sources.images`, with the model's preprocessing as their `transform`.
         output: The parquet file.
         patch_features: Also those of the patch tokens.

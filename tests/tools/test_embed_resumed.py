@@ -127,6 +127,19 @@ def test_without_any_readable_image_nothing_is_written(tmp_path):
     assert embed(data, out).rows == 1
 
 
+def test_the_model_stays_in_its_mode(tmp_path):
+    """Each module in its own, as of a fine-tuning with a part in eval mode; also after a refusal."""
+    model = patched("vit").train()
+    model.blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+    images = open_every(folder(tmp_path / "photos", 0), as_tensor)
+    evopatch.embed(model, images, tmp_path / "features.parquet")
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(evopatch.ConfigError, match="is there already"):
+        evopatch.embed(model, images, tmp_path / "features.parquet", batch_size=3)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_a_file_of_another_ending_is_refused(command, tmp_path):
     data = folder(tmp_path / "photos", 0)
     for name in ("features.csv", "features"):
