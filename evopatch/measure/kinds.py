@@ -35,14 +35,26 @@ def kind_of(model: nn.Module, columns: int) -> Kind:
     """The kind of outputs `(B, columns)`.
 
     transformers' `config.problem_type` says it. Where nothing does, one column is a number, as for transformers itself:
-    a softmax over one class is always 1. timm's models say no more than that they have no head.
+    a softmax over one class is always 1. timm's models say no more than that they have no head. A wrapper, such as
+    `nn.DataParallel`, has what the one part in it says that has weights.
     """
+    model = _speaker(model)
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     if problem == "multi_label_classification":
         return "labels"
     if getattr(model, "num_classes", columns) == 0:  # pooled features of the same shape
         return "features"
     return "numbers" if problem == "regression" or columns < 2 else "classes"
+
+
+def _speaker(model: nn.Module) -> nn.Module:
+    """The outermost module that says anything."""
+    while not hasattr(model, "config") and not hasattr(model, "num_classes"):
+        parts = [child for child in model.children() if next(child.parameters(), None) is not None]
+        if len(parts) != 1:
+            break
+        model = parts[0]
+    return model
 
 
 def divergence(kind: Kind, own: Tensor, whole: Tensor) -> Tensor:

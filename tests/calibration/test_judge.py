@@ -166,6 +166,36 @@ def of_problem(function, problem):
     return Says(function, config=SimpleNamespace(problem_type=problem))
 
 
+class Normalised(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.scale, self.network = nn.Identity(), model
+
+    def forward(self, x):
+        return self.network(self.scale(x))
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, torch.compile, Normalised, lambda model: Normalised(nn.DataParallel(model))]
+)
+@pytest.mark.parametrize(
+    ("name", "settings", "kind"),
+    [
+        ("hf_vit", {"problem_type": "regression"}, "numbers"),
+        ("hf_vit", {"problem_type": "multi_label_classification"}, "labels"),
+        ("vit", {"num_classes": 0}, "features"),
+        ("vit", {}, "classes"),
+    ],
+)
+def test_a_wrapper_has_the_outputs_of_what_is_in_it(wrap, name, settings, kind):
+    assert compared(torch.ones(2, 5), wrap(build(name, **settings))).kind == kind
+
+
+def test_a_head_behind_a_backbone_says_nothing_of_it():
+    model = nn.Sequential(build("vit", num_classes=0), nn.Linear(48, 5))
+    assert compared(torch.ones(2, 5), model).kind == "classes"
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 @pytest.mark.parametrize("columns", [1, 3])
 def test_numbers_by_their_spread_between_images(columns, scale):
