@@ -76,7 +76,7 @@ def calibrate(
         batch_size: Of the forwards, also of those that are timed.
         budget: Seconds of search; learning and the report come on top.
         output: A folder for what was tried: an interrupted search that is begun again there goes on, one with another
-            model, other weights, images, target, `batch_size`, `config` or version of evopatch begins anew.
+            model, other weights, outputs, images, target, `batch_size`, `config` or version of evopatch begins anew.
         progress: Show a progress bar.
 
     Returns:
@@ -161,7 +161,7 @@ class _Run:
         if folder is not None:
             what = {"model": type(copy.model).__name__, "weights": fingerprint(original.state_dict())}
             what |= {"images": fingerprint({"images": images}), "batch size": str(batch_size)}
-            what |= {"target": str(target), "config": base.to_json()}
+            what |= {"target": str(target), "config": base.to_json(), "outputs": self._judge.fingerprint}
             self._record = Record(folder / SEARCH_FILE, what)
         self._search = Search(self.trials, self._judge, self._record, budget, self._tell)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..measure.fingerprint import fingerprint
 from ..measure.kinds import Kind, divergence, spread
 from ..measure.outputs import Outputs, compared
 
@@ -46,6 +47,13 @@ class Judge:
     def kind(self) -> Kind:
         """Of the outputs that are compared."""
         return self._outputs[0].kind
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs where the unpatched outputs or their kind do, as of models with the same weights that compute with
+        them otherwise."""
+        every = enumerate(self._outputs)
+        return fingerprint({f"{self.kind} {i} {j}": own for i, whole in every for j, own in enumerate(whole.values)})
 
     @property
     def compares_patches(self) -> bool:

@@ -123,9 +123,22 @@ def test_a_search_of_another_model_begins_anew(tmp_path, capsys):
     model.blocks[2].mlp.fc1.weight.data[3, 5] *= 1.5
     for other, now in (("weights", images), ("images", images.flip(0))):
         evopatch.calibrate(model, now, **given)
-        assert f"is of a search with another {other}: it begins anew" in " ".join(capsys.readouterr().err.split())
+        text = f"is of a search with another {other} and another outputs: it begins anew"
+        assert text in " ".join(capsys.readouterr().err.split())
         assert recorded(tmp_path) != first
         evopatch.remove(model)
+
+
+@pytest.mark.parametrize("changed", [{"problem_type": "multi_label_classification"}, {"hidden_act": "relu"}])
+def test_a_search_of_a_model_that_computes_otherwise_begins_anew(changed, tmp_path, capsys):
+    """With the same weights."""
+    given = {"target_flops": 0.7, "output": tmp_path, **QUICK, "budget": 1e-9}
+    evopatch.calibrate(build("hf_vit"), images_for("hf_vit", 16), **given)
+    first = recorded(tmp_path)
+    evopatch.calibrate(build("hf_vit", **changed), images_for("hf_vit", 16), **given)
+    text = "is of a search with another outputs: it begins anew"
+    assert text in " ".join(capsys.readouterr().err.split())
+    assert recorded(tmp_path) != first
 
 
 def test_a_search_of_another_version_or_batch_size_begins_anew(tmp_path, capsys, monkeypatch):
@@ -135,7 +148,7 @@ def test_a_search_of_another_version_or_batch_size_begins_anew(tmp_path, capsys,
     evopatch.calibrate(build("vit"), images, **given)
     assert "anew" not in capsys.readouterr().err
     evopatch.calibrate(build("vit"), images, **given | {"batch_size": 4})
-    assert "is of a search with another batch size: it begins anew" in " ".join(capsys.readouterr().err.split())
+    assert "is of a search with another batch size and another outputs: it begins" in " ".join(capsys.readouterr().err.split())
     monkeypatch.setattr("evopatch.calibration.search.VERSION", "0.0.0")
     evopatch.calibrate(build("vit"), images, **given | {"batch_size": 4})
     text = "is of a search with another version of evopatch: it begins anew"
