@@ -42,6 +42,12 @@ def images_of(data: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
     return images.to(device, dtype)
 
 
+def repeated(images: Tensor, number: int) -> Tensor:
+    """The first images, so many; fewer again and again."""
+    times = -(-number // len(images))
+    return (images.repeat(times, 1, 1, 1) if times > 1 else images)[:number]
+
+
 def _tensors(data: Any) -> Iterator[Tensor]:
     # A loader has a length, too, but no items by position.
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):

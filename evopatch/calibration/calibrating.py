@@ -23,7 +23,7 @@ from ..patching.learning import learned, set_learned
 from ..patching.window_correcting import fit_window_corrections
 from ..progress import progress_bar
 from ..version import VERSION
-from .batches import images_of
+from .batches import images_of, repeated
 from .judge import Judge
 from .levels import Levels, is_reached, level_of, nearest
 from .outcome import Calibration, Point
@@ -148,9 +148,10 @@ class _Run:
         self._reporter = Judge(original, self._report_on, spec.prefix + spec.later, spec.behind)
         if target.kind == "agreement" and self._judge.kind != "classes":
             raise ConfigError("target_agreement was given, and the model predicts no class: give target_kl, a distance")
-        self.trials = Trials(copy, base, images[:batch_size])
+        timed = repeated(images, batch_size)
+        self.trials = Trials(copy, base, timed)
         # For the settings to begin with, which know nothing of what is learned.
-        self._plain = Trials(Patched(copy.copy().eval()), base, images[:batch_size])
+        self._plain = Trials(Patched(copy.copy().eval()), base, timed)
         self._levels = Levels(self.trials, self._judge, target)
         copy.set_config(base)
         state = copy.host.state

@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,6 +217,21 @@ def test_images_in_every_form():
     result = evopatch.calibrate(build("vit"), loader, target_flops=0.7, **QUICK)
     expected = evopatch.calibrate(build("vit"), images, target_flops=0.7, **QUICK)
     assert deterministic(result) == deterministic(expected)
+
+
+def test_fewer_images_than_a_batch_are_timed_as_one(monkeypatch):
+    timed = []
+
+    def speed(model, batch, rounds):
+        timed.append(batch)
+        return SimpleNamespace(ratio=1.5)
+
+    monkeypatch.setattr("evopatch.calibration.trials.compare_speed", speed)
+    x = images_for("vit", 9)
+    result = evopatch.calibrate(build("vit"), x, target_flops=0.7, **QUICK | {"batch_size": 20, "budget": 1e-9})
+    assert result.batch_size == 20
+    assert all(torch.equal(batch, torch.cat([x, x, x[:2]])) for batch in timed)
+    assert timed
 
 
 def test_unreadable_images_are_named(capsys):
