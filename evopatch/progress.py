@@ -18,8 +18,9 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextmanager
-def progress_bar(description: str, total: int, disable: bool = False) -> Iterator[Any]:
-    """A bar that yields its own advance function; that takes the number of steps done and, if given, a new text."""
+def progress_bar(description: str, total: int | None, disable: bool = False) -> Iterator[Any]:
+    """A bar that yields its own advance function; that takes the number of steps done and, if given, a new text.
+    `total` None: nobody knows how many there are."""
     if not disable and not errors.is_terminal:
         yield _lines(description, total)
         return
@@ -33,15 +34,16 @@ def progress_bar(description: str, total: int, disable: bool = False) -> Iterato
         yield advance
 
 
-def _lines(description: str, total: int) -> Callable[..., None]:
+def _lines(description: str, total: int | None) -> Callable[..., None]:
     done, begin, last = 0, time.monotonic(), time.monotonic()
 
     def advance(steps: int = 1, text: str | None = None) -> None:
         nonlocal done, last
         done += steps
         now = time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LINES or (done >= total and last > begin):
+        if now - last >= SECONDS_BETWEEN_LINES or (total is not None and done >= total and last > begin):
             last = now
-            errors.print(f"{text or description}: {done}/{total}, {now - begin:.0f} s", highlight=False, soft_wrap=True)
+            steps_of = done if total is None else f"{done}/{total}"
+            errors.print(f"{text or description}: {steps_of}, {now - begin:.0f} s", highlight=False, soft_wrap=True)
 
     return advance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..patching.learning import learned, set_learned
 from ..patching.window_correcting import fit_window_corrections
 from ..progress import progress_bar
 from ..version import VERSION
+from .arguments import check_arguments
 from .batches import images_of, repeated
 from .judge import Judge
 from .levels import Levels, is_reached, level_of, nearest
@@ -74,7 +76,7 @@ def calibrate(
         target_agreement: Share of the images whose predicted class stays.
         config: Settings that the search begins with. None: those of a patched model, else the default.
         batch_size: Of the forwards, also of those that are timed.
-        budget: Seconds of search; learning and the report come on top.
+        budget: Seconds of search, `float("inf")` for no bound; learning and the report come on top.
         output: A folder for what was tried: an interrupted search that is begun again there goes on, one with another
             model, other weights, outputs, images, target, `batch_size`, `config` or version of evopatch begins anew.
         progress: Show a progress bar.
@@ -93,10 +95,7 @@ def calibrate(
     After an error, or Ctrl-C, the model is as it was before.
     """
     target = Target.of(flops=target_flops, speedup=target_speedup, kl=target_kl, agreement=target_agreement)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size!r}: expected a whole number, at least 1")
-    if not budget > 0:
-        raise ConfigError(f"budget={budget!r}: expected seconds, more than 0")
+    check_arguments(batch_size, budget)
     parameter = next(model.parameters())
     tensor = images_of(images, parameter.device, parameter.dtype)
     folder = None if output is None else make_folder(output, "for what was tried")
@@ -106,7 +105,8 @@ def calibrate(
     try:
         patched = Patched(model)
         base = patched.host.state.config if fresh or config is None else config
-        with progress_bar(f"calibrate for {target}", round(budget), disable=not progress) as advance:
+        seconds = round(budget) if math.isfinite(budget) else None
+        with progress_bar(f"calibrate for {target}", seconds, disable=not progress) as advance:
             run = _Run(patched, base, tensor, target, batch_size, budget, folder, advance)
             found, schedule = run.result()
         set_learned(patched.model, learned(run.trials.patched.model))

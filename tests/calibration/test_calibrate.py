@@ -8,6 +8,7 @@ import pytest
 import torch
 from comparing import Snapshot
 from matrix import cases
+from rich.console import Console
 from torch.utils.data import DataLoader, TensorDataset
 from variants import build, call, images_for
 
@@ -149,7 +150,9 @@ def test_a_search_of_another_version_or_batch_size_begins_anew(tmp_path, capsys,
     evopatch.calibrate(build("vit"), images, **given)
     assert "anew" not in capsys.readouterr().err
     evopatch.calibrate(build("vit"), images, **given | {"batch_size": 4})
-    assert "is of a search with another batch size and another outputs: it begins" in " ".join(capsys.readouterr().err.split())
+    assert "is of a search with another batch size and another outputs: it begins" in " ".join(
+        capsys.readouterr().err.split()
+    )
     monkeypatch.setattr("evopatch.calibration.search.VERSION", "0.0.0")
     evopatch.calibrate(build("vit"), images, **given | {"batch_size": 4})
     text = "is of a search with another version of evopatch: it begins anew"
@@ -219,6 +222,16 @@ def test_images_in_every_form():
     assert deterministic(result) == deterministic(expected)
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_budget_without_a_bound(terminal, monkeypatch, capsys):
+    monkeypatch.setattr("evopatch.progress.errors", Console(stderr=True, force_terminal=terminal))
+    monkeypatch.setattr("evopatch.progress.SECONDS_BETWEEN_LINES", 0.0)
+    given = {"target_flops": 0.7, "batch_size": 8, "budget": float("inf")}
+    result = evopatch.calibrate(build("vit"), images_for("vit", 16), **given)
+    assert result.tried > 3
+    assert "settings tried" in capsys.readouterr().err
+
+
 def test_fewer_images_than_a_batch_are_timed_as_one(monkeypatch):
     timed = []
 
@@ -278,7 +291,11 @@ def test_a_patched_model_begins_with_its_own_settings():
         (16, {"target_flops": 1.5}, ConfigError, "target_flops=1.5"),
         (16, {"target_flops": 0.05}, ConfigError, r"0.050 of the FLOPs can't be reached"),
         (16, {"budget": 0}, ConfigError, "budget=0"),
+        (16, {"budget": "300"}, ConfigError, "budget='300': expected seconds"),
+        (16, {"budget": None}, ConfigError, "budget=None: expected seconds"),
+        (16, {"budget": float("nan")}, ConfigError, "budget=nan: expected seconds"),
         (16, {"batch_size": 0}, ConfigError, "batch_size=0"),
+        (16, {"batch_size": True}, ConfigError, "batch_size=True: expected a whole number"),
         (16, {"config": EvoConfig(keep_ratio=1.0)}, ConfigError, "keep all tokens"),
     ],
 )
