@@ -91,7 +91,11 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
         raise ConfigError(
             f"input_size={input_size!r}: expected (channels, height, width) in pixels, as in (3, 224, 224)"
         )
-    handle = Patched(model)
+    with torch.inference_mode(False):  # tensors made in it keep nothing for a backward pass
+        return _profile(Patched(model), input_size)
+
+
+def _profile(handle: Patched[nn.Module], input_size: tuple[int, int, int]) -> Profile:
     model = handle.model
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)

@@ -177,6 +177,17 @@ def test_benchmark_of_training(name):
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
+def test_inference_mode_around_it_changes_nothing():
+    model = evopatch.apply(build("vit"))
+    expected = evopatch.profile(model, SIZE)
+    assert expected.activations > 0
+    with torch.inference_mode():
+        assert evopatch.profile(model, SIZE) == expected
+        result = evopatch.benchmark(model, images().clone(), rounds=1, warm_up=0, train=True)
+        assert torch.is_inference_mode_enabled()
+    assert result.sides[1].memory > expected.memory
+
+
 @pytest.mark.slow
 def test_benchmark_compiled():
     model = evopatch.apply(build("vit", depth=3), config=EvoConfig(start=1, stages=1))
