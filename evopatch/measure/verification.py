@@ -91,7 +91,8 @@ def verify(model: nn.Module, images: Tensor, *, compile: bool | str = False) -> 
 
     Raises:
         NotPatchedError: If nothing in the model is patched.
-        DataError: If `images` are no such tensor, or fewer than 2.
+        DataError: If `images` are no such tensor, fewer than 2, or not finite, or nothing that the unpatched model makes
+            of them is.
         UnsupportedModelError: If the model's outputs are nothing that can be compared.
     """
     patched = Patched(model)
@@ -99,8 +100,11 @@ def verify(model: nn.Module, images: Tensor, *, compile: bool | str = False) -> 
     if not isinstance(images, Tensor) or images.dim() != 4 or len(images) < 2 or not images.is_floating_point():
         found = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
         raise DataError(f"images are {found}: expected floating-point numbers (B, 3, height, width), at least 2 images")
+    if not images.isfinite().all():
+        raise DataError(f"images {tuple(images.shape)} hold values that aren't finite: expected finite ones")
     sides = _Sides(patched, images.detach().to(like.device, like.dtype))
     with torch.no_grad():
+        _check_outputs(sides)
         checks = (
             _keep_ratio_one(sides),
             _repeated(sides),
@@ -111,6 +115,16 @@ def verify(model: nn.Module, images: Tensor, *, compile: bool | str = False) -> 
         )
     device = torch.cuda.get_device_name(like.device) if like.is_cuda else str(like.device)
     return Verification(checks, device, _name(like.dtype), len(images), torch.__version__)
+
+
+def _check_outputs(sides: _Sides) -> None:
+    # Of NaN everything is equal to everything.
+    if not any(values.isfinite().any() for values in sides.stock_expected):
+        raise DataError(
+            f"no output of the unpatched {type(sides.stock).__name__} is finite on these images in "
+            f"{_name(sides.images.dtype)}: nothing can be compared. Give images as the model expects them, or a model "
+            "with sound weights in a type with their range"
+        )
 
 
 class _Sides:

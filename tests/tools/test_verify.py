@@ -56,6 +56,16 @@ def test_a_sound_model_passes_and_stays_as_it_is(name):
     assert [(type(module), dict(vars(module))) for module in model.modules()] == modules
 
 
+def test_where_nothing_is_finite_nothing_passes():
+    model, x = patched("vit"), images_for("vit", 4)
+    with pytest.raises(evopatch.DataError, match=r"images \(4, 3, 40, 40\) hold values that aren't finite"):
+        evopatch.verify(model, x * float("inf"))
+    with torch.no_grad():
+        model.head.bias.fill_(float("nan"))
+    with pytest.raises(evopatch.DataError, match="no output of the unpatched VisionTransformer is finite"):
+        evopatch.verify(model, x)
+
+
 def at_keep_ratio_one(monkeypatch):
     own = host_state.plan_blocks
 
