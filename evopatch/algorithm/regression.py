@@ -27,7 +27,8 @@ class NormalEquations:
         Raises:
             DataError: If either isn't finite.
         """
-        square, product = inputs.T @ inputs, inputs.T @ targets
+        with torch.autocast(inputs.device.type, enabled=False):  # sums of squares don't fit half a type
+            square, product = inputs.T @ inputs, inputs.T @ targets
         if not (square.isfinite().all() and product.isfinite().all()):
             raise DataError("tokens or their class attention aren't finite on the images given: expected finite ones")
         self._square += square

@@ -13,6 +13,7 @@ from evopatch.algorithm import rows as algorithm_rows
 from evopatch.algorithm.bias import merge_bias
 from evopatch.algorithm.importance import accumulate, accumulate_compact, class_attention, coarsen
 from evopatch.algorithm.partition import distribute, merge, merge_positions, spread_attention
+from evopatch.algorithm.regression import NormalEquations
 from evopatch.algorithm.rows import row_sums, weighted_row_sums, whole
 from evopatch.algorithm.selection import num_slow, select_matched, select_top
 
@@ -324,3 +325,13 @@ def test_sums_of_rows_have_every_derivative():
     assert torch.autograd.gradcheck(sums, (values, weight.requires_grad_()))
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         assert sums(fake.from_tensor(values.detach())).shape == (2, 4, 3)
+
+
+def test_equations_are_summed_in_float32_whatever_is_around():
+    """In bfloat16 sums lose all but three digits, in float16 they overflow."""
+    inputs, targets = torch.randn(64, 5), torch.randn(64, 2)
+    plain, cast = NormalEquations(5, 2, inputs.device), NormalEquations(5, 2, inputs.device)
+    plain.add(inputs, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.add(inputs, targets)
+    assert all(torch.equal(*pair) for pair in zip(plain.sides(0.1), cast.sides(0.1), strict=True))
