@@ -43,7 +43,8 @@ class Calibration:
 
     target: Target
     reached: bool
-    """By the measure of the target: FLOPs and speed of the model, loss on the images to report on."""
+    """By the measure of the target: FLOPs and speed of the model, loss on the images to report on. A speed-up counts as
+    reached from 3 % below it on, as two measurements differ by as much."""
     before: Point
     """The settings that the search began with, at the same FLOPs, or as near as they come."""
     after: Point
