@@ -91,8 +91,8 @@ def verify(model: nn.Module, images: Tensor, *, compile: bool | str = False) -> 
 
     Raises:
         NotPatchedError: If nothing in the model is patched.
-        DataError: If `images` are no such tensor, fewer than 2, or not finite, or nothing that the unpatched model makes
-            of them is.
+        DataError: If `images` are no such tensor, fewer than 2, or not finite, or nothing is that the unpatched model
+            makes of them.
         UnsupportedModelError: If the model's outputs are nothing that can be compared.
     """
     patched = Patched(model)
