@@ -213,6 +213,11 @@ def patch_as_saved(model: Model, folder: Path) -> Model:
                 f"model learned from images, such as '{missing[0]}': the file is of another model, or was lost. Copy "
                 "the whole folder, or save the model again"
             )
+        if unlisted := sorted(tensors.keys() - expected):
+            raise CheckpointError(
+                f"{folder / LEARNED_FILE} holds '{unlisted[0]}', which {file.name} doesn't list as learned: the file "
+                "is of another model. Remove it if this one learned nothing, or copy the whole folder again"
+            )
         return model
     except (UnsupportedModelError, ConfigError, SafetensorError) as error:
         raise CheckpointError(f"{file} doesn't fit the model in this folder: {error}") from error

@@ -1,6 +1,7 @@
 """What somebody changes in a patched model counts, as it would in one that is patched afterwards; or is refused."""
 
 import copy
+import shutil
 
 import pytest
 import timm
@@ -214,6 +215,15 @@ def test_another_pooling_is_not_saved_as_it_was_patched(tmp_path):
     with pytest.raises(UnsupportedModelError, match=r"its head read 1, when it was patched, and has 1 and 0 now"):
         evopatch.save_pretrained(model, tmp_path / "after")
     assert not (tmp_path / "after").exists()
+
+
+def test_what_another_model_learned_is_not_taken(tmp_path):
+    x = images_for("hf_vit", 16)
+    evopatch.save_pretrained(evopatch.apply(build("hf_vit"), images=x), tmp_path / "other")
+    evopatch.save_pretrained(evopatch.apply(build("hf_vit")), tmp_path / "own")
+    shutil.copy(tmp_path / "other" / "evopatch.safetensors", tmp_path / "own")
+    with pytest.raises(CheckpointError, match=r"holds '.*', which evopatch\.json doesn't list as learned"):
+        evopatch.load_pretrained(tmp_path / "own")
 
 
 def test_what_was_learned_and_lost_is_missed(tmp_path):
