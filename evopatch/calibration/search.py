@@ -46,6 +46,8 @@ class Record:
                 content = json.loads(file.read_text())
                 tried: dict[str, list[float]] = content["errors"]
                 known = dict(content["search"])
+                if not isinstance(tried, dict):
+                    raise TypeError(f"errors are {tried!r}")
             except (ValueError, KeyError, TypeError, OSError) as error:
                 raise CheckpointError(f"{file} is damaged: {error!r}. Remove it to begin anew") from error
             other = [name for name, value in self._what.items() if known.get(name) != value]

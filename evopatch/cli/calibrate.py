@@ -110,7 +110,7 @@ def calibrate(
     save_pretrained(network, output, classifier.processor)
     result.save(output)
     print_table(_table(model, result))
-    console.print(_summary(result, output), highlight=False)
+    console.print(_summary(result, output), highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(model: str, result: Calibration) -> Table:

@@ -68,7 +68,8 @@ def embed(
         errors.print(text, highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(130) from None
     if found is not None:
-        console.print(f"{counted(found.rows, 'image', 'images')} in {out}", highlight=False, soft_wrap=True)
+        text = f"{counted(found.rows, 'image', 'images')} in {out}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
         if found.unreadable:
             some = ", ".join(found.unreadable[:5]) + (", ..." if len(found.unreadable) > 5 else "")
             text = f"{len(found.unreadable)} unreadable image(s) left out, all named in the file's metadata: {some}"

@@ -103,9 +103,10 @@ def test_repeated_and_resumed_runs_find_the_same(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     evopatch.calibrate(build("vit"), images, target_flops=0.75, output=tmp_path / "b", **QUICK)
     assert "is of a search with another target: it begins anew" in " ".join(capsys.readouterr().err.split())
-    (tmp_path / "b" / "search.json").write_text("{")
-    with pytest.raises(evopatch.CheckpointError, match="damaged"):
-        evopatch.calibrate(build("vit"), images, target_flops=0.7, output=tmp_path / "b", **QUICK)
+    for damaged in ("{", '{"search": {}, "errors": null}'):
+        (tmp_path / "b" / "search.json").write_text(damaged)
+        with pytest.raises(evopatch.CheckpointError, match="damaged"):
+            evopatch.calibrate(build("vit"), images, target_flops=0.7, output=tmp_path / "b", **QUICK)
     with pytest.raises(evopatch.CheckpointError, match="is a file: expected a folder for what was tried"):
         evopatch.calibrate(build("vit"), images, target_flops=0.7, output=tmp_path / "b" / "search.json", **QUICK)
 
