@@ -25,12 +25,15 @@ def make_folder(path: str | os.PathLike[str], purpose: str) -> Path:
         purpose: For the error: "to save to".
 
     Raises:
-        CheckpointError: If it is a file.
+        CheckpointError: If it is a file, or can't be made.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: expected a folder {purpose}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} can't be made ({error.strerror}): expected a folder {purpose}") from error
     return folder
 
 

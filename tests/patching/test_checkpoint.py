@@ -96,6 +96,12 @@ def test_arguments_for_the_library(tmp_path):
     assert len(loaded(images().bfloat16(), output_attentions=True).attentions) == 6
 
 
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(evopatch.CheckpointError, match=r"file/folder can't be made \(Not a directory\): expected a"):
+        evopatch.save_pretrained(evopatch.apply(build("hf_vit")), tmp_path / "file" / "folder")
+
+
 @torch.no_grad()
 def test_an_earlier_checkpoint_survives_a_failed_save(tmp_path, monkeypatch):
     model, x = evopatch.apply(build("hf_vit"), config=CONFIG), images()
