@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ConfigError
 from ..patching.handle import Patched
-from ..patching.learning import learned
 from ..progress import errors, progress_bar
 from ..sources.dataset import Images
 from ..training import processes
 from ..training.items import Batch, Items, collate
 from ..version import VERSION
 from .features import FeatureExtractor, Features
+from .identity import digest_of_images, digest_of_settings, digest_of_transform, digest_of_weights
 from .shards import Shards
 
 WAIT = timedelta(days=7)
@@ -101,8 +100,10 @@ def embed(
                 "evopatch": VERSION,
                 "configs": {name: config.to_dict() for name, config in Patched(model).configs.items()},
                 "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-                "weights": _digest_of_weights(model),
-                "images": _digest_of_images(images),
+                "weights": digest_of_weights(model),
+                "computes": digest_of_settings(model),
+                "images": digest_of_images(images),
+                "transform": digest_of_transform(images.transform),
                 "patch_features": patch_features,
                 "batch_size": batch_size,
                 "shard_rows": shard_rows,
@@ -200,22 +201,6 @@ def _collate(placed: list[Any]) -> _PlacedBatch:
     return _PlacedBatch(
         [place for place, item in placed if item.image is not None], collate([item for _, item in placed])
     )
-
-
-def _digest_of_weights(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted((model.state_dict() | learned(model)).items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _digest_of_images(images: Images) -> str:
-    # Not of their contents: a data set may be too large to be read twice.
-    digest = hashlib.sha256()
-    for index in range(len(images)):
-        digest.update(f"{images.name(index)}\0{images.stamp(index)}\0".encode())
-    return f"{len(images)}, {digest.hexdigest()[:16]}"
 
 
 def _say(text: str) -> None:

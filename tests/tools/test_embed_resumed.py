@@ -1,5 +1,6 @@
 """A run of `embed` goes on with the same images only, whatever they are called."""
 
+import copy
 import os
 import shutil
 
@@ -25,11 +26,11 @@ def as_tensor(image):
     return values.view(40, 40, 3).permute(2, 0, 1) / 127.5 - 1
 
 
-def embed(data, out):
-    return evopatch.embed(patched("vit"), open_every(data, as_tensor), out, batch_size=2, shard_rows=2)
+def embed(data, out, model=None, transform=as_tensor):
+    return evopatch.embed(model or patched("vit"), open_every(data, transform), out, batch_size=2, shard_rows=2)
 
 
-def begun(data, out, monkeypatch):
+def begun(data, out, monkeypatch, **others):
     """One of two shards is written."""
     write = Shards.write
 
@@ -41,7 +42,7 @@ def begun(data, out, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Shards, "write", one)
         with pytest.raises(Killed):
-            embed(data, out)
+            embed(data, out, **others)
 
 
 def folder(path, first):
@@ -101,6 +102,29 @@ def test_a_copy_that_keeps_the_times_goes_on(tmp_path, monkeypatch):
     os.utime(copy / "3.jpg", ns=(0, 0))
     with pytest.raises(evopatch.ConfigError, match="images was"):
         embed(copy, out)
+
+
+def darker(image):
+    return as_tensor(image) - 0.1
+
+
+def test_another_transform_is_refused(tmp_path, monkeypatch):
+    data, out = folder(tmp_path / "photos", 0), tmp_path / "features.parquet"
+    begun(data, out, monkeypatch)
+    with pytest.raises(evopatch.ConfigError, match="transform was"):
+        embed(data, out, transform=darker)
+    assert embed(data, out).rows == 4
+
+
+@pytest.mark.parametrize(("name", "setting"), [("vit", "global_pool"), ("hf_dinov2", "hidden_act")])
+def test_another_way_to_compute_with_the_same_weights_is_refused(name, setting, tmp_path, monkeypatch):
+    data, out, model = folder(tmp_path / "photos", 0), tmp_path / "features.parquet", patched(name)
+    begun(data, out, monkeypatch, model=model)
+    other = copy.deepcopy(model)
+    setattr(*((other, setting, "avg") if name == "vit" else (other.config, setting, "relu")))
+    with pytest.raises(evopatch.ConfigError, match="computes was"):
+        embed(data, out, model=other)
+    assert embed(data, out, model=model).rows == 4
 
 
 def test_images_that_a_table_names_by_their_paths(tmp_path):
