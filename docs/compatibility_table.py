@@ -154,7 +154,12 @@ SECTIONS = {
             ("test_from_pretrained_with_dtype_and_device_map",)),
         Row("dispatched and offloaded models (accelerate)", YES,
             "before or after `apply`",
-            ("test_models_dispatched_by_accelerate", "test_offloaded_by_whole_blocks")),
+            ("test_models_dispatched_by_accelerate", "test_offloaded_by_whole_blocks",
+             "test_hooks_of_accelerate_come_and_go")),
+        Row("`Accelerator.prepare` with mixed precision", YES,
+            "`apply` first, or after `unwrap_model(model, keep_fp32_wrapper=False)`, which comes before `remove`, too",
+            ("test_a_wrapped_forward_comes_off_before_the_patch", "test_unwrapped_models_are_patched",
+             "test_only_prefix_tokens_go_through_the_last_block")),
         Row("`set_attn_implementation`", YES,
             "any time; `eager` and `sdpa`, and registered ones of one's own, which get the sizes of groups as their "
             "attention mask. Others (flash, flex) run where a block takes all tokens, and give way to `sdpa` where "

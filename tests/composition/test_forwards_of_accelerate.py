@@ -1,7 +1,5 @@
 """Accelerate wraps the forward of a model that it prepares with mixed precision."""
 
-import linecache
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,7 +9,6 @@ from variants import build, images
 
 import evopatch
 from evopatch import UnsupportedModelError
-from evopatch.rewrite import graph
 
 
 @pytest.fixture
@@ -64,18 +61,3 @@ def test_only_prefix_tokens_go_through_the_last_block(prepared):
     model(images())
     handle.remove()
     assert seen[-1] == 1
-
-
-def test_code_of_former_settings_is_forgotten(monkeypatch):
-    monkeypatch.setattr(graph, "_KEPT", 20)
-    model, x = evopatch.apply(build("hf_vit")), images()
-    for step in range(6):
-        for layer in model.vit.layers:
-            layer.attention.scaling = 0.2 + step / 100
-        model(x)
-    files = [name for name in linecache.cache if name.startswith("<evopatch block")]
-    assert len(files) == len(graph._functions) == 20
-    expected = evopatch.apply(build("hf_vit"))
-    for layer in expected.vit.layers:
-        layer.attention.scaling = 0.25
-    assert torch.equal(model(x).logits, expected(x).logits)

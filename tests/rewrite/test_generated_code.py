@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import linecache
 from collections import deque
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from variants import FLAT, TIMM, build, call, images, images_for
 
 import evopatch
+from evopatch.rewrite import graph
 
 
 @every(TIMM & FLAT - {"relpos", "relpos_class", "relpos_shared", "beit", "beit_shared"})
@@ -263,3 +265,18 @@ def test_copies_get_their_tensors_one_by_one(name, monkeypatch):
     for copied in replicate.replicate(model, [0, 1]):
         assert copied is not model
         assert torch.equal(call(copied, x), call(model, x))
+
+
+def test_code_of_former_settings_is_forgotten(monkeypatch):
+    monkeypatch.setattr(graph, "_KEPT", 20)
+    model, x = evopatch.apply(build("hf_vit")), images()
+    for step in range(6):
+        for layer in model.vit.layers:
+            layer.attention.scaling = 0.2 + step / 100
+        model(x)
+    files = [name for name in linecache.cache if name.startswith("<evopatch block")]
+    assert len(files) == len(graph._functions) == 20
+    expected = evopatch.apply(build("hf_vit"))
+    for layer in expected.vit.layers:
+        layer.attention.scaling = 0.25
+    assert torch.equal(model(x).logits, expected(x).logits)
