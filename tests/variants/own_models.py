@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.models import vision_transformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer
@@ -29,7 +29,7 @@ def rotated(x, rope):
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-class AssertingAttention(timm.layers.Attention):
+class AssertingAttention(vision_transformer.Attention):
     """Not in a test's file, whose asserts pytest writes anew."""
 
     def forward(self, x, attn_mask=None, is_causal=False):
