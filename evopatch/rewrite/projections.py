@@ -15,7 +15,6 @@ from .factors import Sizes, factor_of
 from .linear_map import can_be_had, linear_map, parameter_can_be_had, parameter_map
 from .logits import scaled_by
 from .products import CASTS, by_head, made_of, product_of
-from .proxies import number_of_parts
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ def _projection(node: Any, module: nn.Module, sizes: Sizes, passed: set[str]) ->
 
     By `linear -> view(B, N, H, D) -> transpose(1, 2)`, or
     `linear -> reshape(B, N, 3, H, D) -> permute(2, 0, 3, 1, 4) -> unbind(0)`; or by `unflatten(-1, (3, H, D))`, or by
-    `[0]` and `[1]` in the place of `unbind`; or by `chunk(3, -1)` before the view.
+    `[0]` and `[1]` in the place of `unbind`.
     """
     if _is(node, "call_method", "view", "reshape") and len(node.args) == 4:  # images and heads on one axis
         node = node.args[0]
@@ -225,11 +224,6 @@ def _projection(node: Any, module: nn.Module, sizes: Sizes, passed: set[str]) ->
     heads, channels = shape[-2:]
     if (parts > 1 and shape[2:3] != (parts,)) or len(shape) != (5 if parts > 1 else 4):
         return None
-    if parts == 1 and _is(linear, "call_function", operator.getitem) and number_of_parts(linear.args[0]) == 3:
-        (chunked, *others), named = linear.args[0].args, linear.args[0].kwargs
-        if linear.args[0].target not in ("chunk", torch.chunk) or named.get("dim", (*others, 0, 0)[1]) not in (-1, 2):
-            return None
-        linear, part, parts = chunked, linear.args[1], 3
     if not _is(linear, "call_module") and not _is(linear, "call_function", F.linear):
         return None
     if not _is(linear.args[0], "placeholder"):

@@ -173,7 +173,7 @@ class Alternatives(Written):
 
 SAME = [
     FactorFirst, RootOfSize, PowerOfSize, KeysDivided, Einsum, EinsumOfList, Methods, Float, SizeOfTokens, Asserting,
-    Counting, HeadsBesideImages, UnpackedShape, InPlace, InPlaceInTraining, Keywords, NumberOfNumpy, Alternatives,
+    Counting, HeadsBesideImages, InPlace, InPlaceInTraining, Keywords, NumberOfNumpy, Alternatives,
 ]  # fmt: skip
 
 
@@ -239,7 +239,8 @@ class NumberLearned(Temperature):
 
 
 UNKNOWN = [
-    LargestFirst, LargestValues, LargestDetached, ThreeAxes, Temperature, NumberLearned, Einops, TwiceUnflattened
+    LargestFirst, LargestValues, LargestDetached, ThreeAxes, Temperature, NumberLearned, Einops, TwiceUnflattened,
+    UnpackedShape,
 ]  # fmt: skip
 
 
