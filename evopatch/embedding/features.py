@@ -44,9 +44,10 @@ class FeatureExtractor:
     """
 
     def __init__(self, model: nn.Module, patches: bool) -> None:
-        patched = Patched(Patched(model).copy().eval())
-        for own, given in zip(patched.model.parameters(), Patched(model).model.parameters(), strict=True):
-            own.requires_grad_(given.requires_grad)  # some kernels are chosen by it, and round otherwise
+        given = Patched(model)
+        patched = Patched(given.copy().eval())
+        for own, shared in zip(patched.model.parameters(), given.model.parameters(), strict=True):
+            own.requires_grad_(shared.requires_grad)  # some kernels are chosen by it, and round otherwise
         self._host = patched.host
         self.patches = patches
         self.model: Any = patched.model

@@ -16,11 +16,7 @@ from ..sources.dataset import Images, Transform
 
 def digest_of_weights(model: nn.Module) -> str:
     """Of all that a patched model holds, what it learned from images included."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted((model.state_dict() | learned(model)).items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return fingerprint(model.state_dict() | learned(model))
 
 
 def digest_of_images(images: Images) -> str:
@@ -35,7 +31,7 @@ def digest_of_images(images: Images) -> str:
 def digest_of_settings(model: nn.Module) -> str:
     """Of what a model of timm or transformers computes with its weights, beside its modules."""
     inner: Any = getattr(model, "timm_model", model)  # in transformers' wrapper
-    settings = {name: getattr(inner, name, None) for name in ("global_pool", "num_prefix_tokens")}
+    settings = {"global_pool": getattr(inner, "global_pool", None)}
     if hasattr(inner, "config"):
         settings |= inner.config.to_dict()
     settings.pop("_name_or_path", None)  # one model at two places

@@ -91,6 +91,7 @@ class Benchmark:
         )
 
 
+@torch.inference_mode(False)  # nothing that was made in it can be trained
 def benchmark(
     model: nn.Module,
     batch: Tensor,
@@ -125,27 +126,9 @@ def benchmark(
     if not isinstance(batch, Tensor) or batch.dim() != 4:
         found = tuple(batch.shape) if isinstance(batch, Tensor) else repr(batch)[:60]
         raise DataError(f"batch is {found}: expected a tensor (B, 3, height, width), as torch.randn(16, 3, 224, 224)")
-    with torch.inference_mode(False):  # nothing that was made in it can be trained
-        # A batch that was made in it couldn't be kept for the backward pass.
-        batch = batch.clone() if batch.is_inference() else batch
-        return _benchmark(
-            Patched(model), batch, configs, peers, rounds=rounds, warm_up=warm_up, compile=compile, train=train,
-            on_round=on_round,
-        )  # fmt: skip
-
-
-def _benchmark(
-    patched: Patched[nn.Module],
-    batch: Tensor,
-    configs: Sequence[EvoConfig] | None,
-    peers: Mapping[str, nn.Module] | None,
-    *,
-    rounds: int,
-    warm_up: int,
-    compile: bool | str,
-    train: bool,
-    on_round: Callable[[], object],
-) -> Benchmark:
+    # One that was made in inference mode couldn't be kept for the backward pass.
+    batch = batch.clone() if batch.is_inference() else batch
+    patched = Patched(model)
     configs = [patched.config] if configs is None else list(configs)
     names = side_names(configs)
     if taken := [name for name in peers or {} if name in {"unpatched", *names}]:

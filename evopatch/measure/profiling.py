@@ -74,6 +74,7 @@ class Profile:
         return "\n".join((*rows, f"{kept}, peak {self.memory / 1e6:.2f} of {self.memory_unpatched / 1e6:.2f} MB"))
 
 
+@torch.inference_mode(False)  # tensors made in it keep nothing for a backward pass
 def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
     """Measure one image, patched and unpatched, in eval mode.
 
@@ -91,11 +92,7 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
         raise ConfigError(
             f"input_size={input_size!r}: expected (channels, height, width) in pixels, as in (3, 224, 224)"
         )
-    with torch.inference_mode(False):  # tensors made in it keep nothing for a backward pass
-        return _profile(Patched(model), input_size)
-
-
-def _profile(handle: Patched[nn.Module], input_size: tuple[int, int, int]) -> Profile:
+    handle = Patched(model)
     model = handle.model
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)

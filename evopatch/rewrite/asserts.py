@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-_NUMBERS_OF = {"shape", "dtype", "device", "ndim"}
-_METHODS_OF = {"size", "dim"}
-
 
 @fx.node.has_side_effect
 def asserted(condition: Any, message: str) -> None:
@@ -71,22 +68,6 @@ def _is_one(test: ast.expr) -> bool:
         return len(test.ops) == 1 and not isinstance(test.ops[0], (ast.In, ast.NotIn))
     method = isinstance(test, ast.Call) and isinstance(test.func, ast.Attribute)
     return method or isinstance(test, (ast.Attribute, ast.Name, ast.Subscript))
-
-
-def asserts_values(graph: fx.Graph) -> bool:
-    """Whether a graph asserts something of what its tensors hold, not of their sizes alone."""
-    queue = [node for node in graph.nodes if node.target is asserted]
-    seen = set(queue)
-    while queue:
-        node = queue.pop()
-        sizes = node.op == "call_function" and node.target is getattr and node.args[1] in _NUMBERS_OF
-        if sizes or (node.op == "call_method" and node.target in _METHODS_OF):
-            continue
-        if node.op == "placeholder":
-            return True
-        queue += [each for each in node.all_input_nodes if each not in seen]
-        seen.update(queue)
-    return False
 
 
 def without_asserts(graph: fx.Graph) -> None:

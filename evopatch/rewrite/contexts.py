@@ -36,7 +36,7 @@ class Entered:
 
 @contextmanager
 def noticed(entered: Entered) -> Iterator[None]:
-    """For the length of a trace, in its thread."""
+    """For the length of a trace, in its thread; inside of `ONE_AT_A_TIME`."""
     cls: Any = torch.autocast
     enter, leave, thread = cls.__enter__, cls.__exit__, threading.get_ident()
 
@@ -51,7 +51,7 @@ def noticed(entered: Entered) -> Iterator[None]:
         return leave(self, *raised)
 
     # Gradients are on, so that it shows where they are switched off.
-    with ONE_AT_A_TIME, torch.enable_grad():
+    with torch.enable_grad():
         cls.__enter__, cls.__exit__ = entering, leaving
         try:
             yield

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from ..errors import AttentionNotFoundError
 from .factors import Sizes, factor_of
 from .mixing import mixes_heads
-from .products import CASTS, SCALINGS, by_head, made_of, product_of
+from .products import CASTS, SCALINGS, by_head, nearest_product, product_of
 from .replaced import adds_replaced
 from .tracing import TraceSpec, softmax_of
 
@@ -82,8 +82,7 @@ def _before(node: fx.Node, block: nn.Module, spec: TraceSpec) -> Any:
     if node.target in _BY_ELEMENT or node.target in _BY_ONE_NUMBER:
         return None if operands else next(value for value in node.args if isinstance(value, fx.Node))
     if node.target in SCALINGS:
-        product = next((met for each in made_of(node) if (met := product_of(each)) is not None), (None, None))
-        scaled = scaled_by(node, block, Sizes(by_head(*product)))
+        scaled = scaled_by(node, block, Sizes(by_head(*nearest_product(node) or (None, None))))
         return None if scaled is None else scaled[0]
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections import deque
 from typing import Any
 
 import torch
@@ -60,12 +60,14 @@ def _is_einops(target: Any) -> bool:
     return getattr(target, "__name__", "") == "einsum" and str(getattr(target, "__module__", "")).startswith("einops")
 
 
-def made_of(node: fx.Node) -> Iterator[fx.Node]:
-    """A node and those before it, the nearest first."""
-    queue, seen = [node], {node}
+def nearest_product(node: fx.Node) -> tuple[Any, Any] | None:
+    """What is multiplied in the nearest product that a node is made of, or is; None where there is none."""
+    queue, seen = deque([node]), {node}
     while queue:
-        node = queue.pop(0)
-        yield node
+        node = queue.popleft()
+        if (product := product_of(node)) is not None:
+            return product
         new = [each for each in node.all_input_nodes if each not in seen]
         seen.update(new)
         queue += new
+    return None

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from .factors import Sizes, factor_of
 from .linear_map import can_be_had, linear_map, parameter_can_be_had, parameter_map
 from .logits import scaled_by
-from .products import CASTS, by_head, made_of, product_of
+from .products import CASTS, by_head, nearest_product, product_of
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,10 @@ def find_projections(graph: fx.Graph, module: nn.Module, methods: Collection[str
     if len(cores) != 1:
         return None
     core = cores[0]
-    made = made_of(core) if core.target == "softmax" else ()
-    query, key = next((pair for node in made if (pair := product_of(node))), core.args[1:3])
-    sizes = Sizes(by_head(query, key))
+    met = nearest_product(core) if core.target == "softmax" else core.args[1:3]
+    if met is None:
+        return None
+    sizes = Sizes(by_head(*met))
     found = _found(core, module, sizes)
     # Factors may be made of sizes, which are known now.
     return None if found is None else _found(core, module, found.sizes(module, sizes))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-_PARTING = {torch.chunk: "chunk", torch.split: "split", torch.unbind: "unbind"}
+_PARTING: dict[Any, str] = {torch.chunk: "chunk", torch.split: "split", torch.unbind: "unbind"}
 _GIVEN = {"chunk": "chunks", "split": "split_size", "unbind": "dim"}
 """By what gives several parts, what is said first of them."""
 
@@ -23,7 +23,7 @@ class Proxy(fx.Proxy):
 def number_of_parts(node: fx.Node) -> int | None:
     """Of what `chunk`, `split` or `unbind` gives, where nothing unpacks it; None for anything else, and where the graph
     doesn't say."""
-    called: Any = _PARTING.get(node.target, node.target)  # type: ignore[arg-type]
+    called = _PARTING.get(node.target, str(node.target))
     if node.op not in ("call_method", "call_function") or called not in _GIVEN:
         return None
     given = node.args[1] if len(node.args) > 1 else node.kwargs.get(_GIVEN[called])
@@ -42,7 +42,8 @@ def _size_of(node: Any, axis: Any) -> int | None:
     if sizes and isinstance(sizes[0], (tuple, list)):
         sizes = tuple(sizes[0])
     if node.target == "unflatten" and node.args[1:2] in ((-1,), (2,)) and len(node.args) == 3 and _is_projected(node):
-        sizes = (None, None, *node.args[2])  # type: ignore[misc]
+        last: Any = node.args[2]
+        sizes = (None, None, *last)
     elif node.target not in ("permute", "view", "reshape"):
         return None
     size = sizes[axis] if -len(sizes) <= axis < len(sizes) else None

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .asserts import asserts_values, without_asserts
+from .asserts import asserted, without_asserts
 from .contexts import carry
+
+_NO_VALUES = {"shape", "dtype", "device", "ndim", "size", "dim"}
 
 
 def readout_graph(graph: fx.Graph, methods: Collection[str]) -> fx.Graph | None:
@@ -28,7 +30,7 @@ def readout_graph(graph: fx.Graph, methods: Collection[str]) -> fx.Graph | None:
         None where the core takes logits, keys and values depend on what another core gives, or something is asserted of
         what tokens hold.
     """
-    if asserts_values(graph):
+    if _asserts_values(graph):
         return None
     cores = [node for node in graph.nodes if node.op == "call_method" and node.target in methods]
     materialised = any(node.op == "call_method" and node.target == "softmax" for node in graph.nodes)
@@ -62,6 +64,18 @@ def readout_graph(graph: fx.Graph, methods: Collection[str]) -> fx.Graph | None:
     for linear in [node for node in found.nodes if node.op == "call_module" and node.args == (everything,)]:
         _without_queries(found, linear)
     return found
+
+
+def _asserts_values(graph: fx.Graph) -> bool:
+    """Whether a graph asserts something of what its tensors hold, not of their sizes alone."""
+    made_of = _reached([node for node in graph.nodes if node.target is asserted], _values)
+    return any(node.op == "placeholder" for node in made_of)
+
+
+def _values(node: fx.Node) -> Iterable[fx.Node]:
+    """Those whose values a node depends on."""
+    attribute = node.op == "call_function" and node.target is getattr and node.args[1] in _NO_VALUES
+    return () if attribute or (node.op == "call_method" and node.target in _NO_VALUES) else node.all_input_nodes
 
 
 def _inputs(node: fx.Node) -> Iterable[fx.Node]:

