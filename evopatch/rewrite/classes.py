@@ -103,7 +103,7 @@ def _become(module: nn.Module, cls: type[nn.Module]) -> None:
 def is_bound_forward(module: nn.Module) -> bool:
     """Whether what a module has as its forward is only that of its class, as what took wrappers off leaves it."""
     own = module.__dict__.get("forward")
-    return isinstance(own, MethodType) and own.__self__ is module and _is_of(own.__func__, type(module))
+    return isinstance(own, MethodType) and own.__self__ is module and own.__func__ is type(module).forward
 
 
 def wraps_patched(module: nn.Module) -> bool:

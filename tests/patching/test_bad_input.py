@@ -1,9 +1,12 @@
 """Bad input: the error says what and where, and the model stays as it was."""
 
+from types import MethodType
+
 import pytest
 import timm
 import torch
 from comparing import Snapshot
+from timm.models.vision_transformer import Block
 from torch import nn
 from variants import build, images
 
@@ -184,6 +187,18 @@ def test_a_block_with_a_forward_of_its_own_is_refused():
     model = build("vit")
     model.blocks[1].forward = lambda x, **kwargs: x
     with pytest.raises(evopatch.UnsupportedModelError, match=r"blocks\.1 \(Block\) has a forward of its own"):
+        evopatch.apply(model)
+
+
+class Doubling(Block):
+    def forward(self, x, **kwargs):
+        return super().forward(x, **kwargs) * 2
+
+
+def test_a_block_with_the_forward_of_a_base_class_is_refused():
+    model = build("vit", block_fn=Doubling)
+    model.blocks[1].forward = MethodType(Block.forward, model.blocks[1])
+    with pytest.raises(evopatch.UnsupportedModelError, match=r"blocks\.1 \(Doubling\) has a forward of its own"):
         evopatch.apply(model)
 
 
