@@ -107,9 +107,15 @@ def is_bound_forward(module: nn.Module) -> bool:
 
 
 def wraps_patched(module: nn.Module) -> bool:
-    """Whether a forward that a module was given calls the one of its patched class."""
+    """Whether a forward that a module was given calls the one of its patched class.
+
+    Accelerate's hooks call whatever the module has as `_old_forward`, which `_become` exchanges.
+    """
     own = None if is_bound_forward(module) else module.__dict__.get("forward")
+    by_name = module.__dict__.get("_old_forward")
     while own is not None and (inner := getattr(own, "__wrapped__", getattr(own, "__func__", None))) is not None:
+        if inner == by_name:
+            return False
         own = inner
     return own is not None and _is_of(own, type(module)) and not _is_of(own, host_class(module))
 

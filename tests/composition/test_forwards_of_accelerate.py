@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+from accelerate.state import AcceleratorState
 from comparing import moved
 from variants import build, images
 
@@ -12,10 +13,16 @@ from evopatch import UnsupportedModelError
 
 
 @pytest.fixture
-def prepared():
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    model = evopatch.apply(build("vit"))
-    return accelerator, accelerator.prepare(model)
+def accelerator():
+    """One for this test: accelerate keeps the precision of a process's first accelerator for all that follow."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def prepared(accelerator):
+    return accelerator, accelerator.prepare(evopatch.apply(build("vit")))
 
 
 @torch.no_grad()
@@ -30,8 +37,8 @@ def test_a_wrapped_forward_comes_off_before_the_patch(prepared):
 
 
 @torch.no_grad()
-def test_unwrapped_models_are_patched():
-    accelerator, x = Accelerator(cpu=True, mixed_precision="bf16"), images()
+def test_unwrapped_models_are_patched(accelerator):
+    x = images()
     model = accelerator.unwrap_model(accelerator.prepare(build("vit")), keep_fp32_wrapper=False)
     assert "forward" in model.__dict__
     torch.testing.assert_close(evopatch.apply(model)(x), evopatch.apply(build("vit"))(x))
