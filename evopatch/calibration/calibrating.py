@@ -88,8 +88,8 @@ def calibrate(
         ConfigError: If not exactly one target is given, or a value is outside its range.
         UnsupportedModelError: If nothing in the model can be patched, several parts of it can, or its output is of no
             known kind.
-        DataError: If the images are fewer than 8, of different sizes, or outputs aren't finite, or a regression's are
-            the same for all images.
+        DataError: If the images are fewer than 8, of different sizes, or the model doesn't run on them, or outputs
+            aren't finite, or a regression's are the same for all images.
         CheckpointError: If the output folder's record is damaged, or it is a file.
 
     After an error, or Ctrl-C, the model is as it was before.

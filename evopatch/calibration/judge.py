@@ -13,6 +13,7 @@ from ..errors import DataError
 from ..measure.fingerprint import fingerprint
 from ..measure.kinds import Kind, divergence, spread
 from ..measure.outputs import Outputs, compared
+from ..patching.images import run_on
 
 
 class Errors(NamedTuple):
@@ -33,13 +34,16 @@ class Judge:
         batches: Images `(B, 3, height, width)`, on its device and in its type.
         prefix: How many tokens are no patch tokens, where it returns tokens.
         behind: How many of these are the last ones; the others are the first.
+
+    Raises:
+        DataError: If the unpatched model doesn't run on the images.
     """
 
     def __init__(self, unpatched: nn.Module, batches: Sequence[Tensor], prefix: int, behind: int = 0) -> None:
         self.batches = batches
         self._prefix, self._behind = prefix, behind
         with torch.no_grad():
-            self._outputs = [compared(unpatched(batch), unpatched) for batch in batches]
+            self._outputs = [compared(run_on(unpatched, batch), unpatched) for batch in batches]
         numbers = self.kind == "numbers"
         self._unit = spread(torch.cat([whole.values[0] for whole in self._outputs])) if numbers else torch.ones(())
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..alternating import alternate
 from ..config import EvoConfig
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..patching.handle import Patched, shared_copy, unpatch
+from ..patching.images import check_images, run_on
 from .kernels import attention_kernels
 from .memory import peak_memory
 from .profiling import count_flops
@@ -119,13 +120,11 @@ def benchmark(
         on_round: Called after each round, the warm-up's included.
 
     Raises:
-        DataError: If `batch` is no such tensor.
+        DataError: If `batch` is no such tensor, or a model doesn't run on it.
         NotPatchedError: If nothing in the model is patched.
         ConfigError: If a configuration doesn't fit the model's depth, or a peer is named as another side.
     """
-    if not isinstance(batch, Tensor) or batch.dim() != 4:
-        found = tuple(batch.shape) if isinstance(batch, Tensor) else repr(batch)[:60]
-        raise DataError(f"batch is {found}: expected a tensor (B, 3, height, width), as torch.randn(16, 3, 224, 224)")
+    check_images(batch, "batch is")
     # One that was made in inference mode couldn't be kept for the backward pass.
     batch = batch.clone() if batch.is_inference() else batch
     patched = Patched(model)
@@ -142,7 +141,7 @@ def benchmark(
         Patched(own).set_config(setting)
         models[name] = (setting, own)
     models |= {name: (None, shared_copy(peer, train)) for name, peer in (peers or {}).items()}
-    kernels = {name: attention_kernels(partial(own.eval(), batch)) for name, (_, own) in models.items()}
+    kernels = {name: attention_kernels(partial(run_on, own.eval(), batch)) for name, (_, own) in models.items()}
     for _, own in models.values():
         own.train(train)
     steps = {name: _step(own, batch, train) for name, (_, own) in models.items()}

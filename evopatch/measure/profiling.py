@@ -86,6 +86,7 @@ def profile(model: nn.Module, input_size: tuple[int, int, int]) -> Profile:
         ConfigError: If `input_size` is anything else.
         NotPatchedError: If nothing in the model is patched.
         UnsupportedModelError: If several hosts in it are patched.
+        DataError: If the model doesn't run on images of that size.
     """
     sizes: Any = input_size
     if not isinstance(sizes, Sequence) or len(sizes) != 3 or not all(isinstance(n, int) and n > 0 for n in sizes):

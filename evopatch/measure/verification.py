@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..patching.handle import Patched
+from ..patching.images import check_images, run_on
 from .outputs import compared
 from .profiling import UNPATCHED
 
@@ -91,17 +92,18 @@ def verify(model: nn.Module, images: Tensor, *, compile: bool | str = False) -> 
 
     Raises:
         NotPatchedError: If nothing in the model is patched.
-        DataError: If `images` are no such tensor, fewer than 2, or not finite, or nothing is that the unpatched model
-            makes of them.
+        DataError: If `images` are no such tensor, fewer than 2, or not finite, or the unpatched model doesn't run on
+            them, or nothing is finite that it makes of them.
         UnsupportedModelError: If the model's outputs are nothing that can be compared.
     """
     patched = Patched(model)
     like = next(patched.model.parameters())
-    if not isinstance(images, Tensor) or images.dim() != 4 or len(images) < 2 or not images.is_floating_point():
-        found = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-        raise DataError(f"images are {found}: expected floating-point numbers (B, 3, height, width), at least 2 images")
-    if not images.isfinite().all():
-        raise DataError(f"images {tuple(images.shape)} hold values that aren't finite: expected finite ones")
+    check_images(images, least=2)
+    if not images.is_floating_point() or not images.isfinite().all():
+        raise DataError(
+            f"images {tuple(images.shape)} {images.dtype}: expected finite floating-point numbers, normalised for the "
+            "model"
+        )
     sides = _Sides(patched, images.detach().to(like.device, like.dtype))
     with torch.no_grad():
         _check_outputs(sides)
@@ -142,7 +144,7 @@ class _Sides:
 
     @cached_property
     def stock_expected(self) -> tuple[Tensor, ...]:
-        return _run(self.stock, self.images)
+        return compared(run_on(self.stock, self.images), self.stock).values
 
     @cached_property
     def repeats(self) -> tuple[float, float]:

@@ -19,10 +19,11 @@ from . import changes, registry
 from .adapter import Adapter, walking_methods, walks_by_itself
 from .changes import Change
 from .containers import containers, looked_at_around
-from .from_images import check_images, learn_from
+from .from_images import check_to_learn_from, learn_from
 from .handle import Patched, unpatch
+from .images import check_images
 from .own_model import OwnModel
-from .skipping import check_example, skip_slow_runs
+from .skipping import skip_slow_runs
 from .versions import versions_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -73,7 +74,7 @@ def apply(
         UnsupportedModelError: If nothing in the model can be patched, or a variant is refused; says why.
         AlreadyPatchedError: If the model, or a part of it, is patched already.
         DataError: If `images` are fewer than 8, or no such tensor, or what the model makes of them isn't finite, or it
-            doesn't run on them; if `skip_slow` is no such tensor.
+            doesn't run on them; if `skip_slow` is no such tensor, or it doesn't run on that.
 
     In every case of an error the model is left untouched. For an architecture that doesn't get faster in some setting
     (LeViT at batch 1) there is a `SpeedWarning`, once in a program, unless `skip_slow` is given.
@@ -85,9 +86,9 @@ def apply(
     if keep_ratio is not None:
         config = dataclasses.replace(config, keep_ratio=keep_ratio)
     if images is not None:
-        check_images(images, config)
+        check_to_learn_from(images, config)
     if skip_slow is not None:
-        check_example(skip_slow)
+        check_images(skip_slow, "skip_slow is")
     if blocks is None:
         _check_unused(prefix_tokens=prefix_tokens, readout=readout, token_inputs=token_inputs or None)
         hosts = _hosts(model)

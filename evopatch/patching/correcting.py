@@ -12,6 +12,7 @@ from ..algorithm.partition import distances, merge
 from ..plan import BlockPlan
 from .fitting import AT_ONCE
 from .handle import Patched
+from .images import run_on
 
 
 def runs_of(plans: tuple[BlockPlan, ...]) -> list[tuple[int, int]]:
@@ -73,6 +74,6 @@ def _missed(
 def _forward(patched: Patched[Any], batch: Tensor) -> Any:
     state = patched.host.state
     state.passes = []
-    patched.model(batch)
+    run_on(patched.model, batch)
     (seen,) = state.passes
     return seen

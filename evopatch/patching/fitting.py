@@ -17,6 +17,7 @@ from ..forward.learned import FORESIGHT, give
 from ..forward.look_ahead import Look
 from ..plan import BlockPlan
 from .handle import Host, Patched
+from .images import run_on
 
 AT_ONCE = 16
 """Images of one forward."""
@@ -41,7 +42,7 @@ def fit_foresight(model: nn.Module, images: Tensor) -> None:
     watched = _watched(patched, hosts)
     sums: dict[str, dict[int, Regression]] = {name: {} for name in hosts}
     for batch in images.split(AT_ONCE):
-        watched.model(batch)
+        run_on(watched.model, batch)
         for name in hosts:
             _add(blocks_of(watched, watched.hosts[name]), watched.hosts[name].state, sums[name])
     for name, host in hosts.items():

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..config import EvoConfig
-from ..errors import ConfigError, DataError, EvoPatchError, UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from .fitting import fit_foresight, is_flat
 from .handle import Patched
+from .images import check_images
 from .window_correcting import fit_window_corrections
 
 _LEAST_IMAGES = 8
 
 
-def check_images(images: Tensor, config: EvoConfig) -> None:
+def check_to_learn_from(images: Tensor, config: EvoConfig) -> None:
     """
     Raises:
         DataError: If these aren't images to learn from.
         ConfigError: If nothing would use what is learned.
     """
-    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
-        found = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-        raise DataError(f"images are {found}: expected a tensor (B, 3, height, width) of floating-point numbers")
-    if len(images) < _LEAST_IMAGES:
-        raise DataError(f"{len(images)} image(s): expected at least {_LEAST_IMAGES}, better 16 or more")
+    check_images(images, least=_LEAST_IMAGES)
     if config.representative != "matched":
         raise ConfigError(
             f"images were given, and representative={config.representative!r}: what they are for, foresight and "
@@ -37,7 +33,7 @@ def learn_from(model: nn.Module, images: Tensor) -> None:
 
     Args:
         model: A patched model; what its blocks had before is replaced.
-        images: `(B, 3, height, width)` as the model expects them, on its device; see `check_images`.
+        images: `(B, 3, height, width)` as the model expects them, on its device; see `check_to_learn_from`.
 
     Raises:
         NotPatchedError: If nothing in the model is patched.
@@ -51,15 +47,7 @@ def learn_from(model: nn.Module, images: Tensor) -> None:
             f"{type(model).__name__}: foresight is for flat models, corrections are for them and for windows, and what "
             "is patched here pools its tokens on the way (LeViT, PiT). Leave the images out"
         )
-    try:
-        if flat:
-            fit_foresight(model, images)
-        if windowed:
-            fit_window_corrections(model, images)
-    except RuntimeError as error:
-        if isinstance(error, (EvoPatchError, torch.OutOfMemoryError)):
-            raise
-        raise DataError(
-            f"{type(model).__name__} doesn't run on images {tuple(images.shape)} {images.dtype} on {images.device}: "
-            f"{error}. Expected images as the model takes them"
-        ) from error
+    if flat:
+        fit_foresight(model, images)
+    if windowed:
+        fit_window_corrections(model, images)

@@ -14,6 +14,7 @@ from ..algorithm.partition import Partition
 from ..errors import UnsupportedModelError
 from ..forward.host_state import HostState
 from .handle import Patched
+from .images import run_on
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -74,6 +75,7 @@ def token_selection(model: nn.Module, images: Tensor, **model_inputs: Any) -> Te
         NotPatchedError: If nothing in the model is patched.
         UnsupportedModelError: If several hosts in it are patched, or the one runs several times in a forward; give the
             part that holds one, or runs it once. If nobody knows the grid of the patch tokens.
+        DataError: If the model doesn't run on the images.
     """
     return _on_finest_grid([slow for slow, _ in block_maps(model, images, **model_inputs)])
 
@@ -123,7 +125,7 @@ def _partitions(patched: Patched[Any], images: Tensor, model_inputs: dict[str, A
     host = observed.host
     passes: list[Any] = []
     host.state.passes = passes
-    observed.model(images, **model_inputs)
+    run_on(observed.model, images, **model_inputs)
     if len(passes) > 1:
         raise UnsupportedModelError(
             f"'{host.name or type(host.module).__name__}' ran {len(passes)} times in one forward of "

@@ -12,24 +12,14 @@ from torch import Tensor, nn
 
 from ..alternating import alternate
 from ..config import EvoConfig
-from ..errors import DataError
 from .handle import Patched
+from .images import run_on
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _SECONDS = 2.0
 _ROUNDS = (7, 40)
 """At least and at most so many forwards of each side, and between them as many as take about `_SECONDS`."""
-
-
-def check_example(images: Any) -> None:
-    """
-    Raises:
-        DataError: If these aren't images to time a model on.
-    """
-    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point() or not len(images):
-        found = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-        raise DataError(f"skip_slow is {found}: expected images (B, 3, height, width), as many as in your batches")
 
 
 @torch.no_grad()
@@ -45,6 +35,7 @@ def skip_slow_runs(model: nn.Module, images: Tensor) -> None:
 
     Raises:
         NotPatchedError: If nothing in the model is patched.
+        DataError: If the model doesn't run on the images.
     """
     patched = Patched(model)
     for name in patched.hosts:
@@ -85,7 +76,7 @@ def _is_faster(
     for side in (ratios, others):
         copied = patched.copy().eval()
         Patched(copied).hosts[name].state.set_config(dataclasses.replace(config, keep_ratio=side))
-        calls[side] = partial(copied, images)
+        calls[side] = partial(run_on, copied, images)
     once = alternate(calls, images.device, rounds=1)
     rounds = round(_SECONDS / sum(map(sum, once.values())))
     seconds = alternate(calls, images.device, min(max(rounds, _ROUNDS[0]), _ROUNDS[1]))

@@ -14,6 +14,7 @@ from ..forward.windowed import Received
 from ..plan import BlockPlan
 from .fitting import AT_ONCE, blocks_of
 from .handle import Patched
+from .images import run_on
 from .learning import set_learned
 
 CHANNELS_PER_RANK = 12
@@ -46,7 +47,7 @@ def fit_window_corrections(model: nn.Module, images: Tensor) -> None:
         state.set_plans((_ALL_TOKENS, *(_SELECTING,) * (state.depth - 1)))
         state.watch = partial(_add, sums[name])
     for batch in images.split(AT_ONCE):
-        watched.model(batch)
+        run_on(watched.model, batch)
     for name in names:
         blocks = blocks_of(patched, patched.hosts[name])
         for index, regression in sums[name].items():

@@ -58,7 +58,7 @@ def test_a_sound_model_passes_and_stays_as_it_is(name):
 
 def test_where_nothing_is_finite_nothing_passes():
     model, x = patched("vit"), images_for("vit", 4)
-    with pytest.raises(evopatch.DataError, match=r"images \(4, 3, 40, 40\) hold values that aren't finite"):
+    with pytest.raises(evopatch.DataError, match=r"images \(4, 3, 40, 40\) torch.float32: expected finite"):
         evopatch.verify(model, x * float("inf"))
     with torch.no_grad():
         model.head.bias.fill_(float("nan"))
@@ -184,5 +184,5 @@ def test_what_is_refused():
     with pytest.raises(evopatch.NotPatchedError, match="call evopatch.apply"):
         evopatch.verify(build("vit"), images_for("vit"))
     for images in (images_for("vit", 1), images_for("vit")[0], images_for("vit").int(), "images"):
-        with pytest.raises(evopatch.DataError, match="at least 2 images"):
+        with pytest.raises(evopatch.DataError, match="at least 2 images|floating-point"):
             evopatch.verify(patched("vit"), images)
