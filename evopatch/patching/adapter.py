@@ -19,7 +19,7 @@ from ..rewrite.fast_paths import is_multihead
 from ..rewrite.graph import Code, generate_core
 from ..rewrite.tracing import TraceSpec, on_the_way
 from ..rewrite.view import is_looked_into, is_plain
-from .changes import Change, check_forward
+from .changes import Change, check_forward, forwards_of
 from .merge_probe import check_merges, is_unknown
 
 __all__ = ["Adapter", "Change", "HostSpec"]
@@ -169,8 +169,7 @@ def named_blocks(host: nn.Module, state: HostState) -> list[tuple[str, nn.Module
 
 def walking_methods(adapter: Adapter) -> set[str]:
     """Names of a host's methods that walk over its blocks."""
-    mixin: type[Any] = getattr(adapter, "mixin", nn.Module)
-    return {name for cls in mixin.__mro__ for name in vars(cls) if name.startswith("forward")}
+    return set(forwards_of(getattr(adapter, "mixin", nn.Module)))
 
 
 def walks_by_itself(host: nn.Module, adapter: Adapter, state: HostState) -> bool:

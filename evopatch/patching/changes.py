@@ -29,7 +29,8 @@ def check(changes: Iterable[Change]) -> None:
     """Everything that can fail about making changes, before the first of them.
 
     Raises:
-        UnsupportedModelError: If a module would be changed twice, or its class can't be derived from.
+        UnsupportedModelError: If a module would be changed twice, or has a method of its own in place of its class's
+            that the change is about, or its class can't be derived from.
     """
     seen: dict[int, str] = {}
     for change in changes:
@@ -42,6 +43,9 @@ def check(changes: Iterable[Change]) -> None:
         seen[id(change.module)] = name
         if change.mixin is None:
             continue
+        state = change.attributes.get("_evo_state")
+        for method in _needed(change):
+            check_forward(change.module, name or getattr(state, "name", "") or "the model", method)
         try:
             swapped_class(type(change.module), change.mixin)
         except Exception as error:  # whatever a user's __init_subclass__ or metaclass raises
@@ -51,17 +55,33 @@ def check(changes: Iterable[Change]) -> None:
             ) from error
 
 
-def check_forward(module: nn.Module, name: str) -> None:
+def forwards_of(mixin: type) -> list[str]:
+    """Names of the methods that a mixin puts before those of a module's class: `forward`, `forward_features`."""
+    return sorted({name for cls in mixin.__mro__ for name in vars(cls) if name.startswith("forward")})
+
+
+def _needed(change: Change) -> list[str]:
+    """Those without which the change does nothing: not a `forward` that only calls another of them."""
+    methods = forwards_of(change.mixin or object)
+
+    def calls_another(method: str) -> bool:
+        code = getattr(getattr(type(change.module), method, None), "__code__", None)
+        return code is not None and any(name in methods and name != method for name in code.co_names)
+
+    return [method for method in methods if not calls_another(method)]
+
+
+def check_forward(module: nn.Module, name: str, method: str = "forward") -> None:
     """The patch works by a module's class.
 
     Raises:
-        UnsupportedModelError: If the module's forward was replaced on the module itself.
+        UnsupportedModelError: If the method was replaced on the module itself.
     """
-    # Accelerate's dispatched modules have one, which calls their class's (see `swap`).
-    own = "forward" in module.__dict__ and not is_bound_forward(module)
-    if own and "_old_forward" not in module.__dict__:
+    # Accelerate's dispatched modules have a forward, which calls their class's (see `swap`).
+    known = method == "forward" and (is_bound_forward(module) or "_old_forward" in module.__dict__)
+    if method in module.__dict__ and not known:
         raise UnsupportedModelError(
-            f"{name} ({type(module).__name__}) has a forward of its own beside its class's: expected a plain "
+            f"{name} ({type(module).__name__}) has a {method} of its own beside its class's: expected a plain "
             "module, since the patch works by its class. Undo what replaced it before apply, and leave it so"
         )
 

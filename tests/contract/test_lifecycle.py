@@ -10,6 +10,7 @@ from matrix import every
 from variants import EVERY, FLAT, PYRAMIDS, build, call, images_for
 
 import evopatch
+from evopatch.patching.handle import Patched
 
 
 @every(EVERY)
@@ -55,6 +56,37 @@ def test_a_failed_rewriting_leaves_the_model_untouched(name, monkeypatch):
     assert len(rewritten) == 5
     before.assert_untouched(model)
     assert torch.equal(call(model, x), original)
+
+
+@every(EVERY)
+@torch.no_grad()
+def test_a_replaced_method_of_the_host_is_refused_or_calls_the_patch(name):
+    expected = call(evopatch.apply(build(name)), images_for(name))
+    path, methods = walking_methods_of(evopatch.apply(build(name)))
+    refused = 0
+    for method in methods:
+        model = build(name)
+        host = model.get_submodule(path)
+        own = getattr(host, method)
+        setattr(host, method, lambda *args, own=own, **kwargs: own(*args, **kwargs))
+        before = Snapshot(model)
+        if evopatch.supported(model):
+            torch.testing.assert_close(call(evopatch.apply(model), images_for(name)), expected)
+            continue
+        refused += 1
+        with pytest.raises(evopatch.UnsupportedModelError, match=rf"\(\w+\) has a {method} of its own"):
+            evopatch.apply(model)
+        before.assert_untouched(model)
+    assert refused or methods == ["forward"]
+
+
+def walking_methods_of(model):
+    """Path of the first patched host, and its methods that the patch replaces; `forward` where its blocks are all."""
+    path, host = next(iter(Patched(model).hosts.items()))
+    host_class = getattr(host.module, "_evo_host_class", type(host.module))
+    ours = {name for name in dir(host_class) if name.startswith("forward")}
+    ours = {name for name in ours if getattr(type(host.module), name) is not getattr(host_class, name)}
+    return path, sorted(ours | {"forward"})
 
 
 @every(EVERY)
