@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..patching.handle import Patched
 from ..progress import errors, progress_bar
 from ..sources.dataset import Images
@@ -79,7 +79,7 @@ def embed(
     Raises:
         ConfigError: If there are shards that were made with other weights, settings or images, or by another version of
             evopatch, or the file is there, or named as if it were of another format.
-        DataError: If a shard is damaged, or no image can be read.
+        DataError: If `images` are something else, a shard is damaged, or no image can be read.
         NotPatchedError: If nothing in the model is patched.
         UnsupportedModelError: If the model has no features that are known, or other tokens than those of the image's
             patches.
@@ -88,6 +88,12 @@ def embed(
     for name, value in (("batch_size", batch_size), ("shard_rows", shard_rows)):
         if value < 1:
             raise ConfigError(f"{name}={value}: expected at least 1")
+    if not isinstance(images, Images):
+        raise DataError(
+            f"images are a {type(images).__name__}: expected images with names, as of "
+            "evopatch.sources.images.open_every(folder, transform); of a tensor "
+            "evopatch.embedding.features.FeatureExtractor(model, patches=False)(tensor) gives the features"
+        )
     file = Path(output)
     check_ending(file)
     extract = FeatureExtractor(model, patch_features)

@@ -122,9 +122,12 @@ def benchmark(
     Raises:
         DataError: If `batch` is no such tensor, or a model doesn't run on it.
         NotPatchedError: If nothing in the model is patched.
-        ConfigError: If a configuration doesn't fit the model's depth, or a peer is named as another side.
+        ConfigError: If a configuration doesn't fit the model's depth, a peer is named as another side, or there are no
+            rounds.
     """
     check_images(batch, "batch is")
+    if rounds < 1:
+        raise ConfigError(f"rounds={rounds}: expected at least 1")
     # One that was made in inference mode couldn't be kept for the backward pass.
     batch = batch.clone() if batch.is_inference() else batch
     patched = Patched(model)

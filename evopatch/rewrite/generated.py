@@ -8,7 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import BypassError
 from .classes import Swapped
+from .elsewhere import Elsewhere, elsewhere
+from .tracing import names_in
 
 
 class GeneratesCode(Swapped):
@@ -21,16 +24,31 @@ class GeneratesCode(Swapped):
     """Makes the code anew."""
     _evo_kinds: _Kinds
     """What tracing found."""
+    _evo_elsewhere: tuple[Elsewhere, ...]
+    """What it read from other things that the module holds."""
 
     def _evo_swapped(self) -> None:
         module: Any = self
         self.__dict__["_evo_kinds"] = _kinds(module)
+        self.__dict__["_evo_elsewhere"] = elsewhere(module, names_in(module))
 
     def _evo_refresh(self) -> None:
-        """Make the code again if the class got another forward, as libraries that patch timm do; not under compile."""
+        """Make the code again if the class got another forward, as libraries that patch timm do, or a value that it
+        read elsewhere has changed.
+
+        Raises:
+            BypassError: If a value has under torch.compile, which runs the code that is there.
+        """
+        module: Any = self
+        changed = [read for read in self._evo_elsewhere if read.changed(module)]
         if torch.compiler.is_compiling():
+            if changed:
+                raise BypassError(
+                    f"{self._evo_host_class.__name__}: self.{'.'.join(changed[0].path)} was {changed[0].value} when "
+                    "its forward was traced, and is another one: run the model once uncompiled after such a change"
+                )
             return
-        if self.__dict__[self._evo_always].source is not self._evo_host_class.forward:
+        if changed or self.__dict__[self._evo_always].source is not self._evo_host_class.forward:
             self._evo_make()
 
     def _evo_make(self) -> None:

@@ -185,7 +185,19 @@ def on_the_way(paths: Collection[str]) -> list[str]:
 
 
 def _holds_core(module: nn.Module, spec: TraceSpec) -> bool:
-    """By the names in the code of a module's forward, and of the methods and functions that it is made of."""
+    return any(not spec.core_names.isdisjoint(code.co_names) for code in _codes(module))
+
+
+def names_in(module: nn.Module) -> set[str]:
+    """Names of attributes in the code of a module's forward, and what may be keys."""
+    found: set[str] = set()
+    for code in _codes(module):
+        found |= {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
+    return found
+
+
+def _codes(module: nn.Module) -> Iterator[Any]:
+    """Of a module's forward, and of the methods and functions that it is made of."""
     queue: list[Any] = [forward_of(module)]
     seen: set[int] = set()
     while queue:
@@ -194,10 +206,8 @@ def _holds_core(module: nn.Module, spec: TraceSpec) -> bool:
         if code is None or id(code) in seen:
             continue
         seen.add(id(code))
-        if not spec.core_names.isdisjoint(code.co_names):
-            return True
+        yield code
         queue += _called(function, code.co_names, host_class(module))
-    return False
 
 
 def _called(function: Any, names: Collection[str], cls: type) -> list[Any]:

@@ -209,6 +209,11 @@ def test_benchmark_of_no_batch(batch):
         evopatch.benchmark(evopatch.apply(build("vit")), batch)
 
 
+def test_benchmark_of_no_rounds():
+    with pytest.raises(evopatch.ConfigError, match="rounds=0: expected at least 1"):
+        evopatch.benchmark(evopatch.apply(build("vit")), images_for("vit"), rounds=0)
+
+
 def test_benchmark_of_an_unpatched_model_is_refused():
     with pytest.raises(NotPatchedError):
         evopatch.benchmark(build("vit"), images())

@@ -209,6 +209,15 @@ def test_two_processes_write_the_same_file(photos, uninterrupted, tmp_path):
     assert written == [[0, 2], [1, 3]]
 
 
+@pytest.mark.parametrize("images", [torch.rand(2, 3, 40, 40), [torch.rand(3, 40, 40)], "photos"])
+def test_what_has_no_names_is_refused(images, tmp_path):
+    model = patched("vit")
+    with pytest.raises(evopatch.DataError, match=r"images are a \w+: expected images with names, as of"):
+        evopatch.embed(model, images, tmp_path / "features.parquet")
+    assert not list(tmp_path.iterdir())
+    assert FeatureExtractor(model, patches=False)(torch.rand(2, 3, 40, 40)).image.shape == (2, 48)
+
+
 def test_other_settings_are_refused(photos, tmp_path, monkeypatch):
     out = tmp_path / "features.parquet"
     assert killed_at(6, photos, out)
