@@ -57,8 +57,9 @@ class SwinV2Blocks(SwinBlocks):
         return continuous_bias(attention.cpb_mlp, attention.relative_coords_table, attention.relative_position_index)
 
     def biased(self, attention: Any, bias: Tensor) -> tuple[View, dict[str, Any]]:
-        # Its own bias is that of a single place then, the same for all: no matter to a softmax.
+        # Its own bias is that of a single place then, the same for all: no matter to a softmax. What makes it ran.
         alone = {"window_size": (1, 1), "relative_position_index": attention.relative_position_index[:1, :1]}
+        alone["cpb_mlp"] = lambda table: table.new_zeros(*table.shape[:-1], attention.num_heads)
         return View(attention, alone), {"mask": MaskByHead(bias)}
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def compact_bias(bias: Tensor, mask: Tensor | None, windows: Windows, partition:
     else:
         compact = bias.flatten(1).expand(batch * count, -1, -1).gather(2, pairs.expand(-1, heads, -1))
         compact = compact.view(batch * count, heads, keep, wide)
-    added = filled_up(log_size.view(batch * count, 1, 1, -1)[..., :keep])
+    added = filled_up(log_size.view(batch * count, 1, 1, log_size.shape[1] // count)[..., :keep])
     if mask is not None:
         own = mask.flatten(1).expand(batch, -1, -1).flatten(0, 1).gather(1, pairs.squeeze(1))
         added = added + own.view(-1, 1, keep, wide)

@@ -33,16 +33,34 @@ _SIZES = (1, 4, 2, 3)
 _SQUARE = (2, 5, 3, 6)
 """The same for modules that lay their tokens out as a map: as many tokens as a square has, and as many groups."""
 _KNOWN = {"torch", "timm", "transformers", "torchvision", "peft", "torchao", "bitsandbytes", "accelerate", "evopatch"}
-"""Packages whose modules treat tokens one by one outside of attention."""
+"""Packages whose modules treat tokens one by one outside of attention, but for those that follow."""
+_POOLING = tuple(cls for name, cls in vars(nn.modules.pooling).items() if name.endswith(("Nd", "Pool1d", "Pool2d")))
+_MIXING = (
+    *_POOLING, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.Flatten, nn.Unflatten, nn.Upsample, nn.RNNBase
+)  # fmt: skip
+_MIXING_BY_NAME = {"Permute", "GlobalResponseNorm"}
+"""Of torchvision and timm, which needn't be there."""
 
 
 def is_unknown(block: nn.Module) -> bool:
-    """Whether a block holds modules of somebody's own, which may do more than treat tokens one by one."""
+    """Whether a block holds modules that may do more than treat tokens one by one: somebody's own, or a library's that
+    mix tokens, or move them to where others do."""
     return any(map(_is_own, block.modules()))
 
 
 def _is_own(module: nn.Module) -> bool:
+    return is_foreign(module) or _mixes(module)
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a module is somebody's own."""
     return type(module).__module__.partition(".")[0] not in _KNOWN
+
+
+def _mixes(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return set(module.kernel_size) != {1}
+    return isinstance(module, _MIXING) or type(module).__name__ in _MIXING_BY_NAME
 
 
 Patch = Callable[[nn.Module, str, HostState], list[Change]]

@@ -16,7 +16,7 @@ from ..rewrite.alike import fingerprint
 from ..rewrite.classes import Steered
 from ..rewrite.graph import generate_core
 from .changes import Change
-from .merge_probe import is_unknown
+from .merge_probe import is_foreign, is_unknown
 from .window_probe import check_windows
 
 
@@ -55,7 +55,7 @@ def _check_home(block: nn.Module, name: str, kind: WindowedBlocks) -> None:
                 f"{qualified(name, path)} is a {type(part).__module__}.{type(part).__qualname__}: expected a class of "
                 f"{kind.home}, as merged tokens go through parts of its forward. Leave the model unpatched"
             )
-    unknown = [(path, module) for path, module in block.named_modules() if is_unknown(module)]
+    unknown = [(path, module) for path, module in block.named_modules() if any(map(is_foreign, module.modules()))]
     if unknown:
         path, module = unknown[-1]  # the innermost of the last one
         raise UnsupportedModelError(

@@ -35,18 +35,28 @@ def check_windows(block: nn.Module, name: str, kind: WindowedBlocks) -> None:
         kind: What is to know about it.
 
     Raises:
-        UnsupportedModelError: If tokens of other windows change what those of one give, or its attention makes
-            something else of tokens that are merged than of each, or it can't be run so.
+        UnsupportedModelError: If tokens of other windows change what those of one give, or outside of its attention
+            other tokens, their number or its place change what one gives, or its attention makes something else of
+            tokens that are merged than of each, or it can't be run so.
     """
-    norm = next((module for module in block.children() if isinstance(module, nn.LayerNorm)), None)
-    if norm is None:
-        return
-    channels, runner = norm.normalized_shape[-1], Runner(block, name, ())
+    channels = _width(block)
+    if channels is None:
+        raise UnsupportedModelError(
+            f"{name} ({type(block).__name__}) holds modules of your own, and none of its own norms says how many "
+            f"channels it has, so that it can't be tried on tokens. {_EXPECTED}"
+        )
+    runner = Runner(block, name, ())
     if not _windows_apart(runner, kind, channels):
         raise UnsupportedModelError(
             f"{name} ({type(block).__name__}) mixes tokens of different windows: something outside of its attention "
             "does so (such as a convolution, or a mean or a norm over all tokens), which would meet merged tokens in "
             "other places. Leave the model unpatched, or write an adapter (docs/adapters.md)"
+        )
+    if not _one_by_one(Runner(block, name, ()), kind, channels):
+        raise UnsupportedModelError(
+            f"{name} ({type(block).__name__}) doesn't treat tokens one by one outside of its attention: what it gives "
+            "for one depends on others (such as by a convolution), on how many there are, or on its place, which "
+            "merged tokens would change. Leave the model unpatched, or write an adapter (docs/adapters.md)"
         )
     attention = runner.block.get_submodule(kind.attention)
     if not isinstance(kind, BiasedBlocks) or not is_unknown(attention):
@@ -61,6 +71,49 @@ def check_windows(block: nn.Module, name: str, kind: WindowedBlocks) -> None:
         )
 
 
+def _width(block: nn.Module) -> int | None:
+    """`C`, by the first norm that is a child of a block."""
+    weights = (child._parameters.get("weight") for child in block.children())
+    return next((weight.shape[0] for weight in weights if weight is not None and weight.dim() == 1), None)
+
+
+def _one_by_one(runner: Runner, kind: WindowedBlocks, channels: int) -> bool:
+    """Whether, with an attention that gives back what it is given, no token changes what others give, and equal ones
+    give the same, wherever and however many they are."""
+    attention: Any = runner.block.get_submodule(kind.attention)
+    attention.register_forward_hook(_given_back, with_kwargs=True)
+    sizes = {(_SIDE, _SIDE // 2), tuple(getattr(runner.block, "input_resolution", (_SIDE, _SIDE)))}
+    given: list[Tensor] = []
+    for size in sorted(sizes):
+        x = runner.random(1, *size, channels)
+        some = runner.random(1, *size, 1) > 0
+        try:
+            one = _one(runner, channels)
+            before, after = (_run(runner, kind, tokens) for tokens in (x, torch.where(some, one, x)))
+            equal = _run(runner, kind, one.expand_as(x))
+        except UnsupportedModelError:
+            if len(sizes) > 1 and not given:
+                continue  # it runs on its own map alone
+            raise
+        others = ~some.flatten()
+        if not runner.equal(after[:, others], before[:, others]):
+            return False
+        given.append(equal[:, :1])
+        if not runner.equal(equal, equal[:, :1].expand_as(equal)):
+            return False
+    return all(runner.equal(each, given[0]) for each in given)
+
+
+def _one(runner: Runner, channels: int) -> Tensor:
+    """`(1, 1, 1, C)`: as many tokens of this kind as random ones have other norms and means over them."""
+    return runner.random(1, 1, 1, channels)
+
+
+def _given_back(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    x = next(iter((*args, *kwargs.values())))
+    return (x, *out[1:]) if isinstance(out, tuple) else x
+
+
 def _windows_apart(runner: Runner, kind: WindowedBlocks, channels: int) -> bool:
     """Whether no change of other windows' tokens changes those of one."""
     # A shift mask may be made for the block's own map; a block that has but one window there has none.
@@ -73,7 +126,7 @@ def _windows_apart(runner: Runner, kind: WindowedBlocks, channels: int) -> bool:
         return True
     window = cut.windows.places(runner.device).div(cut.windows.area, rounding_mode="floor")
     inside = window == window[0]
-    changed = torch.where(inside.view(1, *x.shape[1:3], 1), x, -x)
+    changed = torch.where(inside.view(1, *x.shape[1:3], 1), x, _one(runner, channels))
     before, after = (_run(runner, kind, tokens) for tokens in (x, changed))
     return runner.equal(after[:, inside], before[:, inside])
 

@@ -275,7 +275,7 @@ def test_what_is_learned_in_inference_mode_takes_part_in_training(name):
 
 
 @pytest.mark.parametrize("representative", ["matched", "single", "none"])
-@pytest.mark.parametrize("name", ["vit", "gap", "pit"])
+@pytest.mark.parametrize("name", ["vit", "gap", "pit", "torchvision_swin", "torchvision_swinv2"])
 @torch.no_grad()
 def test_no_images(name, representative):
     model, x = build(name), images_for(name)[:0]

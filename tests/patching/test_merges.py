@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torchvision.ops import Permute
 from variants import build, call, images, images_for
 from variants.own_models import HEADS, WIDTH, Attention, Block, OwnViT
 
@@ -311,3 +312,15 @@ def test_walks_that_leave_blocks_out(way, left_out):
     found = model(x)
     with evopatch.full_grid(model):
         torch.testing.assert_close(model(x), found, atol=2e-5, rtol=2e-5)
+
+
+def test_modules_of_a_library_that_mix_are_refused():
+    model = build("vit")
+    width = model.embed_dim
+    convolution = nn.Conv1d(width, width, 3, padding=1)
+    block = model.blocks[4]
+    block.mlp = nn.Sequential(block.mlp, Permute([0, 2, 1]), convolution, Permute([0, 2, 1]))
+    with pytest.raises(UnsupportedModelError, match=rf"blocks\.4 .*{DIFFERENT}"):
+        evopatch.apply(model)
+    block.mlp[2] = nn.Conv1d(width, width, 1)  # each token for itself
+    assert evopatch.is_patched(evopatch.apply(model))

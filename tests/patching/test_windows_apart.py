@@ -5,7 +5,9 @@ import pytest
 import timm.models.swin_transformer as timm_swin
 import torch
 import torchvision.models.swin_transformer as torchvision_swin
+from timm.layers import GlobalResponseNormMlp
 from torch import nn
+from torchvision.ops import Permute
 from variants import build, call, images_for
 
 import evopatch
@@ -189,3 +191,67 @@ def test_torchvision_blocks_of_a_subclass():
     model = build("torchvision_swin")
     model.features[3][1].__class__ = Own
     refused("torchvision_swin", model, rf"features\.3\.1 \(Own\) {APART}")
+
+
+ALONE = "doesn't treat tokens one by one outside of its attention"
+
+
+class ByPlace(nn.Module):
+    def forward(self, x):
+        return x * torch.linspace(1, 2, x.shape[1], device=x.device).view(1, -1, *[1] * (x.dim() - 2))
+
+
+class BySize(nn.Module):
+    def forward(self, x):
+        return x * (64 / x[0, ..., 0].numel())
+
+
+def behind(model, path, attribute, part):
+    block = model.get_submodule(path)
+    setattr(block, attribute, nn.Sequential(getattr(block, attribute), part))
+    return model
+
+
+@pytest.mark.parametrize("name", ["swin", "torchvision_swin", "hf_swin", "sam"])
+@pytest.mark.parametrize("part", [ByPlace, BySize])
+def test_parts_that_know_places_or_numbers(name, part):
+    path, attribute = PARTS[name]
+    refused(name, behind(build(name), path, attribute, part()), rf"{path}.*{ALONE}")
+
+
+def test_what_mixes_where_attention_is_over_the_whole_map():
+    model = build("sam")
+    path = next(f"blocks.{i}" for i, block in enumerate(model.blocks) if not block.window_size)
+    block = model.get_submodule(path)
+    block.mlp = Convolving(block.mlp)
+    refused("sam", model, rf"{path}.*{ALONE}")
+
+
+def test_what_mixes_beside_norms_of_another_kind():
+    model, (path, attribute) = build("swin", norm_layer=nn.RMSNorm), PARTS["swin"]
+    assert evopatch.supported(behind(build("swin", norm_layer=nn.RMSNorm), path, attribute, Plain(nn.Identity())))
+    refused("swin", behind(model, path, attribute, Convolving(nn.Identity())), rf"{path}.*{APART}")
+
+
+def test_parts_of_a_library_that_mix():
+    model, (path, attribute) = build("torchvision_swin"), PARTS["torchvision_swin"]
+    width = model.get_submodule(path).norm2.weight.shape[0]
+    convolution = nn.Conv2d(width, width, 3, padding=1)
+    mixing = nn.Sequential(Permute([0, 3, 1, 2]), convolution, Permute([0, 2, 3, 1]))
+    refused("torchvision_swin", behind(model, path, attribute, mixing), rf"{path}.*{APART}")
+    model = behind(build("torchvision_swin"), path, attribute, GlobalResponseNormMlp(width))
+    refused("torchvision_swin", model, rf"{path}.*{APART}")
+    same = nn.Sequential(Permute([0, 3, 1, 2]), nn.Conv2d(width, width, 1), Permute([0, 2, 3, 1]))
+    assert evopatch.supported(behind(build("torchvision_swin"), path, attribute, same))
+
+
+@torch.no_grad()
+def test_modules_that_make_position_biases_run_once():
+    model, x, calls = build("swinv2"), images_for("swinv2"), []
+    evopatch.apply(model)
+    for module in model.modules():
+        if hasattr(module, "cpb_mlp"):
+            module.cpb_mlp.register_forward_hook(lambda module, args, out: calls.append(module))
+    call(model, x)
+    assert calls
+    assert len(calls) == len(set(calls))
