@@ -156,7 +156,8 @@ def _keep_ratios(config: EvoConfig, firsts: list[int], depth: int, taper: float 
         if len(config.keep_ratio) != runs:
             raise ConfigError(
                 f"{len(config.keep_ratio)} keep ratios {config.keep_ratio} for {runs} run(s) of blocks "
-                f"starting at {firsts}: give one per run, or one number"
+                f"starting at {firsts}: give one per run, or one number, also to a preset such as EvoConfig.dense(), "
+                "whose own six are for flat models of at least 7 blocks"
             )
         return list(config.keep_ratio)
     mean = cast(float, config.keep_ratio)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from ..sources.dataset import Images
-    from ..sources.models import Classifier
+    from ..sources.models import Classifier, Renormalised
 
 _DATA = "Data and augmentation"
 _INSTEAD = ", or --no-pretrained to train from scratch; `--data digits` needs no network either"
@@ -117,6 +117,7 @@ def finetune(
     folder = settings_file.folder_of(ctx, Path(f"evopatch-finetune-{own_name}"))
     settings_file.check(folder, ctx)
     classifier = open_classifier(model, checkpoint, num_classes, preprocessing, pretrained, instead=_INSTEAD)
+    classifier.model.float()  # most updates would be less than a rounding error of half precision
     splits = _open(data, eval_data)
     taught_by = _teacher(teacher, teacher_checkpoint, classifier)
     old_classes = count_classes(classifier.model)
@@ -137,7 +138,14 @@ def finetune(
     splits.train.transform = training_transform(classifier, augmentation)
     if not labels:
         splits.train.labels = None
-    _name_classes(splits, classifier.model, labelled, data, eval_data or data, model)
+    taught = training.objective == "distillation" or (training.objective == "auto" and taught_by is not None)
+    teacher_model = None if taught_by is None else taught_by.model
+    if labelled and (not taught or training.label_weight > 0):
+        _name_classes(splits, classifier.model, teacher_model, data, eval_data or data)
+    else:
+        if teacher_model is not None:
+            _name_as_teacher(classifier.model, teacher_model, splits.train)
+        _number_evaluation(splits, classifier.model, data, eval_data or data, model)
     patch(classifier.model, model, asked)
     trained_on = _subset(splits.train, rows, "--rows")
     evaluation = None if splits.evaluation is None else _evaluated(splits.evaluation, classifier, eval_rows)
@@ -165,24 +173,48 @@ def _open(data: str, eval_data: str | None) -> _Splits:
     return _Splits(train, evaluation, train.classes)
 
 
-def _name_classes(splits: _Splits, network: nn.Module, labelled: bool, data: str, eval_data: str, model: str) -> None:
-    """Classes of the training data, of the evaluation data and of the model are the same ones, and have their names."""
+def _name_classes(splits: _Splits, network: nn.Module, teacher: nn.Module | None, data: str, eval_data: str) -> None:
+    """Classes of the training data, of the evaluation data, of the teacher and of the model are the same ones, and have
+    their names."""
     from ..sources.heads import class_names, set_class_names
 
     train, evaluation = splits.train, splits.evaluation
-    if labelled and train.class_names is not None:
-        own = class_names(network)
-        if own is not None and set(own) == set(train.class_names):
-            train.number_as(own, data)
-        set_class_names(network, train.class_names)
-        if evaluation is not None:
-            evaluation.number_as(train.class_names, eval_data)
-    elif evaluation is not None:
-        # A part for evaluation may lack classes that the other has.
-        if train.class_names is not None and set(evaluation.class_names or ()) <= set(train.class_names):
-            evaluation.number_as(train.class_names, eval_data)
-        if said := number_as_model(evaluation, network, eval_data, model):
-            _say(said)
+    if train.class_names is None:
+        return
+    own = class_names(network if teacher is None else teacher)
+    if own is not None and set(own) == set(train.class_names):
+        train.number_as(own, data)
+    elif own is not None and teacher is not None:
+        raise ConfigError(
+            f"--label-weight with a teacher of the classes {', '.join(own[:4])}, ...: {data} has "
+            f"{', '.join(train.class_names[:4])}, ...; expected the same ones. Leave the labels or the teacher out"
+        )
+    set_class_names(network, train.class_names)
+    if evaluation is not None:
+        evaluation.number_as(train.class_names, eval_data)
+
+
+def _name_as_teacher(network: nn.Module, teacher: nn.Module, train: Images) -> None:
+    """What predicts as its teacher does has the teacher's classes, whatever the images are of; of a teacher that knows
+    no names, those of the images are all that there is."""
+    from ..sources.heads import class_names, count_classes, set_class_names
+
+    names = class_names(teacher)
+    if names is None and class_names(network) is None and train.class_names is not None:
+        names = train.class_names if len(train.class_names) == count_classes(network) else None
+    if names is not None:
+        set_class_names(network, names)
+
+
+def _number_evaluation(splits: _Splits, network: nn.Module, data: str, eval_data: str, model: str) -> None:
+    train, evaluation = splits.train, splits.evaluation
+    if evaluation is None:
+        return
+    # A part for evaluation may lack classes that the other has.
+    if train.class_names is not None and set(evaluation.class_names or ()) <= set(train.class_names):
+        evaluation.number_as(train.class_names, eval_data)
+    if said := number_as_model(evaluation, network, eval_data, model):
+        _say(said)
 
 
 def _subset(images: Images, rows: str | None, option: str) -> Dataset[Any]:
@@ -203,7 +235,7 @@ def _pair(text: str) -> tuple[float, float]:
     return value
 
 
-def _teacher(name: str | None, checkpoint: Path | None, student: Classifier) -> nn.Module | None:
+def _teacher(name: str | None, checkpoint: Path | None, student: Classifier) -> Renormalised | None:
     from ..sources.models import Renormalised, open_classifier
 
     if name is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import EvoConfig
-from ..errors import DataError
+from ..errors import DataError, UnsupportedModelError
 from ..patching.handle import Patched
 from .kinds import Kind, divergence, kind_of, spread
 from .profiling import UNPATCHED, profile
@@ -127,8 +127,18 @@ def evaluate(
 
 
 def logits_of(output: Any) -> Tensor:
-    """`(B, classes)`, of what a timm or a transformers classifier returns."""
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    """`(B, classes)`, of what a timm or a transformers classifier returns.
+
+    Raises:
+        UnsupportedModelError: If there are none.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = f"logits {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(output).__name__}"
+        raise UnsupportedModelError(
+            f"the model returns {found}: expected logits (B, classes), as a tensor or in the `logits` of an output, as "
+            "classifiers of timm and transformers give them"
+        )
     return logits
 
 

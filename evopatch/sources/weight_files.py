@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..patching.weights import foreign_code, weights_only
 
 _FOLDER = "local-dir:"
@@ -45,6 +45,7 @@ def pretrained(name: str, options: dict[str, Any], instead: str) -> nn.Module:
 
     Raises:
         CheckpointError: If they can't be had.
+        ConfigError: If they have a head for another number of classes than the options say.
     """
     import timm
 
@@ -61,6 +62,12 @@ def pretrained(name: str, options: dict[str, Any], instead: str) -> nn.Module:
             f"no pretrained weights for {name} could be had: {first_lines(error)}. Without network give a file with "
             f"--checkpoint{instead}"
         ) from error
+    wanted, classes = options.get("num_classes"), cast(Any, model).pretrained_cfg.get("num_classes")
+    if wanted is not None and wanted != classes:
+        raise ConfigError(
+            f"--num-classes {wanted}: the weights of {name.removeprefix(_FOLDER)} have a head for {classes}, in place "
+            "of which there would be a random one. Leave it out; it is for a --checkpoint, or --no-pretrained"
+        )
     return model
 
 

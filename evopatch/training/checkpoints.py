@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..durable import flush, make_readable, publish
+from ..durable import flush, make_folder, make_readable, publish
 from ..errors import CheckpointError, ConfigError
 from ..patching.weights import foreign_code, weights_only
 
@@ -32,9 +32,12 @@ _UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingErr
 
 
 def write_initial(output: Path, model: nn.Module) -> None:
-    """The weights that a run begins with: what it is compared with, and maybe taught by, when it is resumed."""
-    folder = output / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    """The weights that a run begins with: what it is compared with, and maybe taught by, when it is resumed.
+
+    Raises:
+        CheckpointError: If the folder can't be made.
+    """
+    folder = make_folder(output / FOLDER, "for the run")
     temporary = folder / f"{_UNFINISHED}{_INITIAL}"
     torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, temporary)
     publish(temporary, folder / _INITIAL)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -16,7 +19,7 @@ from ..measure.timing import compare_speed, compare_training_speed
 from ..patching.handle import Patched, unpatch
 from . import checkpoints, teachers
 from .evaluation import EvaluationData
-from .items import Items
+from .items import Items, other_numbers
 from .randomness import preserved
 from .result import TIMED_BATCH, FinetuneResult
 from .settings import FinetuneConfig
@@ -66,9 +69,10 @@ def finetune(
         ConfigError: If parts of the model are patched with different settings, or a setting doesn't fit the model,
             the teacher, or the run that is resumed.
         CheckpointError: If the output folder holds a run and `resume` isn't set, or no checkpoint in it is whole.
-        DataError: If the training data are empty, of another kind, the objective needs labels and they have none, or
-            a label is outside the model's classes,
-            or more than 1 % of the images can't be read.
+        DataError: If the training data are empty, of another kind, not as the model takes them or not finite, the
+            objective needs labels and they have none, or none under a known name, a label is outside the model's
+            classes, or more than 1 % of the images can't be read.
+        UnsupportedModelError: If the model gives no logits.
         TrainingError: If loss or gradient are no longer finite; the model keeps the weights before that step. Or if
             the run came to fewer or more steps than planned.
         TrainingInterruptedError: After Ctrl-C or SIGTERM where there is an output folder; a KeyboardInterrupt.
@@ -104,15 +108,17 @@ def _finetune(
     items = Items(train_data, config.seed, labelled=not taught or config.label_weight > 0)
     if len(items) == 0:
         raise DataError("no images to train on")
-    objective = Objective(config, _distils(items, config, teacher is not None))
+    objective = Objective(config, _distils(items, train_data, config, teacher is not None))
     patched.forget_caches()  # may hold tensors of a graph, which can't be copied
     original = unpatch(copy.deepcopy(model)).eval().requires_grad_(False)
     begun = folder is not None and resume and bool(checkpoints.steps(folder))
     if folder is not None and begun:
         checkpoints.load_initial(folder, original)
     taught_by = teachers.find(teacher, original) if objective.distils else None
+    trained = preparation.trained(patched, config)
     if taught_by is not None:
-        teachers.check_apart(taught_by, model, preparation.trained(patched, config))
+        teachers.check_apart(taught_by, model, trained)
+    _warn_of_half_precision(trained)
     identity = None if taught_by is None else "itself" if teacher is None else teachers.identity(taught_by)
     patch_config = patched.config
     evaluation = None if eval_data is None else EvaluationData(eval_data, config.batch_size)
@@ -153,6 +159,16 @@ def _finetune(
     return result
 
 
+def _warn_of_half_precision(trained: Iterable[nn.Parameter]) -> None:
+    if half := next((p.dtype for p in trained if p.dtype in (torch.bfloat16, torch.float16)), None):
+        name = str(half).removeprefix("torch.")
+        warnings.warn(
+            f"weights that are trained are {name}, where most updates are less than a rounding error and lost: give "
+            "model.float(), and mixed_precision='bf16' to compute as fast",
+            stacklevel=3,
+        )
+
+
 def _check_output(folder: Path | None, resume: bool) -> None:
     if folder is None:
         if resume:
@@ -166,8 +182,13 @@ def _check_output(folder: Path | None, resume: bool) -> None:
         raise CheckpointError(f"{folder} is a file: expected a folder for the run")
 
 
-def _distils(items: Items, config: FinetuneConfig, has_teacher: bool) -> bool:
+def _distils(items: Items, data: Any, config: FinetuneConfig, has_teacher: bool) -> bool:
     labelled = items[0].label is not None
+    if not labelled and config.objective == "auto" and not has_teacher and (found := other_numbers(data[0])):
+        raise DataError(
+            f"an item of the training data has no 'labels' and no 'label', and whole numbers named {found}: expected "
+            "one of these names for the label. Name it so, or give objective='distillation', which needs no labels"
+        )
     if not labelled and config.objective == "labels":
         raise DataError("objective='labels', but the training data have none: use objective='distillation'")
     if not labelled and config.label_weight > 0:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import DataError, UnreadableImageError
+from ..measure.fingerprint import fingerprint
 from ..sources.dataset import Images
 from ..sources.labels import class_number
 from .randomness import seed_everything
@@ -52,7 +53,8 @@ class Items(Dataset[Item]):
         labelled: Whether labels are looked at; without, they may be anything, and items have none.
 
     Raises:
-        DataError: If the data have no length or no positions, such as a loader of batches.
+        DataError: If the data have no length or no positions, such as a loader of batches. For an item, if its image is
+            no such tensor, or not finite.
     """
 
     def __init__(self, data: Any, seed: int | None = None, labelled: bool = True) -> None:
@@ -77,7 +79,13 @@ class Items(Dataset[Item]):
 
     def listing(self) -> str | None:
         """What tells these images from as many others, where the data set can say."""
-        return self._data.listing() if isinstance(self._data, Images) else None
+        data, places = self._data, list(range(len(self)))
+        while isinstance(data, Subset):
+            places, data = [int(data.indices[place]) for place in places], data.dataset
+        own = data.listing() if isinstance(data, Images) else ""
+        if data is self._data:
+            return own or None
+        return f"{own} {fingerprint({'places': torch.tensor(places)})}"
 
     def __getitem__(self, index: int) -> Item:
         unreadable: list[str] = []
@@ -87,6 +95,7 @@ class Items(Dataset[Item]):
                 seed_everything(self._seed, self._epoch, position)
             try:
                 image, given = parts(self._data[position])
+                self._check(image, position)
                 return Item(image, self._label(given, position), tuple(unreadable))
             except UnreadableImageError as error:
                 unreadable.append(error.name)
@@ -95,6 +104,15 @@ class Items(Dataset[Item]):
             if self._seed is None:
                 return Item(None, None, tuple(unreadable))
         raise DataError(f"no image can be read: {unreadable[0]}")
+
+    def _check(self, image: Tensor, position: int) -> None:
+        if image.dim() == 3 and image.is_floating_point() and bool(image.isfinite().all()):
+            return
+        wrong = ", and not finite" if image.is_floating_point() and not image.isfinite().all() else ""
+        raise DataError(
+            f"{self._name(position)} is {tuple(image.shape)} {image.dtype}{wrong}: expected finite floating-point "
+            "numbers (3, height, width), normalised as the model expects. Give the data set a transform that makes such"
+        )
 
     def _label(self, given: Any, position: int) -> int | None:
         if given is None or not self._labelled:
@@ -142,7 +160,8 @@ def parts(item: Any) -> tuple[Tensor, Any]:
         DataError: If it is none of the kinds that `Items` names.
     """
     if isinstance(item, Mapping):
-        image, label = item.get("pixel_values"), item.get("labels", item.get("label"))
+        labels = item.get("labels")
+        image, label = item.get("pixel_values"), item.get("label") if labels is None else labels
     elif isinstance(item, (tuple, list)):
         image, label = item[0], item[1] if len(item) > 1 else None
     else:
@@ -154,6 +173,19 @@ def parts(item: Any) -> tuple[Tensor, Any]:
             "'pixel_values' of a mapping. Give the data set a transform that makes one"
         )
     return image, label
+
+
+def other_numbers(item: Any) -> list[str]:
+    """Names of whole numbers in a mapping without a label that might be one."""
+    if not isinstance(item, Mapping) or parts(item)[1] is not None:
+        return []
+    return sorted(str(name) for name, value in item.items() if _is_whole(value))
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_floating_point()
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def collate(items: list[Item]) -> Batch:

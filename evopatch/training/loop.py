@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..errors import DataError, TrainingError, TrainingInterruptedError
 from ..patching.handle import Patched
 from . import checkpoints, log, preparation, resuming, teachers
 from .averaging import Average
-from .interrupt import Request, deferred
+from .interrupt import Request, deferred, held_back
 from .items import Items
 from .objective import Objective
 from .randomness import seed_everything
@@ -153,7 +154,10 @@ class Run:
             loader = self.accelerator.skip_first_batches(loader, done * self.config.accumulation_steps)
         loader.set_epoch(epoch)
         accumulated = self.config.accumulation_steps
-        for number, batch in enumerate(loader, done * accumulated):
+        batches = iter(loader)
+        with held_back():
+            first_batch = list(islice(batches, 1))
+        for number, batch in enumerate(chain(first_batch, batches), done * accumulated):
             self._report.note_unreadable(batch.unreadable)
             first, forward = number - number % accumulated, number % accumulated
             # accelerate divides by the configured number, but the last step of an epoch may have fewer forwards.

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from ..errors import ConfigError
 from ..patching.handle import Patched
 from . import processes
+from .interrupt import outlive_a_request
 from .items import Item, Items, collate
 from .settings import FinetuneConfig
 from .student import Student
@@ -82,6 +83,7 @@ def make_loader(items: Items, config: FinetuneConfig) -> DataLoader[Item]:
         drop_last=True,
         collate_fn=collate,
         num_workers=config.workers,
+        worker_init_fn=outlive_a_request,
     )
 
 

@@ -14,6 +14,7 @@ from ..measure.accuracy import logits_of
 from ..measure.kinds import kind_of
 from ..measure.two_heads import heads_apart, switches
 from ..patching.handle import Patched
+from ..patching.images import run_on
 
 
 class Outputs(NamedTuple):
@@ -38,6 +39,8 @@ class Student(nn.Module):
 
     Raises:
         ConfigError: If there is no class token for the second head, or it is what the model reads already.
+        DataError: If the model doesn't run on the image.
+        UnsupportedModelError: If it gives no logits.
     """
 
     def __init__(self, model: nn.Module, image: Tensor, assisted: bool = False, two_heads: bool = False) -> None:
@@ -51,12 +54,13 @@ class Student(nn.Module):
         if assisted:
             _check_class_token(patched)
         self._last_block = patched.host.blocks()[-1][-1]
-        logits, width = _probe(patched, self._last_block, image)
+        logits, tokens = _probe(patched, self._last_block, image)
         self.classes = logits.shape[1]
         self.kind = kind_of(model, self.classes)
         self.assistant: nn.Module | None = None
         if assisted:
             # In float32 as norms and heads are best trained in, whatever the model's own type.
+            width = tokens.shape[-1]
             self.assistant = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.classes)).to(logits.device)
 
     def no_weight_decay(self) -> set[str]:
@@ -76,7 +80,7 @@ class Student(nn.Module):
         hook: RemovableHandle | None = None
         if self.assistant is not None:
             block = self.model.get_submodule(self._last_block)
-            hook = block.register_forward_hook(lambda module, args, out: last.append(out))
+            hook = block.register_forward_hook(lambda module, args, out: last.append(_tokens(out)))
         try:
             with heads_apart(self._switches, self.two_heads and self._gives_two):
                 output = self.model(images.to(next(self.model.parameters()).dtype))
@@ -98,14 +102,24 @@ def _heads(output: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _probe(patched: Patched[nn.Module], last_block: str, image: Tensor) -> tuple[Tensor, int]:
-    """Logits of one forward, and the width of the tokens behind the last block."""
+def _probe(patched: Patched[nn.Module], last_block: str, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of one forward, and the tokens behind the last block.
+
+    Raises:
+        DataError: If the model doesn't run on the image.
+        UnsupportedModelError: If it gives no logits.
+    """
     last: list[Tensor] = []
     probed = patched.copy().eval()
-    probed.get_submodule(last_block).register_forward_hook(lambda module, args, out: last.append(out))
+    probed.get_submodule(last_block).register_forward_hook(lambda module, args, out: last.append(_tokens(out)))
     parameter = next(patched.model.parameters())
-    logits = logits_of(probed(image.unsqueeze(0).to(parameter.device, parameter.dtype)))
-    return logits, last[0].shape[-1]
+    images = image.unsqueeze(0).to(parameter.device, parameter.dtype)
+    return logits_of(run_on(probed, images)), last[0]
+
+
+def _tokens(out: Any) -> Tensor:
+    tokens: Tensor = out[0] if isinstance(out, tuple) else out
+    return tokens
 
 
 def _check_class_token(patched: Patched[nn.Module]) -> None:

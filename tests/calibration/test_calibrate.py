@@ -286,7 +286,7 @@ def test_a_patched_model_begins_with_its_own_settings():
         (7, {}, DataError, "7 image.* at least 8"),
         ("nan", {}, DataError, "finite"),
         ("ints", {}, DataError, "torch.int64"),
-        ("sizes", {}, DataError, "of the sizes"),
+        ("sizes", {}, DataError, r"is \(8, 3, 40, 40\) .*: expected"),
         ("number", {}, DataError, "images are int"),
         (16, {"target_kl": 0.1}, ConfigError, "target_flops and target_kl given"),
         (16, {"target_flops": 1.5}, ConfigError, "target_flops=1.5"),

@@ -204,3 +204,55 @@ def test_finetune_warns_of_an_evaluations_classes(command, tmp_path):
     run = command("finetune", *common, "--eval-data", tmp_path / "val", "--output", tmp_path / "other")
     assert run.returncode == 0, run.stderr
     assert "top-1 and top-5 mean" not in unboxed(run.stderr)
+
+
+def saved(folder, *names):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=len(names))
+    set_class_names(model, names)
+    evopatch.save_pretrained(evopatch.apply(model), folder)
+    return folder
+
+
+COMMON = ("finetune", "--epochs", "1", "--batch-size", "4", "--image-size", "32")
+
+
+def test_who_learns_from_a_teacher_has_its_classes(command, tmp_path):
+    fill(tmp_path / "pets", cats=range(3), dogs=range(3, 8))
+    teacher = saved(tmp_path / "teacher", "dogs", "cats")
+    common = (*COMMON, "--data", tmp_path / "pets", "--teacher", teacher)
+    run = command(*common, "--model", "vit_tiny_patch16_224", "--no-pretrained", "--output", tmp_path / "taught")
+    assert run.returncode == 0, run.stderr
+    assert list(json_names(tmp_path / "taught" / "model")) == ["dogs", "cats"]
+    run = command(
+        *common, "--model", "vit_tiny_patch16_224", "--no-pretrained", "--label-weight", "0.5", "--output",
+        tmp_path / "both",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert list(json_names(tmp_path / "both" / "model")) == ["dogs", "cats"]
+    other = saved(tmp_path / "other", "ships", "cats")
+    run = command(
+        *COMMON, "--data", tmp_path / "pets", "--teacher", other, "--model", "vit_tiny_patch16_224", "--no-pretrained",
+        "--label-weight", "0.5", "--output", tmp_path / "none",
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert "a teacher of the classes ships, cats" in unboxed(run.stderr)
+
+
+def test_who_learns_from_itself_keeps_its_classes(command, tmp_path):
+    fill(tmp_path / "pets", cats=range(3), dogs=range(3, 8))
+    model = saved(tmp_path / "saved", "ships", "trains")
+    run = command(
+        *COMMON[:-2], "--data", tmp_path / "pets", "--model", model, "--objective", "distillation", "--output",
+        tmp_path / "run",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert list(json_names(tmp_path / "run" / "model")) == ["ships", "trains"]
+
+
+def test_a_trained_head_is_not_dropped(command, tmp_path):
+    fill(tmp_path / "pets", cats=range(3), dogs=range(3, 8))
+    model = saved(tmp_path / "saved", "cats", "dogs")
+    run = command("evaluate", "--model", model, "--data", tmp_path / "pets", "--num-classes", "7")
+    assert run.returncode == 2
+    assert "--num-classes 7: the weights of" in unboxed(run.stderr)
+    assert command("evaluate", "--model", model, "--data", tmp_path / "pets", "--num-classes", "2").returncode == 0
