@@ -10,8 +10,11 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from samples import encoded
 from terminal import unboxed
+from transformers import ViTImageProcessor
+from variants import build
 
 from evopatch import CheckpointError, EvoConfig, config_of, load_pretrained
 from evopatch.cli import settings_file
@@ -238,3 +241,23 @@ def test_two_processes_are_one_run(tmp_path):
     assert unboxed(run.stdout).count("patched, trained") == 1
     assert "destroy_process_group" not in run.stderr
     load_pretrained(tmp_path / "run" / "model")
+
+
+def test_weights_in_half_precision_are_trained_in_full(command, tmp_path):
+    photos = tmp_path / "photos"
+    for name in ("a", "b"):
+        (photos / name).mkdir(parents=True)
+        for seed in range(4):
+            (photos / name / f"{seed}.jpg").write_bytes(encoded(seed))
+    model = build("hf_vit").bfloat16()
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 40, "width": 40}).save_pretrained(tmp_path / "model")
+    run = command(
+        "finetune", "--model", tmp_path / "model", "--data", photos, "--epochs", "1", "--batch-size", "4", "--output",
+        tmp_path / "run",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    norm = next(tensor for name, tensor in trained.items() if name.endswith("layernorm_before.weight"))
+    assert norm.dtype == torch.float32
+    assert (norm != 1).all(), "an update is less than a rounding error of bfloat16 at 1"
