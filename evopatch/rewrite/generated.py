@@ -24,7 +24,7 @@ class GeneratesCode(Swapped):
     """Makes the code anew."""
     _evo_kinds: _Kinds
     """What tracing found."""
-    _evo_elsewhere: tuple[Elsewhere, ...]
+    _evo_elsewhere: tuple[Elsewhere, ...] = ()
     """What it read from other things that the module holds."""
 
     def _evo_swapped(self) -> None:
