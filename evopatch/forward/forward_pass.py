@@ -81,7 +81,8 @@ class ForwardPass(ABC):
 
     def keep_ratio(self, index: int) -> float:
         """Of a block's plan."""
-        return float(self._keep_ratios[index])
+        ratio = self._keep_ratios[index]
+        return float(ratio) if isinstance(ratio, str) else ratio
 
     @abstractmethod
     def run(self, index: int, block: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+import torch
 
 from ..algorithm.rows import rounded_share
 from ..config import EvoConfig
@@ -13,15 +16,19 @@ from ..plan import BlockPlan, plan_blocks, runs_of
 from ..rewrite.tracing import on_the_way
 from .spec import Block, HostSpec
 
+_COMPILED_ALONE = 3 if torch.__version__ >= "2.12" else sys.maxsize
+"""So many keep ratios, of the eight times that torch.compile compiles by default: all others share one or two, and
+other batch sizes need some. Older versions can't follow sizes that a number decides."""
+
 
 class Settings(NamedTuple):
     """What the blocks do. Changed all at once, as a forward in another thread may read it meanwhile."""
 
     config: EvoConfig
     plans: tuple[BlockPlan, ...]
-    keep_ratios: tuple[str, ...]
-    """As text, which is a constant to torch.compile: a number that has changed becomes a symbol there, and with it all
-    sizes that follow from it."""
+    keep_ratios: Sequence[str] | Sequence[float]
+    """As text, which is a constant to torch.compile; or in a list as numbers, which become symbols there, and with them
+    all sizes that follow from them."""
     begins: tuple[int, ...]
     """For every block, the one that selects the tokens that go through it; 0 before the first that selects."""
     active: bool
@@ -62,6 +69,8 @@ class HostState:
         """Told by every block with windows what its tokens received, in a copy of a model that somebody learns from."""
         self.methods: dict[str, str] = {}
         """By name, which function each method of the host was that walks over the blocks, when it was patched."""
+        self.compiled_alone: list[tuple[str, ...]] = []
+        """The first keep ratios of the blocks: code that is compiled for these alone is the fastest."""
         self.generated: dict[Any, Any] = {}
         """Code by the structure of the block that it is for; empty but while the host is being patched."""
         self.set_config(config)
@@ -79,12 +88,18 @@ class HostState:
         plans = self.plan(config)
         active = any(plan.keep_ratio < 1.0 for plan in plans)
         reads_out = self.spec.head_reads > 0 and (active if config.readout is None else config.readout)
-        self.settings = Settings(config, plans, _as_text(plans), _begins(plans), active, reads_out)
+        self.settings = Settings(config, plans, self._ratios(plans), _begins(plans), active, reads_out)
 
     def set_plans(self, plans: tuple[BlockPlan, ...]) -> None:
         """Let every block do something else, whatever the configuration says, also where it takes all tokens."""
-        ratios, begins = _as_text(plans), _begins(plans)
+        ratios, begins = self._ratios(plans), _begins(plans)
         self.settings = self.settings._replace(plans=plans, keep_ratios=ratios, begins=begins, active=True)
+
+    def _ratios(self, plans: tuple[BlockPlan, ...]) -> Sequence[str] | Sequence[float]:
+        text = tuple(repr(plan.keep_ratio) for plan in plans)
+        if text not in self.compiled_alone and len(self.compiled_alone) < _COMPILED_ALONE:
+            self.compiled_alone.append(text)
+        return text if text in self.compiled_alone else [plan.keep_ratio for plan in plans]
 
     @property
     def config(self) -> EvoConfig:
@@ -162,10 +177,6 @@ class HostState:
                 "would be missing. Call the model itself (or a timm model's forward_features or "
                 "forward_intermediates), or evopatch.remove(model) first"
             )
-
-
-def _as_text(plans: tuple[BlockPlan, ...]) -> tuple[str, ...]:
-    return tuple(repr(plan.keep_ratio) for plan in plans)
 
 
 def _begins(plans: tuple[BlockPlan, ...]) -> tuple[int, ...]:

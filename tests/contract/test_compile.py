@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from variants import FLAT, PYRAMIDS, build, call, images_for, shallow
 
 import evopatch
+from evopatch.forward import host_state
 
 WINDOWED = ("swin", "swinv2_cr", "torchvision_swin", "torchvision_swinv2", "hf_swin", "hf_swinv2", "hf_donut",
             "sam", "hf_sam", "hf_vitdet", "pvt_v2", "hf_pvt_v2", "hf_segformer")  # fmt: skip
@@ -71,28 +72,32 @@ def test_a_changed_keep_ratio_is_followed(name):
     assert moved(changed, expected) > 1e-5
 
 
+def run_keep_ratios(name, number, **options):
+    """Compiled at many keep ratios, each compared with eager; and how often it was compiled."""
+    torch._dynamo.reset()
+    model, x = evopatch.apply(build(name, **shallow(name)), config=shallow_config(name)), images_for(name)
+    backend = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend, **options)
+    for step in range(number):
+        evopatch.set_keep_ratio(model, 0.3 + 0.6 * step / number)
+        torch.testing.assert_close(call(compiled, x), call(model, x), atol=2e-5, rtol=2e-5)
+    return backend.frame_count
+
+
+@cases("name", ["vit", "hf_vit", "gap", "levit", "pit", "swin"], fast=["vit"])
+@torch.no_grad()
+def test_any_number_of_keep_ratios(name):
+    assert run_keep_ratios(name, 12 if name == "swin" else 20) <= 8
+
+
 @pytest.mark.slow
 @torch.no_grad()
-def test_more_keep_ratios_than_the_limit():
-    """What docs/compatibility.md says to do."""
-    torch._dynamo.reset()
-    model, x = evopatch.apply(build("vit", **shallow("vit")), config=shallow_config("vit")), images_for("vit")
-    ratios = [slow / 25 for slow in (4, 8, 12, 16)]
-
-    def run(compiled):
-        for ratio in ratios:
-            evopatch.set_keep_ratio(model, ratio)
-            torch.testing.assert_close(call(compiled, x), call(model, x), atol=2e-5, rtol=2e-5)
-
-    with torch._dynamo.config.patch(recompile_limit=2):
-        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-            run(torch.compile(model, fullgraph=True, backend="eager"))
-        torch._dynamo.reset()
-        if "recompile_limit" in inspect.signature(torch.compile).parameters:
-            run(torch.compile(model, fullgraph=True, backend="eager", recompile_limit=len(ratios)))
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=len(ratios)):
-        run(torch.compile(model, fullgraph=True, backend="eager"))
+def test_keep_ratios_that_are_compiled_alone_end_at_the_limit(monkeypatch):
+    monkeypatch.setattr(host_state, "_COMPILED_ALONE", 100)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        run_keep_ratios("vit", 9)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        assert run_keep_ratios("vit", 9, recompile_limit=9) == 9
 
 
 @pytest.mark.slow
