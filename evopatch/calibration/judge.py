@@ -13,7 +13,7 @@ from ..errors import DataError
 from ..measure.fingerprint import fingerprint
 from ..measure.kinds import Kind, divergence, spread
 from ..measure.outputs import Outputs, compared
-from ..patching.images import run_on
+from ..patching.given_images import run_on
 
 
 class Errors(NamedTuple):

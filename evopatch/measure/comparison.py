@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..alternating import alternate
 from ..config import EvoConfig
 from ..errors import ConfigError
+from ..patching.given_images import check_images, run_on
 from ..patching.handle import Patched, shared_copy, unpatch
-from ..patching.images import check_images, run_on
 from .kernels import attention_kernels
 from .memory import peak_memory
 from .profiling import count_flops

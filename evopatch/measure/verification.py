@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..patching.given_images import check_images, run_on
 from ..patching.handle import Patched
-from ..patching.images import check_images, run_on
 from .outputs import compared
 from .profiling import UNPATCHED
 

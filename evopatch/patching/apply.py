@@ -20,8 +20,8 @@ from .adapter import Adapter, walking_methods, walks_by_itself
 from .changes import Change
 from .containers import containers, looked_at_around
 from .from_images import check_to_learn_from, learn_from
+from .given_images import check_images
 from .handle import Patched, unpatch
-from .images import check_images
 from .own_model import OwnModel
 from .skipping import skip_slow_runs
 from .versions import versions_of

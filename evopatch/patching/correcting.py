@@ -11,8 +11,8 @@ from ..algorithm.correction import Correction, Regression
 from ..algorithm.partition import distances, merge
 from ..plan import BlockPlan
 from .fitting import AT_ONCE
+from .given_images import run_on
 from .handle import Patched
-from .images import run_on
 
 
 def runs_of(plans: tuple[BlockPlan, ...]) -> list[tuple[int, int]]:

@@ -16,8 +16,8 @@ from ..forward.host_state import HostState
 from ..forward.learned import FORESIGHT, give
 from ..forward.look_ahead import Look
 from ..plan import BlockPlan
+from .given_images import run_on
 from .handle import Host, Patched
-from .images import run_on
 
 AT_ONCE = 16
 """Images of one forward."""

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from ..config import EvoConfig
 from ..errors import ConfigError, UnsupportedModelError
 from .fitting import fit_foresight, is_flat
+from .given_images import check_images
 from .handle import Patched
-from .images import check_images
 from .window_correcting import fit_window_corrections
 
 _LEAST_IMAGES = 8

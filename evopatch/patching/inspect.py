@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..algorithm.partition import Partition
 from ..errors import UnsupportedModelError
 from ..forward.host_state import HostState
+from .given_images import run_on
 from .handle import Patched
-from .images import run_on
 
 Model = TypeVar("Model", bound=nn.Module)
 

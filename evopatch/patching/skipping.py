@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..alternating import alternate
 from ..config import EvoConfig
+from .given_images import run_on
 from .handle import Patched
-from .images import run_on
 
 Model = TypeVar("Model", bound=nn.Module)
 

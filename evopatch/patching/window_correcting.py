@@ -13,8 +13,8 @@ from ..forward.learned import give_correction
 from ..forward.windowed import Received
 from ..plan import BlockPlan
 from .fitting import AT_ONCE, blocks_of
+from .given_images import run_on
 from .handle import Patched
-from .images import run_on
 from .learning import set_learned
 
 CHANNELS_PER_RANK = 12

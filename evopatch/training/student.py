@@ -13,8 +13,8 @@ from ..forward.spec import qualified
 from ..measure.accuracy import logits_of
 from ..measure.kinds import kind_of
 from ..measure.two_heads import heads_apart, switches
+from ..patching.given_images import run_on
 from ..patching.handle import Patched
-from ..patching.images import run_on
 
 
 class Outputs(NamedTuple):

@@ -103,7 +103,7 @@ def test_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("images", "config", "error", "message"),
     [
-        (7, None, DataError, "7 image.* at least 8"),
+        (7, None, DataError, r"images are \(7, 3.* at least 8"),
         (16, EvoConfig(representative="single"), ConfigError, "representative='single'.* Leave them out"),
         ("nan", None, DataError, "aren't finite"),
     ],
