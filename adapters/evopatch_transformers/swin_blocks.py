@@ -61,8 +61,12 @@ class _InnerAttention(SwinBlocks):
         # Its own bias is that of a single place then, the same for all: no matter to a softmax.
         inner = attention.self
         alone = {"window_size": (1, 1), "relative_position_index": inner.relative_position_index[:1, :1]}
-        seen = Call(inner, View(inner, alone).instead)
+        seen = Call(inner, View(inner, alone | self.of_no_bias(inner)).instead)
         return View(attention, {"self": seen}), {"attention_mask": MaskByHead(bias)}
+
+    def of_no_bias(self, inner: Any) -> dict[str, Any]:
+        """What stands for what made the bias, and ran already."""
+        return {}
 
 
 class TableBlocks(_InnerAttention):
@@ -106,6 +110,10 @@ class SwinV2Blocks(_InnerAttention):
         return continuous_bias(
             inner.continuous_position_bias_mlp, inner.relative_coords_table, inner.relative_position_index
         )
+
+    def of_no_bias(self, inner: Any) -> dict[str, Any]:
+        heads = inner.num_attention_heads
+        return {"continuous_position_bias_mlp": lambda table: table.new_zeros(*table.shape[:-1], heads)}
 
     def logits(self, attention: Any, query: Tensor, key: Tensor) -> Tensor:
         queries, keys = _projected(attention.self, query, key)

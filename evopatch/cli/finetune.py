@@ -138,7 +138,7 @@ def finetune(
     splits.train.transform = training_transform(classifier, augmentation)
     if not labels:
         splits.train.labels = None
-    taught = training.objective == "distillation" or (training.objective == "auto" and taught_by is not None)
+    taught = training.is_taught(taught_by is not None)
     teacher_model = None if taught_by is None else taught_by.model
     if labelled and (not taught or training.label_weight > 0):
         _name_classes(splits, classifier.model, teacher_model, data, eval_data or data)

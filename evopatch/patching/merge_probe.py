@@ -34,9 +34,11 @@ _SQUARE = (2, 5, 3, 6)
 """The same for modules that lay their tokens out as a map: as many tokens as a square has, and as many groups."""
 _KNOWN = {"torch", "timm", "transformers", "torchvision", "peft", "torchao", "bitsandbytes", "accelerate", "evopatch"}
 """Packages whose modules treat tokens one by one outside of attention, but for those that follow."""
-_POOLING = tuple(cls for name, cls in vars(nn.modules.pooling).items() if name.endswith(("Nd", "Pool1d", "Pool2d")))
+_pooling = nn.modules.pooling
 _MIXING = (
-    *_POOLING, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.Flatten, nn.Unflatten, nn.Upsample, nn.RNNBase
+    _pooling._AvgPoolNd, _pooling._MaxPoolNd, _pooling._AdaptiveAvgPoolNd,
+    _pooling._AdaptiveMaxPoolNd, _pooling._LPPoolNd, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.Flatten,
+    nn.Unflatten, nn.Upsample, nn.RNNBase,
 )  # fmt: skip
 _MIXING_BY_NAME = {"Permute", "GlobalResponseNorm"}
 """Of torchvision and timm, which needn't be there."""

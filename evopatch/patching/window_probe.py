@@ -73,8 +73,13 @@ def check_windows(block: nn.Module, name: str, kind: WindowedBlocks) -> None:
 
 def _width(block: nn.Module) -> int | None:
     """`C`, by the first norm that is a child of a block."""
-    weights = (child._parameters.get("weight") for child in block.children())
-    return next((weight.shape[0] for weight in weights if weight is not None and weight.dim() == 1), None)
+    for child in block.children():
+        shape, weight = getattr(child, "normalized_shape", None), child._parameters.get("weight")
+        if shape:
+            return int(shape[-1])
+        if weight is not None and weight.dim() == 1:
+            return len(weight)
+    return None
 
 
 def _one_by_one(runner: Runner, kind: WindowedBlocks, channels: int) -> bool:

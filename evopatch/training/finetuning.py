@@ -104,7 +104,7 @@ def _finetune(
     from .loop import Run
     from .objective import Objective
 
-    taught = config.objective == "distillation" or (config.objective == "auto" and teacher is not None)
+    taught = config.is_taught(teacher is not None)
     items = Items(train_data, config.seed, labelled=not taught or config.label_weight > 0)
     if len(items) == 0:
         raise DataError("no images to train on")
@@ -165,7 +165,7 @@ def _warn_of_half_precision(trained: Iterable[nn.Parameter]) -> None:
         warnings.warn(
             f"weights that are trained are {name}, where most updates are less than a rounding error and lost: give "
             "model.float(), and mixed_precision='bf16' to compute as fast",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -183,8 +183,10 @@ def _check_output(folder: Path | None, resume: bool) -> None:
 
 
 def _distils(items: Items, data: Any, config: FinetuneConfig, has_teacher: bool) -> bool:
-    labelled = items[0].label is not None
-    if not labelled and config.objective == "auto" and not has_teacher and (found := other_numbers(data[0])):
+    first = items[0]
+    labelled = first.label is not None
+    unclear = not labelled and not first.unreadable and config.objective == "auto" and not has_teacher
+    if unclear and (found := other_numbers(data[0])):
         raise DataError(
             f"an item of the training data has no 'labels' and no 'label', and whole numbers named {found}: expected "
             "one of these names for the label. Name it so, or give objective='distillation', which needs no labels"
@@ -195,7 +197,7 @@ def _distils(items: Items, data: Any, config: FinetuneConfig, has_teacher: bool)
         raise DataError(f"label_weight={config.label_weight}, but the training data have no labels")
     if has_teacher and config.objective == "labels":
         raise ConfigError("objective='labels' with a teacher: expected objective='distillation', or no teacher")
-    return config.objective == "distillation" or (config.objective == "auto" and (has_teacher or not labelled))
+    return config.is_taught(has_teacher or not labelled)
 
 
 def _result(

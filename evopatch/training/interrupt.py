@@ -8,11 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_CAN_WAIT = hasattr(signal, "pthread_sigmask")
+"""Not on Windows."""
+
 
 class Request:
     """Whether the run was asked to stop."""
 
     made = False
+
+    def __init__(self) -> None:
+        self.usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(self, number: int, frame: Any) -> None:
+        """Handles a signal for the first time."""
+        self.made = True
+        signal.signal(number, self.usual[signal.Signals(number)])
 
 
 def outlive_a_request(worker: int) -> None:
@@ -26,24 +37,24 @@ def outlive_a_request(worker: int) -> None:
     def ignore(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
 
-    if getattr(signal.getsignal(signal.SIGTERM), "notes", False):  # inherited: signals are deferred
+    inherited = signal.getsignal(signal.SIGTERM)
+    if isinstance(getattr(inherited, "__self__", None), Request):  # signals are deferred
         signal.signal(signal.SIGTERM, ignore)
-    _mask("SIG_UNBLOCK")
+    if _CAN_WAIT:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
     """While inside, a SIGTERM waits, also in processes that are started meanwhile, until they `outlive_a_request`."""
-    _mask("SIG_BLOCK")
+    if not _CAN_WAIT:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
     finally:
-        _mask("SIG_UNBLOCK")
-
-
-def _mask(how: str) -> None:
-    if hasattr(signal, "pthread_sigmask"):  # not on Windows
-        signal.pthread_sigmask(getattr(signal, how), {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -57,17 +68,10 @@ def deferred(active: bool) -> Iterator[Request]:
     if not active or threading.current_thread() is not threading.main_thread():
         yield request
         return
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: Any) -> None:
-        request.made = True
-        signal.signal(number, usual[signal.Signals(number)])
-
-    note.notes = True  # type: ignore[attr-defined]
-    for number in usual:
-        signal.signal(number, note)
+    for number in request.usual:
+        signal.signal(number, request.note)
     try:
         yield request
     finally:
-        for number, handler in usual.items():
+        for number, handler in request.usual.items():
             signal.signal(number, handler)

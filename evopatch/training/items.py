@@ -106,9 +106,10 @@ class Items(Dataset[Item]):
         raise DataError(f"no image can be read: {unreadable[0]}")
 
     def _check(self, image: Tensor, position: int) -> None:
-        if image.dim() == 3 and image.is_floating_point() and bool(image.isfinite().all()):
+        finite = bool(image.isfinite().all())
+        if image.dim() == 3 and image.is_floating_point() and finite:
             return
-        wrong = ", and not finite" if image.is_floating_point() and not image.isfinite().all() else ""
+        wrong = "" if finite else ", and not finite"
         raise DataError(
             f"{self._name(position)} is {tuple(image.shape)} {image.dtype}{wrong}: expected finite floating-point "
             "numbers (3, height, width), normalised as the model expects. Give the data set a transform that makes such"

@@ -110,6 +110,10 @@ class FinetuneConfig:
     workers: int = 0
     seed: int = 0
 
+    def is_taught(self, has_teacher: bool) -> bool:
+        """Whether a run learns a teacher's predictions."""
+        return self.objective == "distillation" or (self.objective == "auto" and has_teacher)
+
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)

@@ -148,7 +148,7 @@ def test_files_that_do_not_fit(wrong, message, tmp_path):
     [
         ("vit", 7, None, DataError, r"images are \(7, 3.* at least 8"),
         ("vit", "nan", None, DataError, "aren't finite"),
-        ("vit", "ints", None, DataError, r"doesn\'t run on images \(16, 3, 8, 8\) torch.int64 on cpu"),
+        ("vit", "ints", None, DataError, r"doesn\'t run on images \(16, 3, .* torch.int64 on cpu: RuntimeError"),
         ("vit", "list", None, DataError, "images are a list"),
         ("vit", "doubles", None, DataError, r"doesn't run on images \(16, 3, .* torch\.float64 on cpu"),
         ("swin", "doubles", None, DataError, r"doesn't run on images \(16, 3, .* torch\.float64 on cpu"),
@@ -158,7 +158,7 @@ def test_files_that_do_not_fit(wrong, message, tmp_path):
 )
 def test_bad_input_leaves_the_model_untouched(name, images, config, error, message):
     model, x = build(name), images_for(name, 16)
-    given = {"nan": x * float("nan"), "ints": torch.ones(16, 3, 8, 8).long(), "list": list(x)}
+    given = {"nan": x * float("nan"), "ints": torch.ones_like(x).long(), "list": list(x)}
     given["doubles"] = x.double()
     before = Snapshot(model)
     with pytest.raises(error, match=message):

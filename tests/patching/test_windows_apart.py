@@ -245,13 +245,14 @@ def test_parts_of_a_library_that_mix():
     assert evopatch.supported(behind(build("torchvision_swin"), path, attribute, same))
 
 
+@pytest.mark.parametrize(("name", "path"), [("swinv2", "cpb_mlp"), ("hf_swinv2", "continuous_position_bias_mlp")])
 @torch.no_grad()
-def test_modules_that_make_position_biases_run_once():
-    model, x, calls = build("swinv2"), images_for("swinv2"), []
+def test_modules_that_make_position_biases_run_once(name, path):
+    model, x, calls = build(name), images_for(name), []
     evopatch.apply(model)
     for module in model.modules():
-        if hasattr(module, "cpb_mlp"):
-            module.cpb_mlp.register_forward_hook(lambda module, args, out: calls.append(module))
+        if hasattr(module, path):
+            getattr(module, path).register_forward_hook(lambda module, args, out: calls.append(module))
     call(model, x)
     assert calls
     assert len(calls) == len(set(calls))
