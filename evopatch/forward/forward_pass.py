@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..algorithm.rows import exporting
 from ..errors import UnsupportedInputError
 from ..rewrite.classes import Steered
 from .hooks import is_recomputed, wants_tokens
@@ -33,6 +34,8 @@ class ForwardPass(ABC):
     def __init__(self, state: HostState, compact: bool = True) -> None:
         # Taken once: a checkpointed block is recomputed in backward, maybe after the settings changed.
         now = state.settings
+        if torch.compiler.is_compiling() and not exporting():
+            state.compiled = True  # done anew whenever compiled code runs
         self.name, self.spec, self.plans, self.active = state.name, state.spec, now.plans, now.active
         self._keep_ratios, self._begins = now.keep_ratios, now.begins
         self.given: dict[int, Tensor] = {}

@@ -69,8 +69,10 @@ class HostState:
         """Told by every block with windows what its tokens received, in a copy of a model that somebody learns from."""
         self.methods: dict[str, str] = {}
         """By name, which function each method of the host was that walks over the blocks, when it was patched."""
-        self.compiled_alone: list[tuple[str, ...]] = []
-        """The first keep ratios of the blocks: code that is compiled for these alone is the fastest."""
+        self.compiled = False
+        """Whether compiled code ran at these settings."""
+        self.compiled_alone: list[Sequence[str] | Sequence[float]] = []
+        """The first keep ratios at which it ran: what is compiled for one alone is the fastest."""
         self.generated: dict[Any, Any] = {}
         """Code by the structure of the block that it is for; empty but while the host is being patched."""
         self.set_config(config)
@@ -96,10 +98,12 @@ class HostState:
         self.settings = self.settings._replace(plans=plans, keep_ratios=ratios, begins=begins, active=True)
 
     def _ratios(self, plans: tuple[BlockPlan, ...]) -> Sequence[str] | Sequence[float]:
+        if self.compiled and isinstance(ratios := self.settings.keep_ratios, tuple):
+            self.compiled_alone = list(dict.fromkeys([*self.compiled_alone, ratios]))
+        self.compiled = False
         text = tuple(repr(plan.keep_ratio) for plan in plans)
-        if text not in self.compiled_alone and len(self.compiled_alone) < _COMPILED_ALONE:
-            self.compiled_alone.append(text)
-        return text if text in self.compiled_alone else [plan.keep_ratio for plan in plans]
+        alone = text in self.compiled_alone or len(self.compiled_alone) < _COMPILED_ALONE
+        return text if alone else [plan.keep_ratio for plan in plans]
 
     @property
     def config(self) -> EvoConfig:

@@ -91,6 +91,25 @@ def test_any_number_of_keep_ratios(name):
     assert run_keep_ratios(name, 12 if name == "swin" else 20) <= 8
 
 
+@torch.no_grad()
+def test_only_keep_ratios_that_are_run_compiled_count():
+    torch._dynamo.reset()
+    model, x = evopatch.apply(build("vit", **shallow("vit")), config=shallow_config("vit")), images_for("vit")
+    for step in range(9):
+        evopatch.set_keep_ratio(model, 0.3 + 0.05 * step)
+        call(model, x)
+    backend = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for ratio in (0.42, 0.57, 0.42, 0.72):
+        evopatch.set_keep_ratio(model, ratio)
+        torch.testing.assert_close(call(compiled, x), call(model, x), atol=2e-5, rtol=2e-5)
+    assert backend.frame_count == 3, "each has code of its own"
+    for ratio in (0.87, 0.62, 0.77, 0.67):
+        evopatch.set_keep_ratio(model, ratio)
+        torch.testing.assert_close(call(compiled, x), call(model, x), atol=2e-5, rtol=2e-5)
+    assert backend.frame_count <= 5, "these share it"
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_keep_ratios_that_are_compiled_alone_end_at_the_limit(monkeypatch):
